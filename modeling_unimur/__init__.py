@@ -1,0 +1,21 @@
+"""UniMuR: unified embeddings for multimodal retrieval via frozen LLMs."""
+
+from .configuration_unimur import UniMuRConfig
+from .modeling_unimur import UniMuRModel, UniMuROutput
+from .pool_unimur import Candidate, CandidatePool, Retrieval
+from .processing_unimur import UniMuRProcessor
+
+# What save_pretrained writes then loads elsewhere with trust_remote_code, without this package.
+UniMuRConfig.register_for_auto_class()
+UniMuRModel.register_for_auto_class("AutoModel")
+UniMuRProcessor.register_for_auto_class()
+
+__all__ = [
+    "Candidate",
+    "CandidatePool",
+    "Retrieval",
+    "UniMuRConfig",
+    "UniMuRModel",
+    "UniMuROutput",
+    "UniMuRProcessor",
+]

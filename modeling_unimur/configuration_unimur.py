@@ -1,0 +1,130 @@
+"""Configuration of UniMuR: two frozen towers, two linear maps, and what the paper leaves open."""
+
+import dataclasses
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CHOICES = {
+    "image_feature": ("pooled", "projected"),
+    "text_candidates": ("ret", "last_output", "input_embeddings", "clip_text"),
+    "text_target": ("normalized", "raw"),
+    "text_target_reduction": ("mean", "sum"),
+    "text_matching": ("mse", "infonce", "max_margin"),
+}
+
+
+@strict
+class UniMuRConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`UniMuRModel`].
+
+    A checkpoint is an *adapter* when both `text_model_name_or_path` and `clip_model_name_or_path` are set: it holds the
+    trained tensors only and the towers are loaded from those names. It is *full* when both are `None`: the towers are
+    in the checkpoint itself.
+
+    Args:
+        text_config (`dict` or [`PreTrainedConfig`]): any causal language model of transformers (d = its width).
+        clip_config (`dict` or [`CLIPConfig`]): any CLIP (q = its `projection_dim`).
+        text_model_name_or_path, text_model_revision: where the frozen LLM of an adapter checkpoint comes from.
+        clip_model_name_or_path, clip_model_revision: the same for CLIP.
+        ret_token_id, image_token_id (`int`): tokenizer ids of `[RET]` and `<image>`. They never index the LLM's
+            embedding table, so they may lie beyond it.
+        n_visual_tokens (`int`, defaults to 1): visual tokens an image becomes (FROMAGe 1, GILL 4; the paper is silent).
+        image_feature (`"pooled"` | `"projected"`): what `W_i2t` reads: CLIP's pooled output, or the q-dimensional
+            embedding that the paper's shared symbol c suggests.
+        text_candidates (`"ret"` | `"last_output"` | `"input_embeddings"` | `"clip_text"`): the space of a pool's texts
+            (Section 3.4): e of `text [RET]`; `W_t2m` of the mean last output; `W_t2m` of the mean input embedding, the
+            paper's wording; CLIP's text embedding.
+        text_target, text_target_reduction: target of eq. 6: CLIP's text embedding L2-normalised or raw; the squared
+            distance averaged or summed over the q dimensions.
+        text_matching (`"mse"` | `"infonce"` | `"max_margin"`): L_tm of eq. 6, or Table 5's alternatives.
+        margin (`float`, defaults to 0.2): margin of `"max_margin"`.
+        lambda1, lambda2 (`float`, default to 1 and 10): weights of L_vm and L_tm in eq. 7. Zero switches a loss off
+            (Table 4: VM only, TM only).
+        temperature (`float`, defaults to 0.07): tau of eq. 4-5, or its start when `learn_temperature` is true.
+        learn_temperature (`bool`, defaults to `True`): as FROMAGe does; the paper does not say.
+        train_ret_embedding (`bool`, defaults to `False`): train [RET]'s input embedding beside the two maps.
+
+    Raises:
+        ValueError: a choice outside those listed, a weight below zero, or a name that is a misspelt field.
+    """
+
+    model_type = "unimur"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt"),
+        "clip_config": CLIPConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    clip_config: dict | PreTrainedConfig | None = None
+    text_model_name_or_path: str | None = None
+    text_model_revision: str | None = None
+    clip_model_name_or_path: str | None = None
+    clip_model_revision: str | None = None
+    ret_token_id: int | None = None
+    image_token_id: int | None = None
+    n_visual_tokens: int = 1
+    image_feature: str = "pooled"
+    text_candidates: str = "ret"
+    text_target: str = "normalized"
+    text_target_reduction: str = "mean"
+    text_matching: str = "mse"
+    margin: float = 0.2
+    lambda1: float = 1.0
+    lambda2: float = 10.0
+    temperature: float = 0.07
+    learn_temperature: bool = True
+    train_ret_embedding: bool = False
+
+    def __post_init__(self, **kwargs):
+        own = [field.name for field in dataclasses.fields(self)]
+        for name in kwargs:
+            close = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+            if close and not hasattr(PreTrainedConfig, name):
+                raise ValueError(f"UniMuRConfig has no field {name!r}; did you mean {close[0]!r}?")
+        super().__post_init__(**kwargs)
+
+    def validate_unimur(self):
+        """Refuses values that would fail late or change the model silently."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
+        if self.n_visual_tokens < 1:
+            raise ValueError(f"n_visual_tokens={self.n_visual_tokens}: an image needs at least one visual token")
+        for name in ("lambda1", "lambda2", "margin"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive")
+        if (self.text_model_name_or_path is None) != (self.clip_model_name_or_path is None):
+            raise ValueError(
+                "an adapter checkpoint names both towers and a full one neither, but "
+                f"text_model_name_or_path={self.text_model_name_or_path!r} and "
+                f"clip_model_name_or_path={self.clip_model_name_or_path!r}"
+            )
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the checkpoint holds the trained tensors only."""
+        return self.text_model_name_or_path is not None
+
+    @property
+    def text_width(self) -> int:
+        """d: width of the LLM's input embeddings and of its last output (they differ from OPT-350m's hidden size)."""
+        return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
+
+    @property
+    def image_feature_width(self) -> int:
+        """c: width of what `W_i2t` reads."""
+        return self.clip_config.vision_config.hidden_size if self.image_feature == "pooled" else self.embedding_width
+
+    @property
+    def embedding_width(self) -> int:
+        """q: width of the unified embedding, CLIP's projection."""
+        return self.clip_config.projection_dim

@@ -1,0 +1,174 @@
+"""The losses of Section 3 (eq. 1-7) and Table 5's alternatives, as pure functions.
+
+Over several processes every contrastive loss sees the global batch, and every mean is taken over the global count, so
+that the average of the processes' losses and gradients is what one process would compute on the whole batch.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def caption_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    L_cap, eq. 1-2: mean negative log-likelihood of the caption's tokens given the visual prefix.
+
+    Args:
+        logits: `(m, vocabulary)`, the LLM's prediction for each caption token, at caption positions only.
+        labels: `(m,)` int64, the tokens themselves, already shifted.
+
+    Returns:
+        Scalar float32; zero where there is no caption token.
+    """
+    return global_mean(F.cross_entropy(logits.float(), labels, reduction="sum"), labels.numel())
+
+
+def visual_matching_loss(
+    ret_embeds: torch.Tensor, image_embeds: torch.Tensor, logit_scale: torch.Tensor | float
+) -> torch.Tensor:
+    """
+    L_vm = L_v2m + L_m2v, eq. 3-5: symmetric InfoNCE over cosines with in-batch negatives.
+
+    Args:
+        ret_embeds: `(n, q)`, e_t of the captions; need not be normalised.
+        image_embeds: `(n, q)`, CLIP embeddings of the captions' images, row for row.
+        logit_scale: 1 / tau.
+
+    Returns:
+        Scalar float32: the two directions summed, each a mean over the global batch.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    return info_nce(ret_embeds, image_embeds, logit_scale)
+
+
+def text_matching_loss(
+    ret_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    *,
+    kind: str = "mse",
+    target: str = "normalized",
+    reduction: str = "mean",
+    logit_scale: torch.Tensor | float = 1.0,
+    margin: float = 0.2,
+) -> torch.Tensor:
+    """
+    L_tm, eq. 6: squared L2 distance between e_t and the CLIP text embedding of the same caption; or, for Table 5,
+    InfoNCE or max-margin between the two.
+
+    Args:
+        ret_embeds, text_embeds: `(n, q)`, row for row.
+        kind: `"mse"`, `"infonce"` or `"max_margin"`.
+        target: `"normalized"` or `"raw"`, the form of `text_embeds` that `"mse"` aims at.
+        reduction: `"mean"` or `"sum"` of the squared distance over the q dimensions.
+        logit_scale: 1 / tau, for `"infonce"`.
+        margin: for `"max_margin"`.
+
+    Returns:
+        Scalar float32, a mean over the global batch.
+
+    Raises:
+        ValueError: the shapes differ, or `kind` is unknown.
+    """
+    _check_rows(ret_embeds, text_embeds)
+    if kind == "infonce":
+        return info_nce(ret_embeds, text_embeds, logit_scale)
+    if kind == "max_margin":
+        return max_margin(ret_embeds, text_embeds, margin)
+    if kind != "mse":
+        raise ValueError(f"kind={kind!r} is not one of 'mse', 'infonce', 'max_margin'")
+    text_embeds = text_embeds.float()
+    if target == "normalized":
+        text_embeds = F.normalize(text_embeds, dim=-1)
+    distance = (ret_embeds.float() - text_embeds).square()
+    distance = distance.mean(-1) if reduction == "mean" else distance.sum(-1)
+    return global_mean(distance.sum(), len(distance))
+
+
+def total_loss(
+    loss_cap: torch.Tensor | float, loss_vm: torch.Tensor | float, loss_tm: torch.Tensor | float,
+    lambda1: float, lambda2: float,
+) -> torch.Tensor:  # fmt: skip
+    """L = L_cap + lambda1 L_vm + lambda2 L_tm, eq. 7."""
+    return loss_cap + lambda1 * loss_vm + lambda2 * loss_tm
+
+
+def info_nce(a: torch.Tensor, b: torch.Tensor, logit_scale: torch.Tensor | float) -> torch.Tensor:
+    """Symmetric InfoNCE, both directions summed: `(n, q)`, `(n, q)` -> scalar; row i of `a` belongs to row i of `b`."""
+    logits = logit_scale * _global_cosines(a, b)
+    if not len(logits):
+        return logits.sum()
+    right = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
+
+
+def max_margin(a: torch.Tensor, b: torch.Tensor, margin: float) -> torch.Tensor:
+    """
+    Bidirectional hinge over cosines with every in-batch negative: the mean over rows of
+    `sum_{j != i} max(0, margin - s_ii + s_ij)`, both directions summed.
+    """
+    cosines = _global_cosines(a, b)
+    if not len(cosines):
+        return cosines.sum()
+    right = cosines.diagonal()
+    wrong = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    forth = (margin - right[:, None] + cosines).clamp(min=0) * wrong
+    back = (margin - right[None, :] + cosines).clamp(min=0) * wrong
+    return (forth.sum() + back.sum()) / len(cosines)
+
+
+def global_mean(total: torch.Tensor, count: int) -> torch.Tensor:
+    """`total / count` over all processes, scaled so that the processes' average is the global mean."""
+    if not _is_distributed():
+        return total / max(count, 1)
+    counts = torch.tensor(float(count), device=total.device)
+    dist.all_reduce(counts)
+    return total * dist.get_world_size() / counts.clamp(min=1)
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """
+    Rows of all processes, in rank order, with gradient: `(n_local, q)` -> `(n_global, q)`.
+
+    Processes may hold different numbers of rows, since each drops its own broken pairs.
+    """
+    if not _is_distributed():
+        return rows
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    sizes = [int(size) for size in sizes]
+    padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
+    gathered = _AllGather.apply(padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+class _AllGather(torch.autograd.Function):
+    """All-gather whose gradient is the sum over processes: each computes the loss of the whole batch."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()]
+
+
+def _global_cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    _check_rows(a, b)
+    a, b = (gather_rows(F.normalize(x.float(), dim=-1)) for x in (a, b))
+    return a @ b.T
+
+
+def _check_rows(a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"expected two tensors of one shape (n, q), got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

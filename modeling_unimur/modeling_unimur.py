@@ -1,0 +1,456 @@
+"""UniMuR (Section 3): a frozen LLM and a frozen CLIP joined by two linear maps."""
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_unimur import UniMuRConfig
+from .dialogues_unimur import is_batch
+from .losses_unimur import caption_loss, text_matching_loss, total_loss, visual_matching_loss
+from .pool_unimur import CandidatePool, Retrieval
+from .processing_unimur import IGNORE, UniMuRProcessor
+from .towers_unimur import SHARED_ARGUMENTS, TRAINED, check_widths, digest, load_towers, non_finite_tensors
+
+
+@dataclass
+class UniMuROutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, eq. 7 over the losses whose inputs were given.
+        loss_cap, loss_vm, loss_tm: scalars, eq. 1-6, `None` where not computed.
+        ret_embeds: `(n, q)` float32, e_t at [RET], not normalised.
+        image_embeds: `(images, q)` float32, CLIP's embeddings of the batch's images.
+        text_embeds: `(texts, q)` float32, CLIP's embeddings of the target texts.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_cap: torch.Tensor | None = None
+    loss_vm: torch.Tensor | None = None
+    loss_tm: torch.Tensor | None = None
+    ret_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+
+
+class UniMuRModel(PreTrainedModel):
+    """
+    The model: `language_model` and `clip` frozen; `W_i2t` (image feature to `n_visual_tokens` input embeddings),
+    `W_t2m` (last output at [RET] to the unified embedding e), the temperature, and by choice [RET]'s input embedding
+    trained. The trained tensors are float32 whatever the towers' dtype.
+    """
+
+    config_class = UniMuRConfig
+    base_model_prefix = ""
+    main_input_name = "ret_input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _keep_in_fp32_modules_strict = list(TRAINED)
+
+    def __init__(self, config: UniMuRConfig):
+        super().__init__(config)
+        self.W_i2t = nn.Linear(config.image_feature_width, config.n_visual_tokens * config.text_width)
+        self.W_t2m = nn.Linear(config.text_width, config.embedding_width)
+        self.ret_embedding = nn.Parameter(torch.empty(config.text_width))
+        # One element rather than a scalar: sharding libraries refuse scalars.
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.language_model: PreTrainedModel | None = None
+        self.clip: CLIPModel | None = None
+        if not config.is_adapter:
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+            self.clip = CLIPModel._from_config(config.clip_config)
+        self._processor: UniMuRProcessor | None = None
+        self._processor_arguments: dict[str, Any] = {}
+        self.post_init()
+        self._freeze()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.normal_(self.ret_embedding, std=0.02)
+            init.constant_(self.logit_scale, math.log(1 / self.config.temperature))
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """
+        Loads an adapter checkpoint (and its towers, from where its config says) or a full one.
+
+        Raises:
+            ValueError: a tensor is missing or unknown, or a tower has another width; the message names it.
+            OSError: a base tower could not be loaded.
+        """
+        shared = {name: kwargs[name] for name in SHARED_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir", "local_files_only") if name in kwargs}
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        for problem, meaning in (("missing_keys", "lacks"), ("unexpected_keys", "holds the unknown")):
+            if info[problem]:
+                raise ValueError(
+                    f"the checkpoint {str(pretrained_model_name_or_path)!r} {meaning} tensors: "
+                    f"{', '.join(sorted(map(str, info[problem])))}"
+                )
+        if model.config.is_adapter:
+            model.attach_towers(*load_towers(model.config, **shared))
+        # from_pretrained replaces the parameters, and with them what __init__ froze.
+        model._freeze()
+        model._processor_arguments = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **hub}
+        return (model.eval(), info) if output_loading_info else model.eval()
+
+    @classmethod
+    def from_pretrained_towers(
+        cls, text_model: str, clip_model: str, processor: UniMuRProcessor, *, ret_init: str | None = None,
+        dtype: torch.dtype | str = "auto", **config_fields,
+    ) -> "UniMuRModel":  # fmt: skip
+        """
+        A new, untrained UniMuR over two pre-trained towers (folders or Hub names).
+
+        Args:
+            processor: its `n_visual_tokens` becomes the model's, as do the ids of [RET] and `<image>`.
+            ret_init: a token of the LLM whose input embedding [RET] starts from; the mean row by default.
+            dtype: of the towers.
+            config_fields: fields of [`UniMuRConfig`].
+
+        Raises:
+            ValueError: `ret_init` is not exactly one token.
+        """
+        base = UniMuRConfig(text_model_name_or_path=str(text_model), clip_model_name_or_path=str(clip_model), **config_fields)
+        text, clip = load_towers(base, dtype=dtype)
+        config = UniMuRConfig(
+            text_config=deepcopy(text.config), clip_config=deepcopy(clip.config), ret_token_id=processor.ret_token_id,
+            image_token_id=processor.image_token_id, n_visual_tokens=processor.n_visual_tokens,
+            text_model_name_or_path=str(text_model), clip_model_name_or_path=str(clip_model), **config_fields,
+        )  # fmt: skip
+        model = cls(config)
+        model.attach_towers(text, clip)
+        model.processor = processor
+        table = text.get_input_embeddings().weight.detach().float()
+        row = table.mean(0)
+        if ret_init is not None:
+            ids = processor.tokenizer(ret_init, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                raise ValueError(f"ret_init={ret_init!r} is {len(ids)} tokens of this LLM's tokenizer, not one")
+            row = table[ids[0]]
+        model.ret_embedding.data.copy_(row)
+        return model
+
+    def attach_towers(self, language_model: PreTrainedModel, clip: CLIPModel) -> None:
+        """Puts frozen towers into an adapter-style model. Raises `ValueError` where their widths do not fit the maps."""
+        self.language_model, self.clip = language_model, clip
+        self.config.text_config, self.config.clip_config = language_model.config, clip.config
+        check_widths(self)
+        towers = {name for name in self.state_dict() if name.split(".")[0] not in TRAINED}
+        self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | towers
+        self._freeze()
+
+    def save_pretrained(self, save_directory, *args, with_towers: bool = False, **kwargs):
+        """
+        Saves the model as it was loaded, adapter or full, its processor beside it.
+
+        Args:
+            with_towers: make it a full, self-contained checkpoint although the towers were loaded from elsewhere.
+        """
+        names = ("text_model_name_or_path", "text_model_revision", "clip_model_name_or_path", "clip_model_revision")
+        kept = {name: getattr(self.config, name) for name in names}, self._keys_to_ignore_on_save
+        if with_towers:
+            for name in names:
+                setattr(self.config, name, None)
+            self._keys_to_ignore_on_save = set()
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            fields, self._keys_to_ignore_on_save = kept
+            for name, value in fields.items():
+                setattr(self.config, name, value)
+        if self._processor is not None and kwargs.get("is_main_process", True):
+            self._processor.save_pretrained(save_directory)
+
+    @property
+    def processor(self) -> UniMuRProcessor:
+        """The checkpoint's processor, loaded from beside its weights when first needed."""
+        if self._processor is None:
+            if not self._processor_arguments:
+                raise ValueError("this model was not loaded from a checkpoint: set model.processor first")
+            self._processor = UniMuRProcessor.from_pretrained(**self._processor_arguments)
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: UniMuRProcessor) -> None:
+        self._processor = processor
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes two models' embeddings comparable: weights, candidate space, preprocessing, dimension q."""
+        return {
+            "towers": self._towers_digest,
+            "maps": digest((n, p) for n, p in self.named_parameters() if n.split(".")[0] in TRAINED),
+            "text_candidates": self.config.text_candidates,
+            "preprocessing": self.processor.fingerprint,
+            "dimension": self.config.embedding_width,
+        }
+
+    @cached_property
+    def _towers_digest(self) -> str:
+        return digest(((n, p) for n, p in self.named_parameters() if n.split(".")[0] not in TRAINED), head=64)
+
+    def _freeze(self) -> None:
+        self.requires_grad_(False)
+        self.W_i2t.requires_grad_(True)
+        self.W_t2m.requires_grad_(True)
+        self.logit_scale.requires_grad_(self.config.learn_temperature)
+        self.ret_embedding.requires_grad_(self.config.train_ret_embedding)
+
+    def train(self, mode: bool = True) -> "UniMuRModel":
+        super().train(mode)
+        for tower in (self.language_model, self.clip):
+            if tower is not None:  # frozen: no dropout either
+                tower.eval()
+        return self
+
+    # Section 3.1-3.3: the pieces
+
+    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        One pass of CLIP's visual tower: `(i, 3, h, w)` -> what `W_i2t` reads `(i, c)` and the image embedding `(i, q)`,
+        float32, neither normalised.
+        """
+        with torch.no_grad():
+            pooled = self.clip.vision_model(pixel_values.to(self.clip.dtype)).pooler_output
+            embeds = self.clip.visual_projection(pooled).float()
+        return (pooled.float() if self.config.image_feature == "pooled" else embeds), embeds
+
+    def encode_clip_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """CLIP's text embedding `(n, q)`, float32, not normalised."""
+        with torch.no_grad():
+            pooled = self.clip.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+            return self.clip.text_projection(pooled).float()
+
+    def input_embeddings(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The LLM's input `(n, length, d)`: its own rows for text, `ret_embedding` at [RET] and, at `<image>`,
+        `W_i2t` of `image_features` `(slots / n_visual_tokens, c)` in the order of the slots.
+        """
+        is_ret, is_image = input_ids == self.config.ret_token_id, input_ids == self.config.image_token_id
+        embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_ret | is_image, 0))
+        embeds = torch.where(is_ret[..., None], self.ret_embedding.to(embeds.dtype), embeds)
+        if image_features is not None and len(image_features):
+            visual = self.W_i2t(image_features).to(embeds.dtype)
+            embeds = embeds.masked_scatter(is_image[..., None], visual)
+        return embeds
+
+    def last_outputs(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The LLM's trunk, without its vocabulary head: `(n, length, d)`. Padding on either side gives the same."""
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return self.language_model.base_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+
+    def encode_contexts(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """e_t = W_t2m h([RET]): contexts `(n, length)` ending in [RET] -> `(n, q)` float32, not normalised."""
+        hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask)
+        at_ret = (input_ids == self.config.ret_token_id).int().argmax(-1)
+        return self.W_t2m(hidden[torch.arange(len(hidden), device=hidden.device), at_ret].float())
+
+    def caption_logits(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, image_features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `(m, vocabulary)` at the m labelled positions only, and the shifted labels `(m,)`."""
+        hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask)
+        labelled = labels[:, 1:] != IGNORE
+        return self.language_model.get_output_embeddings()(hidden[:, :-1][labelled]), labels[:, 1:][labelled]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+        ret_input_ids: torch.Tensor | None = None,
+        ret_attention_mask: torch.Tensor | None = None,
+        ret_image_indices: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
+        target_indices: torch.Tensor | None = None,
+        text_rows: torch.Tensor | None = None,
+        clip_input_ids: torch.Tensor | None = None,
+        clip_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+    ) -> UniMuROutput:
+        """
+        The losses of eq. 7 on a batch of [`UniMuRProcessor.documents`] or `pairs`.
+
+        L_cap is computed where `labels` are given, L_vm and L_tm where `ret_input_ids` are; the weights lambda1 and
+        lambda2 of zero skip their loss. CLIP runs once per image, for prefix and target both, and not at all where
+        `image_features` `(i, c)` and `image_embeds` `(i, q)` are given, or `text_embeds` `(texts, q)`.
+
+        Raises:
+            ValueError: neither kind of input is given.
+        """
+        config = self.config
+        if labels is None and ret_input_ids is None:
+            raise ValueError("give labels (captioning), ret_input_ids (matching), or both")
+        if pixel_values is not None and len(pixel_values):
+            image_features, image_embeds = self.encode_images(pixel_values)
+
+        loss_cap = loss_vm = loss_tm = ret_embeds = None
+        if labels is not None:
+            logits, targets = self.caption_logits(input_ids, attention_mask, labels, image_features[image_indices])
+            loss_cap = caption_loss(logits, targets)  # eq. 1-2
+        if ret_input_ids is not None:
+            shown = None if ret_image_indices is None else image_features[ret_image_indices]
+            ret_embeds = self.encode_contexts(ret_input_ids, ret_attention_mask, shown)
+            scale = self.logit_scale.exp().clamp(max=100)
+            if config.lambda1:
+                loss_vm = visual_matching_loss(ret_embeds[image_rows], image_embeds[target_indices], scale)  # eq. 3-5
+            if config.lambda2:
+                if text_embeds is None:
+                    text_embeds = self.encode_clip_texts(clip_input_ids, clip_attention_mask)
+                loss_tm = text_matching_loss(  # eq. 6
+                    ret_embeds[text_rows], text_embeds, kind=config.text_matching, target=config.text_target,
+                    reduction=config.text_target_reduction, logit_scale=scale, margin=config.margin,
+                )  # fmt: skip
+        parts = [0.0 if part is None else part for part in (loss_cap, loss_vm, loss_tm)]
+        return UniMuROutput(
+            loss=total_loss(*parts, config.lambda1, config.lambda2),  # eq. 7
+            loss_cap=loss_cap, loss_vm=loss_vm, loss_tm=loss_tm,
+            ret_embeds=ret_embeds, image_embeds=image_embeds, text_embeds=text_embeds,
+        )  # fmt: skip
+
+    # Section 3.4: embeddings and retrieval
+
+    def embed_dialogues(self, dialogues: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False) -> torch.Tensor:
+        """
+        Unified embeddings of dialogues: a list of n, each as [`parse_dialogue`] takes it -> `(n, q)` float32 on CPU,
+        L2-normalised. Raises `ValueError` naming the bad item.
+        """
+
+        def embed(batch):
+            inputs = self.processor.contexts(batch).to(self.device)
+            features = self.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
+            return self.encode_contexts(inputs["input_ids"], inputs["attention_mask"], features)
+
+        return self._embed(dialogues, embed, "dialogues", batch_size, show_progress_bar)
+
+    def embed_images(self, images: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False) -> torch.Tensor:
+        """CLIP embeddings of candidate images (PIL, paths, bytes or datasets' undecoded ones): as `embed_dialogues`."""
+
+        def embed(batch):
+            return self.encode_images(self.processor.pixels(batch).to(self.device))[1]
+
+        return self._embed(images, embed, "images", batch_size, show_progress_bar)
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 32, show_progress_bar: bool = False) -> torch.Tensor:
+        """Embeddings of candidate texts in the space `config.text_candidates` names: as `embed_dialogues`."""
+        space = self.config.text_candidates
+
+        def embed(batch):
+            if space == "clip_text":
+                inputs = self.processor.clip_texts(batch).to(self.device)
+                return self.encode_clip_texts(inputs["clip_input_ids"], inputs["clip_attention_mask"])
+            inputs = self.processor.texts(batch, end_with_ret=space == "ret").to(self.device)
+            if space == "ret":
+                return self.encode_contexts(inputs["input_ids"], inputs["attention_mask"])
+            outputs = self.input_embeddings(inputs["input_ids"])
+            if space == "last_output":
+                outputs = self.last_outputs(outputs, inputs["attention_mask"])
+            mask = inputs["attention_mask"][..., None]
+            return self.W_t2m((outputs.float() * mask).sum(1) / mask.sum(1))
+
+        return self._embed(texts, embed, "texts", batch_size, show_progress_bar)
+
+    @torch.no_grad()
+    def _embed(self, items, embed, what: str, batch_size: int, show_progress_bar: bool) -> torch.Tensor:
+        if isinstance(items, str):
+            raise ValueError(f"expected a list of {what}, got one string")
+        parts = []
+        for start in tqdm(range(0, len(items), batch_size), f"embedding {what}", disable=not show_progress_bar):
+            try:
+                embeds = embed(items[start : start + batch_size])
+            except ValueError as error:
+                raise ValueError(f"{error} (counting from {what[:-1]} {start})" if start else str(error)) from error
+            if not bool(torch.isfinite(embeds).all()):
+                names = non_finite_tensors(self) or ["none: the input overflows the towers' dtype"]
+                raise ValueError(f"the embeddings hold NaN or infinity; weights that do: {', '.join(names[:5])}")
+            parts.append(F.normalize(embeds.float(), dim=-1).cpu())
+        return torch.cat(parts) if parts else torch.empty(0, self.config.embedding_width)
+
+    def build_pool(
+        self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, *,
+        image_ids: Sequence[str] | None = None, text_ids: Sequence[str] | None = None,
+        batch_size: int = 32, show_progress_bar: bool = True,
+    ) -> CandidatePool:  # fmt: skip
+        """
+        One pool of images and texts (Section 3.4).
+
+        Args:
+            images: PIL images, paths, bytes, or a column of a `datasets.Dataset`.
+            texts: strings.
+            image_ids, text_ids: unique names; numbered by default.
+
+        Raises:
+            ValueError: nothing given, a bad item, or an id twice.
+        """
+        pool = CandidatePool.empty(self.fingerprint)
+        return self.extend_pool(pool, images, texts, image_ids=image_ids, text_ids=text_ids,
+                                batch_size=batch_size, show_progress_bar=show_progress_bar)  # fmt: skip
+
+    def extend_pool(
+        self, pool: CandidatePool, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, *,
+        image_ids: Sequence[str] | None = None, text_ids: Sequence[str] | None = None,
+        batch_size: int = 32, show_progress_bar: bool = True,
+    ) -> CandidatePool:  # fmt: skip
+        """`pool` with more candidates, as a new pool; refuses one that another model made. See `build_pool`."""
+        pool.check_made_by(self.fingerprint)
+        images, texts = ([] if items is None else items for items in (images, texts))
+        if not len(images) and not len(texts):
+            raise ValueError("no candidates: give images, texts or both")
+        arguments = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+        if len(images):
+            pool = pool.append("image", images, self.embed_images(images, **arguments), image_ids)
+        if len(texts):
+            pool = pool.append("text", texts, self.embed_texts(texts, **arguments), text_ids)
+        return pool
+
+    def retrieve(
+        self, dialogue: Any, pool: CandidatePool, *, top_k: int = 10, modality: str | None = None,
+        exclude: Sequence[str] = (), calibrate: bool = False, image_bias: float = 0.0, batch_size: int = 32,
+    ) -> Retrieval | list[Retrieval]:  # fmt: skip
+        """
+        The reply to a dialogue out of a pool (Section 3.4).
+
+        Args:
+            dialogue: one dialogue (a string, a list of strings and images, or chat messages), or a list of dialogues
+                that are each a list.
+            top_k: how many candidates to return.
+            modality: `"image"` or `"text"` to search one kind only.
+            exclude: ids not to return, such as those already shown.
+            calibrate, image_bias: see [`CandidatePool.search`].
+
+        Returns:
+            One [`Retrieval`], or a list where a list of dialogues was given.
+
+        Raises:
+            ValueError: the pool is empty or another model made it; the message says what differs.
+        """
+        pool.check_made_by(self.fingerprint)
+        many = is_batch(dialogue)
+        queries = self.embed_dialogues(dialogue if many else [dialogue], batch_size=batch_size)
+        found = pool.search(queries, top_k=top_k, modality=modality, exclude=exclude,
+                            calibrate=calibrate, image_bias=image_bias)  # fmt: skip
+        return found if many else found[0]

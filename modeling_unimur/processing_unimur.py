@@ -1,0 +1,295 @@
+"""From dialogues, captions and candidates to tensors."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import logging
+
+from .dialogues_unimur import Turn, parse_dialogue
+from .images_unimur import decode_image
+
+logger = logging.get_logger(__name__)
+
+IGNORE = -100  # torch's ignore_index
+
+
+class UniMuRProcessor(ProcessorMixin):
+    r"""
+    Serialises text and images for a [`UniMuRModel`].
+
+    A context becomes `BOS turn \n turn … [RET]`, without a space before `[RET]`, as trained; the parts of a turn follow
+    each other directly, and an image becomes `n_visual_tokens` copies of `<image>`. `BOS` is there where the LLM's own
+    tokenizer puts one. Text is never read as a special token, whatever it contains.
+
+    Args:
+        image_processor: CLIP's.
+        tokenizer: the LLM's; `[RET]` and `<image>` are added to it where absent. The LLM's table is not resized.
+        clip_tokenizer: CLIP's, kept in the subfolder `clip_tokenizer`.
+        n_visual_tokens (`int`): as in the model's config.
+        max_length (`int`): positions of the LLM, in tokens.
+        max_image_pixels (`int`): an image of more is refused before it is decoded.
+
+    Raises:
+        ValueError: `clip_tokenizer` is not CLIP's, which is what a checkpoint without that subfolder gives.
+    """
+
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        clip_tokenizer,
+        n_visual_tokens: int = 1,
+        max_length: int = 2048,
+        max_image_pixels: int = 50_000_000,
+        ret_token: str = "[RET]",
+        image_token: str = "<image>",
+        **kwargs,
+    ):
+        if "CLIP" not in type(clip_tokenizer).__name__:
+            raise ValueError(
+                f"clip_tokenizer is a {type(clip_tokenizer).__name__}, not CLIP's: the checkpoint probably lacks its "
+                "'clip_tokenizer/' folder"
+            )
+        self.n_visual_tokens = n_visual_tokens
+        self.max_length = max_length
+        self.max_image_pixels = max_image_pixels
+        self.ret_token, self.image_token = ret_token, image_token
+        tokenizer.add_tokens([ret_token, image_token], special_tokens=True)
+        super().__init__(image_processor, tokenizer, clip_tokenizer, **kwargs)
+        self.ret_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids([ret_token, image_token])
+        bos = tokenizer.bos_token_id
+        self._prefix = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        self._separator = "\n"
+
+    # What a model reads
+
+    def contexts(self, dialogues: Sequence[Any]) -> BatchFeature:
+        """
+        Dialogues ending in `[RET]`.
+
+        Args:
+            dialogues: each as [`parse_dialogue`] takes it.
+
+        Returns:
+            `input_ids`, `attention_mask` `(n, length)` int64, right-padded; where there are images also
+            `pixel_values` `(i, 3, h, w)` float32 and `image_indices` `(i,)`, the images in the order of their slots.
+
+        Raises:
+            ValueError: the item and what is wrong with it.
+
+        A dialogue beyond `max_length` loses its oldest turns, then the oldest parts of what remains; a warning says how
+        many. `[RET]` always stays.
+        """
+        if not dialogues:
+            raise ValueError("no dialogues given")
+        images: list = []
+        rows = []
+        for item, dialogue in enumerate(dialogues):
+            try:
+                turns = parse_dialogue(dialogue)
+                row, kept = self._serialise(turns, end=[self.ret_token_id], item=item)
+                images += [self.decode(image) for image in kept]
+            except ValueError as error:
+                raise ValueError(f"dialogue {item}: {error}") from error
+            rows.append(row)
+        batch = self._pad(rows)
+        if images:
+            batch["pixel_values"] = self.pixels(images)
+            batch["image_indices"] = torch.arange(len(images))
+        return BatchFeature(batch)
+
+    def texts(self, texts: Sequence[str], *, end_with_ret: bool = True) -> BatchFeature:
+        """Candidate texts for the LLM: `input_ids`, `attention_mask` `(n, length)`; with `[RET]` at the end or without."""
+        self._check_texts(texts)
+        end = [self.ret_token_id] if end_with_ret else []
+        return BatchFeature(self._pad([self._serialise([[t]], end=end, item=i)[0] for i, t in enumerate(texts)]))
+
+    def clip_texts(self, texts: Sequence[str]) -> BatchFeature:
+        """
+        Texts for CLIP's text encoder: `clip_input_ids`, `clip_attention_mask` `(n, length)`.
+
+        Texts beyond CLIP's positions keep their beginning; a warning counts them.
+        """
+        self._check_texts(texts)
+        limit = min(self.clip_tokenizer.model_max_length, 77)
+        rows = self.clip_tokenizer(list(texts), truncation=False)["input_ids"]
+        long = sum(len(row) > limit for row in rows)
+        if long:
+            logger.warning(f"{long} of {len(rows)} texts exceed CLIP's {limit} positions; their beginning is kept")
+            rows = [row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in rows]
+        batch = _pad(rows, self.clip_tokenizer.pad_token_id)
+        return BatchFeature({"clip_input_ids": batch["input_ids"], "clip_attention_mask": batch["attention_mask"]})
+
+    def pixels(self, images: Sequence[Any]) -> torch.Tensor:
+        """CLIP's preprocessing of images: `(n, 3, h, w)` float32. Raises `ValueError` naming a bad image."""
+        decoded = []
+        for item, image in enumerate(images):
+            try:
+                decoded.append(self.decode(image))
+            except ValueError as error:
+                raise type(error)(*_prefixed(error, f"image {item}: ")) from error
+        return self.image_processor(decoded, return_tensors="pt")["pixel_values"]
+
+    def decode(self, image: Any):
+        """One untrusted image as an RGB `PIL.Image`, within `max_image_pixels`."""
+        return decode_image(image, max_pixels=self.max_image_pixels)
+
+    def pairs(self, images: Sequence[Any] | None, captions: Sequence[str]) -> BatchFeature:
+        """A training batch of caption pairs (see `documents`); `images=None` where their features are cached."""
+        items = [
+            {"document": [[i, caption]], "context": [[caption]], "image": i, "text": caption}
+            for i, caption in enumerate(captions)
+        ]
+        return self.documents(items, images)
+
+    def documents(self, items: Sequence[dict], images: Sequence[Any] | None) -> BatchFeature:
+        """
+        A training batch, of caption pairs or of interleaved documents.
+
+        Args:
+            items: `document`: turns whose elements are texts and, for images, indices into `images`; eq. 1-2 are over
+                its texts after the first image. `context`: turns likewise; e_t is read at the `[RET]` that ends it.
+                `image` (index or `None`) and `text` (or `None`): what eq. 3-6 align e_t with.
+            images: decodable images, each once; `None` where features are cached (the caller adds them).
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels`, `image_indices`: the documents and the images of their slots;
+            `ret_input_ids`, `ret_attention_mask`, `ret_image_indices`: the contexts; `image_rows`, `target_indices`:
+            which contexts have a target image, and which; `text_rows`, `clip_input_ids`, `clip_attention_mask`: the
+            same for target texts; `pixel_values`.
+        """
+        rows, labels, slots, ret_rows, ret_slots = [], [], [], [], []
+        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        for i, item in enumerate(items):
+            row, kept = self._serialise(item["document"], end=eos, item=i)
+            first = row.index(self.image_token_id) if self.image_token_id in row else len(row)
+            labels.append([t if p > first and t != self.image_token_id else IGNORE for p, t in enumerate(row)])
+            rows.append(row)
+            slots += kept
+            row, kept = self._serialise(item["context"], end=[self.ret_token_id], item=i)
+            ret_rows.append(row)
+            ret_slots += kept
+        batch = self._pad(rows)
+        batch["labels"] = _pad(labels, IGNORE)["input_ids"]
+        batch |= {f"ret_{key}": value for key, value in self._pad(ret_rows).items()}
+        batch["image_indices"], batch["ret_image_indices"] = (torch.tensor(s, dtype=torch.long) for s in (slots, ret_slots))
+        with_image = [i for i, item in enumerate(items) if item["image"] is not None]
+        with_text = [i for i, item in enumerate(items) if item["text"] is not None]
+        batch["image_rows"] = torch.tensor(with_image, dtype=torch.long)
+        batch["target_indices"] = torch.tensor([items[i]["image"] for i in with_image], dtype=torch.long)
+        batch["text_rows"] = torch.tensor(with_text, dtype=torch.long)
+        if with_text:
+            batch |= self.clip_texts([items[i]["text"] for i in with_text])
+        if images is not None:
+            batch["pixel_values"] = self.pixels(images)
+        return BatchFeature(batch)
+
+    def __call__(self, dialogues: Any = None, images: Any = None, texts: Any = None, **kwargs) -> BatchFeature:
+        """Tensors of exactly one of `dialogues` (a list), candidate `images` or candidate `texts`."""
+        given = [name for name, value in (("dialogues", dialogues), ("images", images), ("texts", texts)) if value is not None]
+        if len(given) != 1 or kwargs:
+            raise ValueError(f"give exactly one of dialogues, images or texts, got {given + list(kwargs)}")
+        if dialogues is not None:
+            return self.contexts(dialogues)
+        return self.texts(texts) if images is None else BatchFeature({"pixel_values": self.pixels(images)})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what turns candidates into tensors: a pool made by another preprocessing is refused by it."""
+        parts = {
+            "image_processor": {k: v for k, v in self.image_processor.to_dict().items() if not k.startswith("_")},
+            "tokenizers": [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.clip_tokenizer)],
+            "own": [self.max_length, self.ret_token, self.image_token, self._prefix],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    # Serialisation
+
+    def _serialise(self, turns: list[Turn], *, end: list[int], item: int) -> tuple[list[int], list]:
+        """Turns as ids with their images in order, within `max_length`."""
+        room = self.max_length - len(self._prefix) - len(end)
+        units = self._units(turns)
+        if _length(units) > room:
+            # The fewest oldest turns whose loss makes the rest fit, found by bisection: tokens only grow with turns.
+            low, high = 1, len(turns) - 1
+            while low < high:
+                middle = (low + high) // 2
+                if _length(self._units(turns[middle:])) <= room:
+                    high = middle
+                else:
+                    low = middle + 1
+            dropped = min(low, len(turns) - 1)
+            units = self._units(turns[dropped:])
+            cut = 0
+            while _length(units) > room:
+                units.pop(0)
+                cut += 1
+            logger.warning(
+                f"item {item} exceeds the LLM's {self.max_length} positions: its {dropped} oldest turns and {cut} "
+                "tokens or images of the next were left out"
+            )
+        ids, images = list(self._prefix), []
+        for unit in units:
+            if isinstance(unit, list):
+                ids += [self.image_token_id] * self.n_visual_tokens
+                images += unit
+            else:
+                ids.append(unit)
+        return ids + end, images
+
+    def _units(self, turns: list[Turn]) -> list:
+        """Token ids and, for each image, a one-element list and its slots' length."""
+        flat: list = []
+        for position, turn in enumerate(turns):
+            for element in ([self._separator] if position else []) + list(turn):
+                if isinstance(element, str) and flat and isinstance(flat[-1], str):
+                    flat[-1] += element
+                else:
+                    flat.append(element)
+        units: list = []
+        for element in flat:
+            if isinstance(element, str):
+                units += self.tokenizer(element, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            else:
+                units.append(_Image([element], self.n_visual_tokens))
+        return units
+
+    def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        # The mask hides padding, so any id does where the tokenizer has none.
+        return _pad(rows, self.tokenizer.pad_token_id or 0)
+
+    @staticmethod
+    def _check_texts(texts: Sequence[str]) -> None:
+        if isinstance(texts, str):
+            raise ValueError("expected a list of texts, got one string")
+        for item, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"text {item} is {'empty' if isinstance(text, str) else type(text).__name__}")
+
+
+class _Image(list):
+    """An image among token ids: a one-element list that knows how many positions it takes."""
+
+    def __init__(self, image: list, positions: int):
+        super().__init__(image)
+        self.positions = positions
+
+
+def _length(units: list) -> int:
+    return sum(unit.positions if isinstance(unit, _Image) else 1 for unit in units)
+
+
+def _pad(rows: list[list[int]], value: int) -> dict[str, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _prefixed(error: ValueError, prefix: str) -> tuple:
+    return (prefix + str(error.args[0]), *error.args[1:]) if error.args else (prefix,)

@@ -1,0 +1,82 @@
+"""The two frozen towers of a UniMuR: how an adapter checkpoint finds them, and what identifies a model."""
+
+import hashlib
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
+
+TRAINED = ("W_i2t", "W_t2m", "ret_embedding", "logit_scale")
+# Of the arguments a user gives for the adapter, those that hold for its towers too. Never revision or subfolder: each
+# tower has its own.
+SHARED_ARGUMENTS = ("dtype", "device_map", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
+def load_towers(config, **kwargs) -> tuple[PreTrainedModel, CLIPModel]:
+    """
+    Loads the towers that an adapter's config names, at the revisions it names.
+
+    Args:
+        config ([`UniMuRConfig`]): of an adapter checkpoint.
+        kwargs: those of `SHARED_ARGUMENTS`.
+
+    Raises:
+        OSError: a tower is not there; the message says which, and how to point elsewhere.
+    """
+    if config._attn_implementation is not None:
+        kwargs["attn_implementation"] = config._attn_implementation
+    towers = []
+    for cls, part in ((AutoModelForCausalLM, "text_model"), (CLIPModel, "clip_model")):
+        name = getattr(config, f"{part}_name_or_path")
+        revision = getattr(config, f"{part}_revision") or "main"
+        try:
+            towers.append(cls.from_pretrained(name, revision=revision, **kwargs))
+        except OSError as error:
+            raise OSError(
+                f"this adapter checkpoint needs its base {part} {name!r} at revision {revision!r}, which could not be "
+                f"loaded. Pass {part}_name_or_path=... (and {part}_revision=...) to from_pretrained if it lies "
+                f"elsewhere. The cause: {error}"
+            ) from error
+    return tuple(towers)
+
+
+def check_widths(model) -> None:
+    """Refuses towers whose widths are not those of the maps, which would otherwise fail late or not at all."""
+    config = model.config
+    table = model.language_model.get_input_embeddings().weight
+    expected = {
+        "W_i2t.weight": (config.n_visual_tokens * table.shape[1], config.image_feature_width),
+        "W_t2m.weight": (model.clip.projection_dim, table.shape[1]),
+        "ret_embedding": (table.shape[1],),
+    }
+    for name, shape in expected.items():
+        found = tuple(model.get_parameter(name).shape)
+        if found != shape:
+            raise ValueError(
+                f"{name} of the checkpoint has shape {found}, but the towers "
+                f"{config.text_model_name_or_path!r} and {config.clip_model_name_or_path!r} need {shape}: "
+                "these are not the towers it was trained with"
+            )
+
+
+def non_finite_tensors(module: nn.Module) -> list[str]:
+    """Names of parameters that hold NaN or infinity."""
+    return [name for name, tensor in module.named_parameters() if not bool(torch.isfinite(tensor).all())]
+
+
+def digest(parameters, *, head: int | None = None) -> str:
+    """
+    16 hexadecimal digits over named parameters.
+
+    Args:
+        parameters: `(name, tensor)` pairs.
+        head: take only so many leading values of each, rounded to bfloat16, so that a large tower costs little and is
+            the same tower when it is loaded in another precision.
+    """
+    state = hashlib.sha256()
+    for name, tensor in sorted(parameters, key=lambda item: item[0]):
+        values = tensor.detach().flatten()[:head]
+        values = values.to("cpu", torch.float32) if head is None else values.to("cpu", torch.bfloat16).float()
+        state.update(f"{name}{tuple(tensor.shape)}".encode())
+        state.update(values.numpy().tobytes())
+    return state.hexdigest()[:16]

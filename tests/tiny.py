@@ -1,0 +1,128 @@
+"""
+Small random towers in folders laid out like Hub repositories.
+
+    python -m tests.tiny --out runs/tiny --text-vocab DIR --clip-vocab DIR
+
+makes `runs/tiny/text` (a GPT-2) and `runs/tiny/clip` around real vocabularies (vocab.json and merges.txt).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from modeling_unimur import UniMuRModel, UniMuRProcessor
+
+SENTENCES = ["a panda in a red hat eats bamboo", "show me a dog on the beach", "what does it look like?", "thanks!"]
+LETTERS = sorted({c for c in map(chr, range(33, 127))} | {"Ġ", "Ċ"})
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def text_tokenizer(bos: bool = True) -> GPT2Tokenizer:
+    """A letter-level tokenizer laid out as OPT's: `<s>` 0, `<pad>` 1, `</s>` 2, with BOS `</s>` in front."""
+    vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *LETTERS])}
+    return GPT2Tokenizer(
+        vocab=vocab, merges=[], bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", add_bos_token=bos
+    )
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = [letter for letter in LETTERS if letter not in "ĠĊ"]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def text_model(kind: str, vocab_size: int):
+    """`opt`, `opt-350m` (projected embeddings, post-norm), `gpt2`, `llama` or `qwen2`; d = 32 (16 for `opt-350m`)."""
+    ids = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "vocab_size": vocab_size}
+    gqa = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    opt = {k: v for k, v in SMALL.items() if k != "intermediate_size"} | {"ffn_dim": 64, "max_position_embeddings": 128}
+    makers = {
+        "opt": lambda: OPTForCausalLM(OPTConfig(**opt, **ids, word_embed_proj_dim=32)),
+        "opt-350m": lambda: OPTForCausalLM(
+            OPTConfig(**opt, **ids, word_embed_proj_dim=16, do_layer_norm_before=False)
+        ),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **ids)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**gqa, **ids)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**gqa, **ids)),
+    }
+    model = makers[kind]()
+    for parameter in model.parameters():  # the usual 0.02 leaves so small a model almost blind to its input
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def clip_model(vocab_size: int, eos: int, image_size: int = 32, width: int = 32) -> CLIPModel:
+    tower = {**SMALL, "hidden_size": width, "intermediate_size": 2 * width}
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": vocab_size, "eos_token_id": eos, "bos_token_id": eos - 1, "pad_token_id": eos},
+        vision_config={**tower, "image_size": image_size, "patch_size": image_size // 4},
+        projection_dim=24,
+    )
+    return CLIPModel(config).eval()
+
+
+def image_processor(size: int = 32) -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def make_towers(folder: Path, kind: str = "opt", seed: int = 0) -> tuple[Path, Path]:
+    """Both towers with their tokenizers, in `folder/text` and `folder/clip`."""
+    torch.manual_seed(seed)
+    text, clip = folder / "text", folder / "clip"
+    tokenizer, clip_words = text_tokenizer(), clip_tokenizer()
+    text_model(kind, len(tokenizer)).save_pretrained(text)
+    tokenizer.save_pretrained(text)
+    clip_model(len(clip_words), clip_words.eos_token_id).save_pretrained(clip)
+    clip_words.save_pretrained(clip)
+    image_processor().save_pretrained(clip)
+    return text, clip
+
+
+def make_processor(n_visual_tokens: int = 2, **kwargs) -> UniMuRProcessor:
+    kwargs = {"max_length": 128, **kwargs}
+    return UniMuRProcessor(image_processor(), text_tokenizer(), clip_tokenizer(), n_visual_tokens, **kwargs)
+
+
+def make_model(folder: Path, kind: str = "opt", seed: int = 0, **fields) -> UniMuRModel:
+    """An untrained adapter-style UniMuR over tiny towers in `folder`."""
+    text, clip = make_towers(folder, kind, seed)
+    model = UniMuRModel.from_pretrained_towers(text, clip, make_processor(fields.pop("n_visual_tokens", 2)), **fields)
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--out", "--text-vocab", "--clip-vocab"):
+        parser.add_argument(name, type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = GPT2Tokenizer.from_pretrained(arguments.text_vocab)
+    config = GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=256, vocab_size=len(tokenizer))
+    GPT2LMHeadModel(config).save_pretrained(arguments.out / "text")
+    tokenizer.save_pretrained(arguments.out / "text")
+    words = CLIPTokenizer.from_pretrained(arguments.clip_vocab)
+    clip_model(len(words), words.eos_token_id, image_size=64, width=64).save_pretrained(arguments.out / "clip")
+    words.save_pretrained(arguments.out / "clip")
+    image_processor(64).save_pretrained(arguments.out / "clip")
+    print(f"random towers in {arguments.out / 'text'} and {arguments.out / 'clip'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Interleaved documents as training rows: a dialogue whose context may show images, and the reply it leads to."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from torch.utils.data import Dataset
+
+
+class InterleavedDocuments(Dataset):
+    """
+    Dialogues of the one schema as rows for [`train.collate.PairCollator`].
+
+    They go beyond the paper's caption pairs: the context (texts and images) is aligned with its reply, so that both
+    maps learn from images that stand inside a conversation.
+
+    Args:
+        dialogues: rows with `dialogue_id`, `turns`, `target_turn` and `gold`; the context is `turns[:target_turn]`,
+            the targets are the first of `gold["text_ids"]` and of `gold["image_ids"]` (the first-image rule).
+        texts: text id -> text.
+        images: rows with `id` and either `image` or cached `image_features` and `image_embeds`.
+
+    Raises:
+        ValueError: a dialogue refers to an id that is not in its table.
+    """
+
+    def __init__(self, dialogues: Sequence[dict], texts: dict[str, str], images: datasets.Dataset):
+        self.dialogues, self.texts, self.images = dialogues, texts, images
+        self._rows = {image_id: row for row, image_id in enumerate(images["id"])}
+        for dialogue in dialogues:
+            wanted = {e["image_id"] for t in dialogue["turns"] for e in t["elements"] if e["type"] == "image"}
+            for kind, ids, table in (("image", wanted, self._rows), ("text", dialogue["gold"]["text_ids"], texts)):
+                for missing in set(ids) - table.keys():
+                    raise ValueError(f"dialogue {dialogue['dialogue_id']!r} refers to the {kind} {missing!r}, which is missing")
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`id`, `context` (turns of texts and image ids in a one-element tuple), `text`, `image`, `images` (id -> row)."""
+        dialogue = self.dialogues[index]
+        gold = dialogue["gold"]
+        target = gold["image_ids"][0] if gold["image_ids"] else None
+        context = [
+            [e["text"] if e["type"] == "text" else (e["image_id"],) for e in turn["elements"]]
+            for turn in dialogue["turns"][: dialogue["target_turn"]]
+        ]
+        shown = {e[0] for turn in context for e in turn if isinstance(e, tuple)} | ({target} - {None})
+        return {
+            "id": dialogue["dialogue_id"],
+            "context": context,
+            "text": self.texts[gold["text_ids"][0]] if gold["text_ids"] else None,
+            "image": target,
+            "images": {image_id: self.images[self._rows[image_id]] for image_id in sorted(shown)},
+        }

@@ -1,0 +1,198 @@
+"""
+Trains UniMuR's two linear maps.
+
+    python train/run.py                                       the miniature (train/configs/miniature.yaml)
+    python train/run.py my.yaml                               a configuration
+    python train/run.py --config my.yaml --learning_rate 1e-3 a configuration, with changes
+    accelerate launch train/run.py --config train/configs/opt-6.7b.yaml --train_data DIR
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a folder of the repository, not a package
+
+import yaml  # noqa: E402
+from torch.utils.data import ConcatDataset  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPTokenizer, HfArgumentParser, set_seed  # noqa: E402, I001
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor  # noqa: E402
+from train.collate import PairCollator, SkipCounter  # noqa: E402
+from train.data import load_pairs, streamed_length  # noqa: E402
+from train.features import cache_image_features  # noqa: E402
+from train.trainer import UniMuRTrainer, UniMuRTrainingArguments  # noqa: E402
+
+logger = logging.get_logger("train")
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class ModelArguments:
+    """The towers and what the paper leaves open; see `UniMuRConfig` for the meaning of each field."""
+
+    text_model: str | None = field(default=None, metadata={"help": "The frozen LLM: a folder or a Hub name."})
+    clip_model: str | None = field(default=None, metadata={"help": "The frozen CLIP: a folder or a Hub name."})
+    text_model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
+    clip_model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the towers: auto, bfloat16, float16 or float32."})
+    ret_init: str | None = field(default=None, metadata={"help": "Token that [RET] starts from; the mean row by default."})
+    n_visual_tokens: int = UniMuRConfig.n_visual_tokens
+    image_feature: str = UniMuRConfig.image_feature
+    text_candidates: str = UniMuRConfig.text_candidates
+    text_target: str = UniMuRConfig.text_target
+    text_target_reduction: str = UniMuRConfig.text_target_reduction
+    text_matching: str = UniMuRConfig.text_matching
+    margin: float = UniMuRConfig.margin
+    lambda1: float = UniMuRConfig.lambda1
+    lambda2: float = UniMuRConfig.lambda2
+    temperature: float = UniMuRConfig.temperature
+    learn_temperature: bool = UniMuRConfig.learn_temperature
+    train_ret_embedding: bool = UniMuRConfig.train_ret_embedding
+
+    def config_fields(self) -> dict:
+        own = {f.name for f in fields(self)} - {"text_model", "clip_model", "dtype", "ret_init", "n_visual_tokens"}
+        return {name: getattr(self, name) for name in own}
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    train_data: str | None = field(
+        default=None,
+        metadata={"help": "'miniature', or an image folder with metadata, tar shards, or a CC3M tsv (see train/data.py)."},
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "Images of a tsv."})
+    caption: str = field(
+        default="random", metadata={"help": "An image's caption in an epoch.", "choices": ["random", "first"]}
+    )
+    interleaved: bool = field(
+        default=False, metadata={"help": "Add interleaved documents to the pairs (beyond the paper; the miniature has them)."}
+    )
+    cache_features: bool = field(default=False, metadata={"help": "Run CLIP's visual tower once per image, before training."})
+    save_towers: bool = field(default=False, metadata={"help": "Also save the towers: a full, self-contained checkpoint."})
+    evaluate_pairs: int = field(
+        default=1000, metadata={"help": "At the end, caption-to-image recall over so many training pairs; 0: none."}
+    )
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, UniMuRTrainingArguments]:
+    """Arguments from a yaml, flags, or both; flags win. Without any, the miniature's yaml."""
+    argv = list(argv) or ["--config", str(CONFIGS / "miniature.yaml")]
+    if argv[0].endswith((".yaml", ".yml")):
+        argv.insert(0, "--config")
+    values = []
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise ValueError("--config needs the path of a yaml file")
+        path = argv[at + 1]
+        del argv[at : at + 2]
+        given = yaml.safe_load(Path(path).read_text()) or {}
+        for name, value in given.items():
+            if isinstance(value, list):
+                values += [f"--{name}", *map(str, value)]
+            else:
+                values.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    parser = HfArgumentParser((ModelArguments, DataArguments, UniMuRTrainingArguments))
+    return parser.parse_args_into_dataclasses(args=values + argv)
+
+
+def make_processor(model_args: ModelArguments) -> UniMuRProcessor:
+    """The processor of two towers: CLIP's preprocessing and both tokenizers."""
+    config = AutoConfig.from_pretrained(model_args.text_model, revision=model_args.text_model_revision)
+    clip = {"pretrained_model_name_or_path": model_args.clip_model, "revision": model_args.clip_model_revision or "main"}
+    return UniMuRProcessor(
+        CLIPImageProcessor.from_pretrained(**clip),
+        AutoTokenizer.from_pretrained(model_args.text_model, revision=model_args.text_model_revision),
+        CLIPTokenizer.from_pretrained(**clip),
+        n_visual_tokens=model_args.n_visual_tokens,
+        max_length=config.max_position_embeddings,
+    )
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs a training; returns its summary (also written to `output_dir/train_results.json`)."""
+    model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
+    logging.set_verbosity_info()
+    set_seed(args.seed)
+    documents = None
+    if data_args.train_data is None:
+        raise ValueError("--train_data is missing: a folder or file of image-caption pairs, or 'miniature'")
+    if data_args.train_data == "miniature":
+        from train.miniature import prepare
+
+        with args.main_process_first(desc="the miniature"):
+            world = prepare(args.output_dir, args.seed)
+        pairs, model_args.text_model, model_args.clip_model = world.pairs, world.text_model, world.clip_model
+        documents = world.documents if data_args.interleaved else None
+    else:
+        if data_args.interleaved:
+            raise ValueError("--interleaved needs documents, which only the miniature has so far")
+        pairs = load_pairs(data_args.train_data, image_folder=data_args.image_folder)
+    for name in ("text_model", "clip_model"):
+        if getattr(model_args, name) is None:
+            raise ValueError(f"--{name} is missing: a folder or a Hub name such as facebook/opt-6.7b")
+    streamed = not hasattr(pairs, "__len__")
+    if streamed and args.max_steps <= 0:
+        args.max_steps = _steps(streamed_length(data_args.train_data), args)
+
+    model = UniMuRModel.from_pretrained_towers(
+        model_args.text_model, model_args.clip_model, make_processor(model_args),
+        ret_init=model_args.ret_init, dtype=model_args.dtype, **model_args.config_fields(),
+    )  # fmt: skip
+    skips = SkipCounter()
+    if data_args.cache_features:
+        if streamed:
+            raise ValueError("--cache_features needs data with a length; shards are streamed")
+        model.to(args.device)
+        pairs = cache_image_features(pairs, model, skips)
+        if documents is not None:
+            documents.use_images(cache_image_features(documents.images, model, skips))
+        skips.check(args.max_bad_share)
+    trainer = UniMuRTrainer(
+        model=model,
+        args=args,
+        train_dataset=pairs if documents is None else ConcatDataset([pairs, documents]),
+        data_collator=PairCollator(model.processor, caption=data_args.caption, seed=args.seed),
+    )
+    trainer.skips = skips
+    resume = args.resume_from_checkpoint
+    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if resume == "last" else resume)
+    checkpoint = str(Path(args.output_dir) / "checkpoint")
+    if trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(checkpoint, with_towers=data_args.save_towers)
+    trainer.accelerator.wait_for_everyone()
+
+    summary = {
+        "checkpoint": checkpoint, "steps": trainer.state.global_step, "loss": result.training_loss,
+        "processes": trainer.accelerator.num_processes, "pairs_seen": trainer.skips.seen,
+        "skipped": dict(trainer.skips.counts), "log": trainer.state.log_history,
+    }  # fmt: skip
+    if trainer.is_world_process_zero():
+        if data_args.evaluate_pairs and not data_args.cache_features:
+            from benchmarks.pairs import caption_to_image_recall
+
+            # The saved checkpoint is what users load, so it is what is measured.
+            reloaded = UniMuRModel.from_pretrained(checkpoint).to(args.device)
+            summary["caption_to_image"] = caption_to_image_recall(reloaded, pairs, data_args.evaluate_pairs)
+        (Path(args.output_dir) / "train_results.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(trainer.skips)
+        for name, value in summary.get("caption_to_image", {}).items():
+            print(f"caption to image, {name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
+        print(f"checkpoint: {checkpoint}")
+    return summary
+
+
+def _steps(pairs: int | None, args: UniMuRTrainingArguments) -> int:
+    if pairs is None:
+        raise ValueError("these shards have no _stats.json that counts their pairs: give --max_steps")
+    return max(1, int(pairs * args.num_train_epochs // (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The Trainer: eq. 7 jointly or in alternating steps, each loss logged beside the sum, bad pairs counted."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from train.collate import SkipCounter
+
+logger = logging.get_logger(__name__)
+
+CAPTIONING = ("input_ids", "attention_mask", "labels", "image_indices")
+MATCHING = ("ret_input_ids", "ret_attention_mask", "ret_image_indices", "image_rows", "target_indices", "text_rows",
+            "clip_input_ids", "clip_attention_mask", "text_embeds")  # fmt: skip
+
+
+@dataclass
+class UniMuRTrainingArguments(TrainingArguments):
+    """transformers' arguments with the paper's defaults (Section 4.1): Adam at 2e-4, 100 warm-up steps, 5 epochs."""
+
+    output_dir: str = field(default="runs/unimur", metadata={"help": "Where checkpoints and results go."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of Adam."})
+    warmup_steps: float = field(default=100, metadata={"help": "Steps of linear warm-up."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Zero makes AdamW the paper's Adam."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the rows' own columns."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    schedule: str = field(
+        default="joint",
+        metadata={"help": "joint: eq. 7 as one sum. alternating: L_cap and the matching losses in turn, step by step.",
+                  "choices": ["joint", "alternating"]},
+    )  # fmt: skip
+    max_bad_share: float = field(
+        default=0.05, metadata={"help": "Stop when more than this share of the pairs seen is broken."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.schedule == "alternating" and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # each step leaves out one of the maps
+
+
+class UniMuRTrainer(Trainer):
+    """
+    transformers' Trainer over batches of [`train.collate.PairCollator`].
+
+    `skips` counts the pairs left out so far; it is checked against `max_bad_share` at every log and at the end.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.skips = SkipCounter()
+        self._parts: dict[str, torch.Tensor] = {}
+        self._images, self._since = 0, time.perf_counter()
+        if hasattr(self.data_collator, "epoch"):
+            self.add_callback(_EpochToCollator(self.data_collator))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.skips.update(inputs.pop("skipped"), inputs.pop("n_seen"))
+        self._images += len(inputs["ret_input_ids"])
+        if self.args.schedule == "alternating":
+            left_out = MATCHING if self.state.global_step % 2 == 0 else CAPTIONING
+            inputs = {key: value for key, value in inputs.items() if key not in left_out}
+        outputs = model(**inputs)
+        for name in ("loss_cap", "loss_vm", "loss_tm"):
+            if outputs[name] is not None:
+                # Kept on the device: reading it here would make the host wait for every step.
+                total, count = self._parts.get(name, (0.0, 0))
+                self._parts[name] = (total + outputs[name].detach(), count + 1)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs, start_time=None):
+        if self._parts:
+            for name, (total, count) in self._parts.items():
+                logs[name] = self.accelerator.reduce(total / count, "mean").item()
+            elapsed = time.perf_counter() - self._since
+            logs["images_per_second"] = round(self._images * self.accelerator.num_processes / elapsed, 1)
+            self._parts, self._images, self._since = {}, 0, time.perf_counter()
+            self.skips.check(self.args.max_bad_share)
+        super().log(logs, start_time)
+
+    def train(self, *args, **kwargs):
+        self._since = time.perf_counter()
+        result = super().train(*args, **kwargs)
+        for other in gather_object([(self.skips.counts, self.skips.seen)])[1:]:
+            if self.accelerator.is_main_process:
+                self.skips.update(*other)
+        self.skips.check(self.args.max_bad_share)
+        if self.skips.seen and self.accelerator.is_main_process:
+            logger.info(str(self.skips))
+        return result
+
+
+class _EpochToCollator(TrainerCallback):
+    """Tells the collator the epoch, from which it draws a caption per image."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch = int(state.epoch or 0)
