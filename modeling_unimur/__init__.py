@@ -1,10 +1,15 @@
 """UniMuR: unified embeddings for multimodal retrieval via frozen LLMs."""
 
+from transformers import AutoModel, AutoProcessor
+
 from .configuration_unimur import UniMuRConfig
 from .modeling_unimur import UniMuRModel, UniMuROutput
 from .pool_unimur import Candidate, CandidatePool, Retrieval
 from .processing_unimur import UniMuRProcessor
 
+# With this package installed, transformers' Auto classes need no remote code.
+AutoModel.register(UniMuRConfig, UniMuRModel, exist_ok=True)
+AutoProcessor.register(UniMuRConfig, UniMuRProcessor, exist_ok=True)
 # What save_pretrained writes then loads elsewhere with trust_remote_code, without this package.
 UniMuRConfig.register_for_auto_class()
 UniMuRModel.register_for_auto_class("AutoModel")

@@ -128,3 +128,7 @@ class UniMuRConfig(PreTrainedConfig):
     def embedding_width(self) -> int:
         """q: width of the unified embedding, CLIP's projection."""
         return self.clip_config.projection_dim
+
+
+# transformers looks a checkpoint's config up even to load its tokenizer; unregistered, it would ask to run remote code.
+AutoConfig.register(UniMuRConfig.model_type, UniMuRConfig, exist_ok=True)

@@ -25,11 +25,16 @@ class InterleavedDocuments(Dataset):
     """
 
     def __init__(self, dialogues: Sequence[dict], texts: dict[str, str], images: datasets.Dataset):
-        self.dialogues, self.texts, self.images = dialogues, texts, images
+        self.dialogues, self.texts = dialogues, texts
+        self.use_images(images)
+
+    def use_images(self, images: datasets.Dataset) -> None:
+        """Takes another table of images, such as their cached features; it must hold every id the dialogues name."""
+        self.images = images
         self._rows = {image_id: row for row, image_id in enumerate(images["id"])}
-        for dialogue in dialogues:
+        for dialogue in self.dialogues:
             wanted = {e["image_id"] for t in dialogue["turns"] for e in t["elements"] if e["type"] == "image"}
-            for kind, ids, table in (("image", wanted, self._rows), ("text", dialogue["gold"]["text_ids"], texts)):
+            for kind, ids, table in (("image", wanted, self._rows), ("text", dialogue["gold"]["text_ids"], self.texts)):
                 for missing in set(ids) - table.keys():
                     raise ValueError(f"dialogue {dialogue['dialogue_id']!r} refers to the {kind} {missing!r}, which is missing")
 

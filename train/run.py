@@ -118,7 +118,6 @@ def make_processor(model_args: ModelArguments) -> UniMuRProcessor:
 def main(argv: list[str] | None = None) -> dict:
     """Runs a training; returns its summary (also written to `output_dir/train_results.json`)."""
     model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
-    logging.set_verbosity_info()
     set_seed(args.seed)
     documents = None
     if data_args.train_data is None:
@@ -183,7 +182,7 @@ def main(argv: list[str] | None = None) -> dict:
         (Path(args.output_dir) / "train_results.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(trainer.skips)
         for name, value in summary.get("caption_to_image", {}).items():
-            print(f"caption to image, {name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
+            print(f"caption to image, {name}: {value:.1f} %" if isinstance(value, float) else f"{name}: {value}")
         print(f"checkpoint: {checkpoint}")
     return summary
 

@@ -1,0 +1,35 @@
+"""Caption-to-image recall of a model on image-caption pairs, over every image as one pool."""
+
+from itertools import islice
+
+import torch
+
+from modeling_unimur import UniMuRModel
+from modeling_unimur.images_unimur import BadImageError
+
+from .ranking import ranks, recall
+
+
+def caption_to_image_recall(model: UniMuRModel, pairs, limit: int) -> dict[str, float]:
+    """
+    R@1/5/10 in percent of each pair's first caption, as a one-turn dialogue, against the images of all pairs.
+
+    Args:
+        pairs: rows with `image` (undecoded) and `captions`.
+        limit: how many pairs, from the first.
+
+    Returns:
+        `R@1`, `R@5`, `R@10`, `pool` and `left out`, the pairs that could not be read.
+    """
+    images, captions, left_out = [], [], 0
+    for row in islice(pairs, limit):
+        try:
+            if not row["captions"]:
+                raise BadImageError("no caption", "empty_caption")
+            images.append(model.processor.decode(row["image"]))
+            captions.append(row["captions"][0])
+        except BadImageError:
+            left_out += 1
+    scores = model.embed_dialogues(captions, show_progress_bar=True) @ model.embed_images(images, show_progress_bar=True).T
+    found = ranks(scores, torch.arange(len(images)))
+    return {f"R@{k}": recall(found, k) for k in (1, 5, 10)} | {"pool": len(images), "left out": left_out}

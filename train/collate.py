@@ -1,0 +1,123 @@
+"""From rows to training batches: images decoded in one guarded place, broken pairs dropped and counted."""
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling_unimur import UniMuRProcessor
+from modeling_unimur.images_unimur import BadImageError
+
+
+class TooManyBadPairsError(RuntimeError):
+    """More of the pairs are broken than the set share allows."""
+
+
+class SkipCounter:
+    """Counts of pairs seen and of pairs left out by reason."""
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.seen = 0
+
+    def update(self, counts: Mapping[str, int], seen: int) -> None:
+        """Adds a batch's counts."""
+        self.counts.update(counts)
+        self.seen += seen
+
+    @property
+    def share(self) -> float:
+        """Share of the pairs seen that were left out."""
+        return sum(self.counts.values()) / max(self.seen, 1)
+
+    def check(self, max_share: float) -> None:
+        """Raises [`TooManyBadPairsError`] where more than `max_share` of the pairs were left out."""
+        if self.share > max_share:
+            raise TooManyBadPairsError(f"{self}: more than the {max_share:.1%} allowed. Mend the data or raise --max_bad_share")
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common())
+        skipped = sum(self.counts.values())
+        return f"{skipped} of {self.seen} pairs left out ({self.share:.1%})" + (f": {reasons}" if reasons else "")
+
+
+class PairCollator:
+    """
+    Batches of caption pairs and interleaved documents for [`UniMuRModel.forward`].
+
+    Args:
+        processor: the model's.
+        caption: `"random"`, one of an image's captions drawn per epoch, or `"first"`.
+        seed: of that draw.
+
+    A row is a caption pair (`id`, `image`, `captions`) or a document (see [`train.documents.InterleavedDocuments`]),
+    its images undecoded or given as cached `image_features` (c float32) and `image_embeds` (q float32). A row with a bad
+    image or without a caption is dropped; `skipped` counts them by reason and `n_seen` all.
+
+    Raises:
+        TooManyBadPairsError: no row of a batch is usable.
+    """
+
+    def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0):
+        self.processor, self.caption, self.seed = processor, caption, seed
+        self.epoch = 0
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        items, images, skipped = [], [], Counter()
+        for row in rows:
+            item, needed, problem = self._document(row) if "context" in row else self._pair(row)
+            if problem is None:
+                try:
+                    ready = [self._image(image) for image in needed]
+                except BadImageError as error:
+                    problem = error.reason
+            if problem is not None:
+                skipped[problem] += 1
+                continue
+            items.append(_shifted(item, len(images)))
+            images += ready
+        if not items:
+            raise TooManyBadPairsError(f"all {len(rows)} pairs of a batch are broken: {dict(skipped)}")
+        cached = bool(images) and isinstance(images[0], tuple)
+        batch = dict(self.processor.documents(items, None if cached else images))
+        if cached:
+            for name, values in zip(("image_features", "image_embeds"), zip(*images, strict=True), strict=True):
+                batch[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
+        return batch | {"skipped": dict(skipped), "n_seen": len(rows)}
+
+    def _pair(self, row: dict[str, Any]) -> tuple[dict, list, str | None]:
+        captions = [caption for caption in row["captions"] if caption and caption.strip()]
+        if not captions:
+            return {}, [], "empty_caption"
+        at = 0
+        if self.caption == "random":
+            # A hash rather than a generator: the draw is the same in every worker and after a resumed run.
+            at = zlib.crc32(f"{self.seed}-{self.epoch}-{row['id']}".encode()) % len(captions)
+        caption = captions[at].strip()
+        return {"document": [[0, caption]], "context": [[caption]], "image": 0, "text": caption}, [row], None
+
+    def _document(self, row: dict[str, Any]) -> tuple[dict, list, str | None]:
+        names = list(row["images"])
+        context = [[names.index(e[0]) if isinstance(e, tuple) else e for e in turn] for turn in row["context"]]
+        document = [*context, [row["text"]]] if row["text"] else context
+        target = None if row["image"] is None else names.index(row["image"])
+        item = {"document": document, "context": context, "image": target, "text": row["text"]}
+        return item, list(row["images"].values()), None
+
+    def _image(self, row: dict[str, Any]) -> Any:
+        if "image_features" in row:
+            return row["image_features"], row["image_embeds"]
+        return self.processor.decode(row["image"])
+
+
+def _shifted(item: dict[str, Any], by: int) -> dict[str, Any]:
+    """The item with its image indices counted from the batch's first image."""
+
+    def shift(turns):
+        return [[e + by if isinstance(e, int) else e for e in turn] for turn in turns]
+
+    target = None if item["image"] is None else item["image"] + by
+    return item | {"document": shift(item["document"]), "context": shift(item["context"]), "image": target}
