@@ -1,0 +1,53 @@
+"""Offline, one thread a worker, and the fixtures most tests share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import make_model
+
+torch.set_num_threads(1)  # two workers on two cores
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
+KINDS = ("opt", "opt-350m", "gpt2", "llama", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Adapter-style models over tiny random towers, one per kind of LLM; not to be changed by a test."""
+    made = {}
+
+    def get(kind: str = "opt"):
+        if kind not in made:
+            made[kind] = make_model(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A tiny model of the test's own."""
+    return lambda kind="opt", **fields: make_model(tmp_path / "towers", kind, **fields)
+
+
+@pytest.fixture(scope="session")
+def samples():
+    if not SAMPLES.is_dir():
+        pytest.skip("the real samples are not beside this checkout (../shared/samples)")
+    return SAMPLES
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A picture of random blocks, different for each seed."""
+    blocks = Image.new("RGB", (4, 4))
+    rng = random.Random(seed)
+    blocks.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(16)])
+    return blocks.resize(size, Image.NEAREST)

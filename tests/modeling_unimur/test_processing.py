@@ -1,0 +1,159 @@
+"""Dialogues in every form, long ones, and bad ones."""
+
+import logging
+
+import pytest
+import torch
+
+from modeling_unimur.dialogues_unimur import is_batch, parse_dialogue
+from tests.conftest import picture
+from tests.tiny import clip_tokenizer, image_processor, make_processor, text_tokenizer
+
+
+def test_every_form_of_one_dialogue_gives_the_same_ids(tmp_path):
+    processor = make_processor()
+    picture(1).save(tmp_path / "a.png")
+    forms = [
+        ["look", picture(1), "who?"],
+        [tmp_path / "a.png", "x"],
+        [{"role": "user", "content": "look"}, {"role": "assistant", "content": [{"type": "image", "image": picture(1)}]},
+         {"role": "user", "content": [{"type": "text", "text": "who?"}]}],
+        [{"role": "user", "content": "look"}, {"role": "user", "content": [{"type": "image", "path": str(tmp_path / "a.png")}]},
+         "who?"],
+    ]  # fmt: skip
+    ids = [processor.contexts([form])["input_ids"].tolist() for form in forms]
+    assert ids[0] == ids[2] == ids[3] != ids[1]
+
+
+def test_serialisation():
+    processor = make_processor(n_visual_tokens=2)
+    ids = processor.contexts([["ab", picture(1), "c"]])["input_ids"][0].tolist()
+    t = processor.tokenizer.convert_tokens_to_ids
+    image, ret = processor.image_token_id, processor.ret_token_id
+    assert ids == [2, t("a"), t("b"), t("Ċ"), image, image, t("Ċ"), t("c"), ret]
+
+
+def test_text_that_spells_special_tokens_is_text():
+    processor = make_processor()
+    ids = processor.contexts(["a [RET] b <image> </s>"])["input_ids"][0].tolist()
+    assert ids.count(processor.ret_token_id) == 1 and processor.image_token_id not in ids
+    assert ids.count(processor.tokenizer.bos_token_id) == 1
+
+
+def test_no_bos_where_the_tokenizer_puts_none():
+    from modeling_unimur import UniMuRProcessor
+
+    processor = UniMuRProcessor(image_processor(), text_tokenizer(bos=False), clip_tokenizer())
+    assert processor.contexts(["a"])["input_ids"][0].tolist()[0] == processor.tokenizer.convert_tokens_to_ids("a")
+
+
+def test_a_long_dialogue_loses_its_oldest_turns_first(caplog):
+    processor = make_processor(max_length=12)
+    with caplog.at_level(logging.WARNING):
+        ids = processor.contexts([["aaaa", picture(1), "bbbb", "ccc"]])
+    row = ids["input_ids"][0].tolist()
+    t = processor.tokenizer.convert_tokens_to_ids
+    assert row == [2, *[t("b")] * 4, t("Ċ"), *[t("c")] * 3, processor.ret_token_id]
+    assert "pixel_values" not in ids  # the image went with its turn
+    assert "2 oldest turns" in caplog.text
+
+
+def test_a_long_last_turn_keeps_its_end_and_ret(caplog):
+    processor = make_processor(max_length=8)
+    with caplog.at_level(logging.WARNING):
+        row = processor.contexts([["x", "abcdefghij"]])["input_ids"][0].tolist()
+    assert len(row) == 8 and row[-1] == processor.ret_token_id
+    assert row[1:-1] == processor.tokenizer.convert_tokens_to_ids(list("efghij"))
+    assert "1 oldest turns and 4 tokens" in caplog.text
+
+
+def test_a_dialogue_that_fits_exactly_is_whole(caplog):
+    processor = make_processor(max_length=6)
+    row = processor.contexts([["ab", "c"]])["input_ids"][0].tolist()
+    assert len(row) == 6 and not caplog.text
+
+
+def test_caption_batch():
+    processor = make_processor(n_visual_tokens=1)
+    batch = processor.pairs([picture(1), picture(2)], ["ab", "c"])
+    t = processor.tokenizer.convert_tokens_to_ids
+    assert batch["input_ids"][0].tolist() == [2, processor.image_token_id, t("a"), t("b"), 2]
+    assert batch["labels"].tolist() == [[-100, -100, t("a"), t("b"), 2], [-100, -100, t("c"), 2, -100]]
+    assert batch["target_indices"].tolist() == batch["image_indices"].tolist() == [0, 1]
+    assert batch["ret_image_indices"].tolist() == []
+
+
+def test_interleaved_batch_scores_only_what_follows_an_image():
+    processor = make_processor(n_visual_tokens=1)
+    item = {"document": [["a", 1], ["b"]], "context": [["a", 1]], "image": 0, "text": None}
+    other = {"document": [["c"]], "context": [["c"]], "image": None, "text": "d"}
+    batch = processor.documents([item, other], [picture(1), picture(2)])
+    t = processor.tokenizer.convert_tokens_to_ids
+    assert batch["labels"].tolist() == [[-100, -100, -100, t("Ċ"), t("b"), 2], [-100] * 6]
+    assert batch["image_indices"].tolist() == batch["ret_image_indices"].tolist() == [1]
+    assert batch["image_rows"].tolist() == [0] and batch["target_indices"].tolist() == [0]
+    assert batch["text_rows"].tolist() == [1] and len(batch["clip_input_ids"]) == 1
+
+
+def test_long_texts_for_clip_are_cut_and_counted(caplog):
+    processor = make_processor()
+    with caplog.at_level(logging.WARNING):
+        ids = processor.clip_texts(["a" * 200, "b"])["clip_input_ids"]
+    assert ids.shape[1] == 77 and ids[0, -1] == processor.clip_tokenizer.eos_token_id
+    assert "1 of 2 texts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dialogue", "message"),
+    [
+        ([], "empty"),
+        (["hi", " "], "turn 1 is an empty text"),
+        ([{"role": "user", "content": []}], "turn 0"),
+        ([{"role": "user", "content": [{"type": "video", "video": 1}]}], "'video'"),
+        ([{"role": "user", "content": [{"type": "image", "image": "https://example.org/a.png"}]}], "is a URL"),
+        ([3], "turn 0: expected a string, an image"),
+        (3.5, "a dialogue is a string"),
+    ],
+)
+def test_bad_dialogues_say_what_is_wrong(dialogue, message):
+    with pytest.raises(ValueError, match=message):
+        parse_dialogue(dialogue)
+
+
+def test_a_bad_dialogue_of_a_batch_is_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"dialogue 1: .*broken\.png"):
+        make_processor().contexts(["hi", ["see", tmp_path / "broken.png"]])
+
+
+def test_one_or_many():
+    assert is_batch([["a"], ["b"]]) and not is_batch(["a", "b"]) and not is_batch("a") and not is_batch([])
+
+
+@pytest.mark.parametrize("texts", [["a", ""], ["a", "  "], ["a", None]])
+def test_empty_texts_are_named(texts):
+    with pytest.raises(ValueError, match="text 1 is"):
+        make_processor().texts(texts)
+
+
+def test_saved_equals_loaded(tmp_path):
+    from modeling_unimur import UniMuRProcessor
+
+    processor = make_processor(n_visual_tokens=3, max_length=77)
+    processor.save_pretrained(tmp_path)
+    again = UniMuRProcessor.from_pretrained(tmp_path)
+    assert (again.n_visual_tokens, again.max_length, again.ret_token_id) == (3, 77, processor.ret_token_id)
+    assert again.fingerprint == processor.fingerprint
+    a, b = (p.contexts([["hi", picture(1)]]) for p in (processor, again))
+    assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["pixel_values"], b["pixel_values"])
+
+
+def test_a_checkpoint_without_clips_tokenizer_is_refused(tmp_path):
+    import shutil
+
+    from modeling_unimur import UniMuRProcessor
+
+    make_processor().save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "clip_tokenizer")
+    with pytest.raises(ValueError, match="clip_tokenizer/"):
+        UniMuRProcessor.from_pretrained(tmp_path)
