@@ -128,6 +128,7 @@ class UniMuRModel(PreTrainedModel):
         """
         base = UniMuRConfig(text_model_name_or_path=str(text_model), clip_model_name_or_path=str(clip_model), **config_fields)
         text, clip = load_towers(base, dtype=dtype)
+        # Copies: a composite model resets the attention of its sub-configs, which the loaded towers still read.
         config = UniMuRConfig(
             text_config=deepcopy(text.config), clip_config=deepcopy(clip.config), ret_token_id=processor.ret_token_id,
             image_token_id=processor.image_token_id, n_visual_tokens=processor.n_visual_tokens,
@@ -174,8 +175,8 @@ class UniMuRModel(PreTrainedModel):
             fields, self._keys_to_ignore_on_save = kept
             for name, value in fields.items():
                 setattr(self.config, name, value)
-        if self._processor is not None and kwargs.get("is_main_process", True):
-            self._processor.save_pretrained(save_directory)
+        if (self._processor or self._processor_arguments) and kwargs.get("is_main_process", True):
+            self.processor.save_pretrained(save_directory)
 
     @property
     def processor(self) -> UniMuRProcessor:
