@@ -116,8 +116,20 @@ def make_processor(model_args: ModelArguments) -> UniMuRProcessor:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Runs a training; returns its summary (also written to `output_dir/train_results.json`)."""
-    model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
+    """Parses the arguments and trains; see `train`."""
+    return train(*parse(sys.argv[1:] if argv is None else argv))
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: UniMuRTrainingArguments, miniature=None) -> dict:
+    """
+    Trains, saves the checkpoint and measures it.
+
+    Args:
+        miniature: a [`train.miniature.Miniature`] already made; its features are cached in it.
+
+    Returns:
+        The summary that is also written to `output_dir/train_results.json`.
+    """
     set_seed(args.seed)
     documents = None
     if data_args.train_data is None:
@@ -125,10 +137,11 @@ def main(argv: list[str] | None = None) -> dict:
     if data_args.train_data == "miniature":
         from train.miniature import prepare
 
-        with args.main_process_first(desc="the miniature"):
-            world = prepare(args.output_dir, args.seed)
-        pairs, model_args.text_model, model_args.clip_model = world.pairs, world.text_model, world.clip_model
-        documents = world.documents if data_args.interleaved else None
+        if miniature is None:
+            with args.main_process_first(desc="the miniature"):
+                miniature = prepare(args.output_dir, args.seed)
+        pairs, model_args.text_model, model_args.clip_model = miniature.pairs, miniature.text_model, miniature.clip_model
+        documents = miniature.documents if data_args.interleaved else None
     else:
         if data_args.interleaved:
             raise ValueError("--interleaved needs documents, which only the miniature has so far")
@@ -145,14 +158,14 @@ def main(argv: list[str] | None = None) -> dict:
         ret_init=model_args.ret_init, dtype=model_args.dtype, **model_args.config_fields(),
     )  # fmt: skip
     skips = SkipCounter()
-    if data_args.cache_features:
-        if streamed:
-            raise ValueError("--cache_features needs data with a length; shards are streamed")
-        model.to(args.device)
-        pairs = cache_image_features(pairs, model, skips)
-        if documents is not None:
-            documents.use_images(cache_image_features(documents.images, model, skips))
+    if data_args.cache_features and streamed:
+        raise ValueError("--cache_features needs data with a length; shards are streamed")
+    if data_args.cache_features and "image_features" not in pairs.column_names:
+        pairs = cache_image_features(pairs, model.to(args.device), skips)
         skips.check(args.max_bad_share)
+        if miniature is not None:
+            miniature.pairs = pairs
+            miniature.documents.use_images(pairs)
     trainer = UniMuRTrainer(
         model=model,
         args=args,

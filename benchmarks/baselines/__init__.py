@@ -1,0 +1,1 @@
+"""Baselines with the model's own interface: `embed_dialogues`, `embed_images`, `embed_texts`."""

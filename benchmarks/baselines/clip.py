@@ -1,0 +1,55 @@
+"""CLIP alone: a dialogue is its last words, and the mean with its images where it has any."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from modeling_unimur import UniMuRModel
+from modeling_unimur.dialogues_unimur import parse_dialogue
+
+
+class ClipBaseline:
+    """
+    The CLIP inside a [`UniMuRModel`], without the LLM.
+
+    The text of a dialogue beyond CLIP's positions loses its oldest tokens (`truncated` counts those dialogues). Where
+    the dialogue shows images, its embedding is the mean of the normalised text and image embeddings, normalised again.
+    """
+
+    def __init__(self, model: UniMuRModel):
+        self.model = model
+        self.truncated = 0
+
+    def embed_images(self, images: Sequence[Any], **kwargs) -> torch.Tensor:
+        """`(n, q)` float32, L2-normalised."""
+        return self.model.embed_images(images, **kwargs)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 64, **kwargs) -> torch.Tensor:
+        """`(n, q)` float32, L2-normalised, from the last tokens of each text."""
+        tokenizer, parts = self.model.processor.clip_tokenizer, []
+        limit = self.model.clip.config.text_config.max_position_embeddings
+        for start in range(0, len(texts), batch_size):
+            rows = tokenizer(list(texts[start : start + batch_size]))["input_ids"]
+            self.truncated += sum(len(row) > limit for row in rows)
+            rows = [row if len(row) <= limit else row[:1] + row[1 - limit :] for row in rows]
+            batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
+            parts.append(self.model.encode_clip_texts(batch["input_ids"], batch["attention_mask"]).cpu())
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    def embed_dialogues(self, dialogues: Sequence[Any], **kwargs) -> torch.Tensor:
+        """`(n, q)` float32, L2-normalised."""
+        flat = [[element for turn in parse_dialogue(dialogue) for element in turn] for dialogue in dialogues]
+        texts = [" ".join(element for element in elements if isinstance(element, str)) for elements in flat]
+        sums = torch.zeros(len(flat), self.model.config.embedding_width)
+        spoken = [i for i, text in enumerate(texts) if text]
+        if spoken:
+            sums[spoken] = self.embed_texts([texts[i] for i in spoken])
+        shown = [(i, element) for i, elements in enumerate(flat) for element in elements if not isinstance(element, str)]
+        if shown:
+            rows = torch.tensor([i for i, _ in shown])
+            images = torch.zeros_like(sums).index_add_(0, rows, self.embed_images([image for _, image in shown]))
+            sums += F.normalize(images, dim=-1)
+        return F.normalize(sums, dim=-1)

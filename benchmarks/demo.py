@@ -1,0 +1,112 @@
+"""
+The main job end to end: the miniature is made, UniMuR trained on it, evaluated on the test split, and queried.
+
+    python -m benchmarks.demo --seed 0
+"""
+
+import argparse
+import json
+import resource
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from modeling_unimur import Retrieval, UniMuRModel
+from train.miniature import encode, prepare
+from train.run import CONFIGS, parse, train
+
+from .baselines.clip import ClipBaseline
+from .gallery import draw_gallery
+from .miniature import Split, chance, load_split, measure, table
+from .retrieval import context_of
+
+OUTPUT = Path("runs/miniature")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the towers, the training data and the maps")
+    parser.add_argument("--split", default="test", choices=["validation", "test"], help="settings are chosen on validation")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where everything goes")
+    arguments = parser.parse_args()
+    output, seconds = arguments.output, {}
+
+    @contextmanager
+    def stage(name: str):
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    with stage("world and towers"):
+        (output / "towers" / "made.json").unlink(missing_ok=True)  # the demo makes everything anew
+        world = prepare(output, arguments.seed)
+    config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={arguments.seed}"]
+    with stage("maps on caption pairs alone"):
+        pairs_only = train(*parse([*config, "--interleaved=false", f"--output_dir={output / 'pairs_only'}"]), miniature=world)
+    with stage("maps on pairs and interleaved documents"):
+        trained = train(*parse([*config, f"--output_dir={output}"]), miniature=world)
+    with stage(f"evaluation on the {arguments.split} split"):
+        split = load_split(arguments.split)
+        model = UniMuRModel.from_pretrained(trained["checkpoint"])
+        clip = ClipBaseline(model)
+        columns = {
+            "UniMuR": measure(model, clip, split),
+            "pairs only": measure(UniMuRModel.from_pretrained(pairs_only["checkpoint"]), clip, split),
+            "CLIP alone": measure(clip, clip, split),
+            "chance": chance(split),
+        }
+    with stage("pool, replies and gallery"):
+        write_photos(split, output / "photos")
+        draw_gallery(replies(model, split), split.responses.texts | split.facts.texts, split.images, output / "gallery.png")
+
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds["total"] = sum(seconds.values())
+    results = {
+        "seed": arguments.seed, "split": arguments.split, "results": columns, "seconds": seconds | world.seconds,
+        "peak_memory_gib": memory, "clip_truncated_dialogues": clip.truncated, "torch_threads": torch.get_num_threads(),
+        "checkpoint": trained["checkpoint"],
+    }  # fmt: skip
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\n{arguments.split} split, seed {arguments.seed}; percent, CLIP-Sim a cosine")
+    print(table(columns))
+    print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
+    print(f"peak memory: {memory:.2f} GiB\ncheckpoint: {trained['checkpoint']}\ngallery: {output / 'gallery.png'}")
+
+
+def replies(model: UniMuRModel, split: Split) -> list[tuple[dict, Retrieval]]:
+    """Retrieves for a fixed choice of dialogues, each out of its own kind's pool built as a user builds it."""
+    said, seen, facts = split.responses, split.visdial, split.facts
+    wanting = [d for d in said.dialogues if d["wants_image"]]
+    chosen = [
+        [d for d in facts.dialogues if "panda" in d["dialogue_id"]],
+        [d for d in wanting if d["image_informs"]][:4] + [d for d in wanting if not d["image_informs"]][:3]
+        + [d for d in said.dialogues if not d["wants_image"]][:3],
+        seen.dialogues[:2],
+    ]  # fmt: skip
+    rows = []
+    for dialogues, group in zip(chosen, (facts, said, seen), strict=True):
+        ids = group.dialogues[0]["pool"]
+        pool = model.build_pool(
+            images=[split.images[i] for i in ids["image_ids"]], texts=[group.texts[i] for i in ids["text_ids"]]
+        )
+        rows += zip(dialogues, model.retrieve([context_of(d, split.images) for d in dialogues], pool), strict=True)
+    return rows
+
+
+def write_photos(split: Split, folder: Path, count: int = 60) -> None:
+    """Some test pictures as an image folder with metadata: what the README's five lines search."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for image_id in list(split.visdial.images)[:count]:
+        (folder / f"{image_id}.png").write_bytes(encode(split.images[image_id]))
+        scene = split.visdial.images[image_id]
+        caption = f"a {scene.animal} in a {scene.hat} hat, {scene.verb}: {scene.object}, {scene.place}"
+        lines.append(json.dumps({"file_name": f"{image_id}.png", "caption": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

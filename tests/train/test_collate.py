@@ -1,0 +1,118 @@
+"""Batches: broken pairs dropped and counted, captions drawn reproducibly, documents laid out, features taken as given."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import picture
+from tests.tiny import make_processor
+from train.collate import PairCollator, SkipCounter, TooManyBadPairsError
+from train.documents import InterleavedDocuments
+from train.miniature import encode
+
+
+def row(name, image=None, captions=("a",)):
+    return {"id": name, "image": {"bytes": encode(picture(1)) if image is None else image, "path": None}, "captions": list(captions)}
+
+
+def test_broken_pairs_are_dropped_and_counted():
+    collate = PairCollator(make_processor())
+    rows = [
+        row("0"), row("1", b""), row("2", captions=[" "]), row("3", b"<html>"), row("4", captions=[]),
+        row("5", captions=["", "b"]), {"id": "6", "image": {"bytes": None, "path": "gone.png"}, "captions": ["a"]},
+    ]  # fmt: skip
+    batch = collate(rows)
+    assert batch["skipped"] == {"empty": 1, "empty_caption": 2, "undecodable": 1, "missing": 1} and batch["n_seen"] == 7
+    assert len(batch["pixel_values"]) == len(batch["ret_input_ids"]) == 2
+    assert batch["target_indices"].tolist() == [0, 1]
+    with pytest.raises(TooManyBadPairsError, match="all 2 pairs"):
+        collate(rows[1:3])
+
+
+def test_the_counter_stops_above_its_share():
+    skips = SkipCounter()
+    skips.update({"missing": 3}, 60)
+    skips.update({"missing": 1, "empty": 1}, 40)
+    assert str(skips) == "5 of 100 pairs left out (5.0%): missing 4, empty 1"
+    skips.check(0.05)
+    with pytest.raises(TooManyBadPairsError, match=r"missing 4, empty 1: more than the 4\.0% allowed"):
+        skips.check(0.04)
+
+
+def test_captions_are_drawn_per_epoch_and_reproducibly():
+    processor, captions = make_processor(), [f"{c}{c}" for c in "abcdefgh"]
+    rows = [row(str(i), captions=captions) for i in range(20)]
+
+    def drawn(epoch, seed=0, kind="random"):
+        collate = PairCollator(processor, caption=kind, seed=seed)
+        collate.epoch = epoch
+        return collate(rows)["clip_input_ids"][:, 1].tolist()
+
+    assert drawn(0) == drawn(0) != drawn(1) and drawn(0) != drawn(0, seed=1)
+    assert len(set(drawn(0))) > 4
+    assert len(set(drawn(0, kind="first"))) == 1
+
+
+def documents(images):
+    def part(kind, text=None, image=None):
+        return {"type": kind, "text": text, "image_id": image}
+
+    dialogue = {
+        "dialogue_id": "d", "target_turn": 2, "gold": {"text_ids": ["t"], "image_ids": ["target"]},
+        "turns": [
+            {"speaker": "A", "elements": [part("text", "see"), part("image", image="shown")]},
+            {"speaker": "B", "elements": [part("text", "more!")]},
+            {"speaker": "A", "elements": [part("text", "here"), part("image", image="target")]},
+        ],
+    }  # fmt: skip
+    spoken = {
+        **dialogue, "dialogue_id": "e", "gold": {"text_ids": ["t"], "image_ids": []},
+        "turns": dialogue["turns"][1:], "target_turn": 1,
+    }  # fmt: skip
+    return InterleavedDocuments([dialogue, spoken], {"t": "here"}, images)
+
+
+def test_documents_and_pairs_in_one_batch():
+    import datasets
+
+    images = datasets.Dataset.from_list(
+        [row(name, encode(picture(i))) for i, name in enumerate(("target", "shown", "other"))]
+    )
+    made = documents(images)
+    processor = make_processor(n_visual_tokens=1)
+    batch = PairCollator(processor)([row("p"), made[0], made[1]])
+    assert len(batch["pixel_values"]) == 3  # the pair's, the document's shown and target
+    assert torch.allclose(batch["pixel_values"][1], processor.pixels([picture(1)])[0])  # sorted: shown before target
+    assert batch["image_indices"].tolist() == [0, 1] and batch["ret_image_indices"].tolist() == [1]
+    assert batch["image_rows"].tolist() == [0, 1] and batch["target_indices"].tolist() == [0, 2]
+    assert batch["text_rows"].tolist() == [0, 1, 2]
+    context = processor.contexts([[{"content": ["see", {"type": "image", "image": picture(1)}]}, "more!"]])["input_ids"][0]
+    assert batch["ret_input_ids"][1, : len(context)].tolist() == context.tolist()
+    assert (batch["labels"][2] == -100).all()  # no image: nothing to caption
+
+
+def test_documents_with_unknown_ids_are_refused():
+    import datasets
+
+    with pytest.raises(ValueError, match="'d' refers to the image 'shown'"):
+        documents(datasets.Dataset.from_list([row("target")]))
+
+
+def test_cached_features_replace_images(fresh):
+    import datasets
+
+    from train.features import cache_image_features
+
+    model, skips = fresh(), SkipCounter()
+    images = datasets.Dataset.from_list([row("0", encode(picture(0))), row("1", b""), row("2", encode(picture(2)))])
+    cached = cache_image_features(images, model, skips)
+    assert [r["id"] for r in cached] == ["0", "2"] and dict(skips.counts) == {"empty": 1} and skips.seen == 3
+    features, embeds = model.encode_images(model.processor.pixels([picture(0), picture(2)]))
+    assert np.allclose(cached["image_features"][:], features, atol=1e-6)
+    collate = PairCollator(model.processor)
+    batch, plain = collate(list(cached)), collate([images[0], images[2]])
+    assert "pixel_values" not in batch and torch.allclose(batch["image_embeds"], embeds, atol=1e-6)
+    kept = ("skipped", "n_seen")
+    with torch.no_grad():
+        losses = [model(**{k: v for k, v in b.items() if k not in kept}).loss for b in (batch, plain)]
+    assert torch.allclose(*losses, atol=1e-6)

@@ -1,0 +1,96 @@
+"""The miniature on disk and in memory: its towers, its training pairs and its interleaved documents."""
+
+import io
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from PIL import Image
+from tqdm.auto import tqdm
+
+from train.data import FEATURES
+from train.documents import InterleavedDocuments
+
+from .dialogues import interleaved
+from .towers import pretrain_clip, pretrain_opt
+from .world import Scene, captions, draw, splits
+
+N_DOCUMENTS = 8_000
+
+
+@dataclass
+class Miniature:
+    """What `train/run.py` needs of it, and the seconds its parts took (absent for towers found on disk)."""
+
+    text_model: str
+    clip_model: str
+    pairs: datasets.Dataset
+    documents: InterleavedDocuments
+    seconds: dict[str, float]
+
+
+def prepare(folder: str | Path, seed: int = 0) -> Miniature:
+    """
+    Makes the miniature, or takes the towers an earlier call with the same seed left in `folder/towers`.
+
+    Only scenes of the train split are shown or spoken of.
+
+    Args:
+        folder: where the towers go.
+        seed: of everything that is drawn. The splits themselves do not change with it.
+    """
+    towers, scenes, seconds = Path(folder) / "towers", splits()["train"], {}
+    stamp = towers / "made.json"
+    if not stamp.is_file() or json.loads(stamp.read_text()) != {"seed": seed}:
+        stamp.unlink(missing_ok=True)
+        for name, pretrain in (("clip", pretrain_clip), ("opt", pretrain_opt)):
+            start = time.perf_counter()
+            pretrain(towers / name, scenes, seed=seed)
+            seconds[f"pre-training of {name.upper()}"] = time.perf_counter() - start
+        stamp.write_text(json.dumps({"seed": seed}))
+    start = time.perf_counter()
+    pairs = training_pairs(scenes, seed)
+    documents = training_documents(scenes, pairs, seed)
+    seconds["pictures and texts"] = time.perf_counter() - start
+    return Miniature(str(towers / "opt"), str(towers / "clip"), pairs, documents, seconds)
+
+
+def training_pairs(scenes: list[Scene], seed: int) -> datasets.Dataset:
+    """One picture a scene with its captions, in the schema of [`train.data`]; the id is the scene's key."""
+    rng = random.Random(f"pairs-{seed}")
+    rows = [
+        {"id": scene.key, "image": {"bytes": encode(draw(scene, rng)), "path": None}, "captions": captions(scene, rng),
+         "source": "miniature", "license": "Apache-2.0", "url": None}
+        for scene in tqdm(scenes, "drawing training pictures")
+    ]  # fmt: skip
+    return datasets.Dataset.from_list(rows, features=FEATURES)
+
+
+def training_documents(scenes: list[Scene], pairs: datasets.Dataset, seed: int) -> InterleavedDocuments:
+    """Dialogues about train scenes, whose pictures are those of `pairs`."""
+    made = interleaved(scenes, N_DOCUMENTS, seed)
+    key = {image_id: scene.key for image_id, scene in made.images.items()}
+    dialogues = []
+    for dialogue in made.dialogues:
+        turns = [
+            {**t, "elements": [{**e, "image_id": key.get(e["image_id"])} for e in t["elements"]]} for t in dialogue["turns"]
+        ]
+        gold = {**dialogue["gold"], "image_ids": [key[i] for i in dialogue["gold"]["image_ids"]]}
+        dialogues.append({**dialogue, "turns": turns, "gold": gold})
+    return InterleavedDocuments(dialogues, made.texts, pairs)
+
+
+def pictures(images: Mapping[str, Scene], seed: int = 0) -> dict[str, Image.Image]:
+    """Draws a table of scenes; an id gives the same picture whatever else is in the table."""
+    return {name: draw(scene, random.Random(f"picture-{seed}-{name}")) for name, scene in images.items()}
+
+
+def encode(image: Image.Image) -> bytes:
+    """The image as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
