@@ -142,7 +142,7 @@ class UniMuRProcessor(ProcessorMixin):
     def pairs(self, images: Sequence[Any] | None, captions: Sequence[str]) -> BatchFeature:
         """A training batch of caption pairs (see `documents`); `images=None` where their features are cached."""
         items = [
-            {"document": [[i, caption]], "context": [[caption]], "image": i, "text": caption}
+            {"caption": (i, caption), "context": [[caption]], "image": i, "text": caption}
             for i, caption in enumerate(captions)
         ]
         return self.documents(items, images)
@@ -152,13 +152,13 @@ class UniMuRProcessor(ProcessorMixin):
         A training batch, of caption pairs or of interleaved documents.
 
         Args:
-            items: `document`: turns whose elements are texts and, for images, indices into `images`; eq. 1-2 are over
-                its texts after the first image. `context`: turns likewise; e_t is read at the `[RET]` that ends it.
-                `image` (index or `None`) and `text` (or `None`): what eq. 3-6 align e_t with.
+            items: `caption`: an image's index into `images` and its caption, for eq. 1-2, or `None`. `context`: turns
+                whose elements are texts and, for images, indices; e_t is read at the `[RET]` that ends it. `image`
+                (index or `None`) and `text` (or `None`): what eq. 3-6 align e_t with.
             images: decodable images, each once; `None` where features are cached (the caller adds them).
 
         Returns:
-            `input_ids`, `attention_mask`, `labels`, `image_indices`: the documents and the images of their slots;
+            `input_ids`, `attention_mask`, `labels`, `image_indices`: the captions behind their images, where any;
             `ret_input_ids`, `ret_attention_mask`, `ret_image_indices`: the contexts; `image_rows`, `target_indices`:
             which contexts have a target image, and which; `text_rows`, `clip_input_ids`, `clip_attention_mask`: the
             same for target texts; `pixel_values`.
@@ -166,18 +166,20 @@ class UniMuRProcessor(ProcessorMixin):
         rows, labels, slots, ret_rows, ret_slots = [], [], [], [], []
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         for i, item in enumerate(items):
-            row, kept = self._serialise(item["document"], end=eos, item=i)
-            first = row.index(self.image_token_id) if self.image_token_id in row else len(row)
-            labels.append([t if p > first and t != self.image_token_id else IGNORE for p, t in enumerate(row)])
-            rows.append(row)
-            slots += kept
+            if item["caption"] is not None:
+                row, kept = self._serialise([list(item["caption"])], end=eos, item=i)
+                prefix = len(self._prefix) + self.n_visual_tokens
+                labels.append([IGNORE] * prefix + row[prefix:])
+                rows.append(row)
+                slots += kept
             row, kept = self._serialise(item["context"], end=[self.ret_token_id], item=i)
             ret_rows.append(row)
             ret_slots += kept
-        batch = self._pad(rows)
-        batch["labels"] = _pad(labels, IGNORE)["input_ids"]
-        batch |= {f"ret_{key}": value for key, value in self._pad(ret_rows).items()}
-        batch["image_indices"], batch["ret_image_indices"] = (torch.tensor(s, dtype=torch.long) for s in (slots, ret_slots))
+        batch = {f"ret_{key}": value for key, value in self._pad(ret_rows).items()}
+        batch["ret_image_indices"] = torch.tensor(ret_slots, dtype=torch.long)
+        if rows:
+            batch |= self._pad(rows) | {"labels": _pad(labels, IGNORE)["input_ids"]}
+            batch["image_indices"] = torch.tensor(slots, dtype=torch.long)
         with_image = [i for i, item in enumerate(items) if item["image"] is not None]
         with_text = [i for i, item in enumerate(items) if item["text"] is not None]
         batch["image_rows"] = torch.tensor(with_image, dtype=torch.long)

@@ -97,14 +97,13 @@ class PairCollator:
             # A hash rather than a generator: the draw is the same in every worker and after a resumed run.
             at = zlib.crc32(f"{self.seed}-{self.epoch}-{row['id']}".encode()) % len(captions)
         caption = captions[at].strip()
-        return {"document": [[0, caption]], "context": [[caption]], "image": 0, "text": caption}, [row], None
+        return {"caption": (0, caption), "context": [[caption]], "image": 0, "text": caption}, [row], None
 
     def _document(self, row: dict[str, Any]) -> tuple[dict, list, str | None]:
         names = list(row["images"])
         context = [[names.index(e[0]) if isinstance(e, tuple) else e for e in turn] for turn in row["context"]]
-        document = [*context, [row["text"]]] if row["text"] else context
         target = None if row["image"] is None else names.index(row["image"])
-        item = {"document": document, "context": context, "image": target, "text": row["text"]}
+        item = {"caption": None, "context": context, "image": target, "text": row["text"]}
         return item, list(row["images"].values()), None
 
     def _image(self, row: dict[str, Any]) -> Any:
@@ -115,9 +114,9 @@ class PairCollator:
 
 def _shifted(item: dict[str, Any], by: int) -> dict[str, Any]:
     """The item with its image indices counted from the batch's first image."""
-
-    def shift(turns):
-        return [[e + by if isinstance(e, int) else e for e in turn] for turn in turns]
-
-    target = None if item["image"] is None else item["image"] + by
-    return item | {"document": shift(item["document"]), "context": shift(item["context"]), "image": target}
+    caption, target = item["caption"], item["image"]
+    return item | {
+        "caption": caption and (caption[0] + by, caption[1]),
+        "context": [[e + by if isinstance(e, int) else e for e in turn] for turn in item["context"]],
+        "image": None if target is None else target + by,
+    }

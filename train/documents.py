@@ -11,8 +11,8 @@ class InterleavedDocuments(Dataset):
     """
     Dialogues of the one schema as rows for [`train.collate.PairCollator`].
 
-    They go beyond the paper's caption pairs: the context (texts and images) is aligned with its reply, so that both
-    maps learn from images that stand inside a conversation.
+    They go beyond the paper's caption pairs: the context (texts and images) is aligned with its reply by eq. 3-6, so
+    that both maps learn from images that stand inside a conversation. They take no part in eq. 1-2.
 
     Args:
         dialogues: rows with `dialogue_id`, `turns`, `target_turn` and `gold`; the context is `turns[:target_turn]`,
@@ -37,6 +37,11 @@ class InterleavedDocuments(Dataset):
             for kind, ids, table in (("image", wanted, self._rows), ("text", dialogue["gold"]["text_ids"], self.texts)):
                 for missing in set(ids) - table.keys():
                     raise ValueError(f"dialogue {dialogue['dialogue_id']!r} refers to the {kind} {missing!r}, which is missing")
+
+    def shows_image(self, index: int) -> bool:
+        """Whether a document's context has an image."""
+        dialogue = self.dialogues[index]
+        return any(e["type"] == "image" for t in dialogue["turns"][: dialogue["target_turn"]] for e in t["elements"])
 
     def __len__(self) -> int:
         return len(self.dialogues)

@@ -166,10 +166,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: UniMuRTrai
         if miniature is not None:
             miniature.pairs = pairs
             miniature.documents.use_images(pairs)
+    rows, groups = pairs, None
+    if documents is not None:
+        rows = ConcatDataset([pairs, documents])
+        groups = [0] * len(pairs) + [1 + documents.shows_image(i) for i in range(len(documents))]
+        args.ddp_find_unused_parameters = True  # a batch of documents without images leaves W_i2t out
     trainer = UniMuRTrainer(
         model=model,
         args=args,
-        train_dataset=pairs if documents is None else ConcatDataset([pairs, documents]),
+        train_dataset=rows,
+        groups=groups,
         data_collator=PairCollator(model.processor, caption=data_args.caption, seed=args.seed),
     )
     trainer.skips = skips

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from train.collate import SkipCounter
+from train.sampler import GroupedSampler
 
 logger = logging.get_logger(__name__)
 
@@ -48,16 +49,26 @@ class UniMuRTrainer(Trainer):
     """
     transformers' Trainer over batches of [`train.collate.PairCollator`].
 
+    `groups` gives each row's kind, where batches are to be of one kind (see [`train.sampler.GroupedSampler`]).
     `skips` counts the pairs left out so far; it is checked against `max_bad_share` at every log and at the end.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, groups: list[int] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.groups = groups
         self.skips = SkipCounter()
         self._parts: dict[str, torch.Tensor] = {}
         self._images, self._since = 0, time.perf_counter()
         if hasattr(self.data_collator, "epoch"):
             self.add_callback(_EpochToCollator(self.data_collator))
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.groups is None:
+            return super()._get_train_sampler(train_dataset)
+        sampler = GroupedSampler(self.groups, self.args.train_batch_size * self.args.world_size, self.args.seed)
+        if sampler.left_out:
+            logger.warning(f"{sampler.left_out} rows an epoch fill no batch of their kind and wait for the next epoch")
+        return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.skips.update(inputs.pop("skipped"), inputs.pop("n_seen"))

@@ -83,13 +83,16 @@ def test_caption_batch():
     assert batch["ret_image_indices"].tolist() == []
 
 
-def test_interleaved_batch_scores_only_what_follows_an_image():
+def test_interleaved_batch():
     processor = make_processor(n_visual_tokens=1)
-    item = {"document": [["a", 1], ["b"]], "context": [["a", 1]], "image": 0, "text": None}
-    other = {"document": [["c"]], "context": [["c"]], "image": None, "text": "d"}
+    item = {"caption": None, "context": [["a", 1], ["b"]], "image": 0, "text": None}
+    other = {"caption": (1, "c"), "context": [["c"]], "image": None, "text": "d"}
     batch = processor.documents([item, other], [picture(1), picture(2)])
     t = processor.tokenizer.convert_tokens_to_ids
-    assert batch["labels"].tolist() == [[-100, -100, -100, t("Ċ"), t("b"), 2], [-100] * 6]
+    assert batch["labels"].tolist() == [[-100, -100, t("c"), 2]]
+    image, ret = processor.image_token_id, processor.ret_token_id
+    assert batch["ret_input_ids"].tolist() == [[2, t("a"), image, t("Ċ"), t("b"), ret], [2, t("c"), ret, 1, 1, 1]]
+    assert "labels" not in processor.documents([item], [picture(1), picture(2)])
     assert batch["image_indices"].tolist() == batch["ret_image_indices"].tolist() == [1]
     assert batch["image_rows"].tolist() == [0] and batch["target_indices"].tolist() == [0]
     assert batch["text_rows"].tolist() == [1] and len(batch["clip_input_ids"]) == 1
