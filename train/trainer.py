@@ -78,10 +78,11 @@ class UniMuRTrainer(Trainer):
             inputs = {key: value for key, value in inputs.items() if key not in left_out}
         outputs = model(**inputs)
         for name in ("loss_cap", "loss_vm", "loss_tm"):
-            if outputs[name] is not None:
+            loss = getattr(outputs, name)
+            if loss is not None:
                 # Kept on the device: reading it here would make the host wait for every step.
                 total, count = self._parts.get(name, (0.0, 0))
-                self._parts[name] = (total + outputs[name].detach(), count + 1)
+                self._parts[name] = (total + loss.detach(), count + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs, start_time=None):

@@ -1,0 +1,63 @@
+"""Two processes on half of each batch train as one process on the whole: the same losses, the same weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import picture
+from tests.tiny import make_towers
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ["a red fox", "two dogs run far", "the sea", "my old hat is here", "one panda", "sky", "tiny cup", "cars"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    make_towers(folder / "towers")
+    (folder / "photos").mkdir()
+    rows = []
+    for i, words in enumerate(WORDS):
+        picture(i).save(folder / "photos" / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "caption": words}))
+    (folder / "photos" / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def launch(data: Path, out: Path, processes: int, *more: str) -> dict:
+    flags = [
+        "train/run.py", f"--text_model={data}/towers/text", f"--clip_model={data}/towers/clip",
+        f"--train_data={data}/photos", f"--output_dir={out}", "--max_steps=4", "--learning_rate=0.01", "--warmup_steps=0",
+        "--logging_steps=1", "--save_strategy=no", "--disable_tqdm=true", f"--per_device_train_batch_size={8 // processes}",
+        "--use_cpu=true", "--max_grad_norm=1.0", "--text_matching=infonce", "--evaluate_pairs=0", *more,
+    ]  # fmt: skip
+    config = ROOT / "train" / "configs" / "accelerate" / "two_cpu.yaml"
+    command = [sys.executable, *flags]
+    if processes == 2:
+        command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / "train_results.json").read_text())
+
+
+@pytest.mark.parametrize("more", [(), ("--schedule=alternating", "--train_ret_embedding=true")])
+def test_two_processes_train_as_one(data, tmp_path, more):
+    one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["pairs_seen"] == two["pairs_seen"] == 32
+    compared = 0
+    for a, b in zip(one["log"], two["log"], strict=True):
+        for name in a.keys() & {"loss", "loss_cap", "loss_vm", "loss_tm", "grad_norm"}:
+            assert b[name] == pytest.approx(a[name], rel=2e-4), name
+            compared += 1
+    assert compared >= 12
+    first, second = (load_file(tmp_path / n / "checkpoint" / "model.safetensors") for n in "12")
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=2e-5), name

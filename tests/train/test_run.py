@@ -1,0 +1,113 @@
+"""`train/run.py` as a user calls it: a yaml, flags, both, and what it says when something is missing."""
+
+import json
+
+import pytest
+import yaml
+
+from modeling_unimur import UniMuRConfig
+from tests.conftest import picture
+from tests.tiny import make_towers
+from train.run import CONFIGS, main, parse
+
+REQUIRED = {"dtype": "bfloat16", "learning_rate": 2e-4, "warmup_steps": 100, "num_train_epochs": 5, "lambda1": 1, "lambda2": 10}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_towers(tmp_path / "towers")
+    (tmp_path / "photos").mkdir()
+    rows = []
+    for i in range(12):
+        picture(i).save(tmp_path / "photos" / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "captions": [f"number {i} is {'abcdefghijkl'[i] * 4}", "other"]}))
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def base(folder):
+    return {
+        "text_model": str(folder / "towers" / "text"), "clip_model": str(folder / "towers" / "clip"),
+        "train_data": str(folder / "photos"), "output_dir": str(folder / "out"), "caption": "first", "max_steps": 250,
+        "learning_rate": 1e-2, "warmup_steps": 5, "per_device_train_batch_size": 12, "save_strategy": "no", "use_cpu": True,
+        "disable_tqdm": True, "lambda2": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["1.3b", "6.7b", "13b"])
+def test_the_papers_configs_parse_to_the_papers_settings(size):
+    model, _, args = parse([str(CONFIGS / f"opt-{size}.yaml")])
+    assert model.text_model == f"facebook/opt-{size}" and model.clip_model == "openai/clip-vit-large-patch14"
+    for name, value in REQUIRED.items():
+        assert getattr(model, name, None) == value or getattr(args, name, None) == value, name
+    assert args.optim.startswith("adamw") and args.weight_decay == 0 and args.schedule == "joint"
+
+
+def test_without_arguments_it_is_the_miniature_and_flags_win():
+    assert parse([])[1].train_data == "miniature"
+    model, _, args = parse(["--config", str(CONFIGS / "miniature.yaml"), "--lambda2", "3", "--seed=5"])
+    assert (model.lambda2, args.seed) == (3.0, 5)
+
+
+def test_model_defaults_are_the_configs():
+    model = parse(["--train_data", "x"])[0]
+    config = UniMuRConfig()
+    for name, value in model.config_fields().items():
+        assert getattr(config, name) == value, name
+
+
+def test_a_yaml_trains_on_ones_own_images(folder, capsys):
+    (folder / "mine.yaml").write_text(yaml.safe_dump(base(folder)))
+    summary = main([str(folder / "mine.yaml"), "--seed=1"])
+    assert summary["caption_to_image"]["R@1"] >= 90 and summary["caption_to_image"]["pool"] == 12
+    assert "caption to image, R@1" in capsys.readouterr().out
+    assert json.loads((folder / "out" / "train_results.json").read_text())["steps"] == 250
+
+
+def test_cached_features_train_to_the_same_weights(folder):
+    from safetensors.torch import load_file
+
+    settings = {**base(folder), "max_steps": 5, "evaluate_pairs": 0}
+    weights = []
+    for cached in (True, False):
+        (folder / "c.yaml").write_text(yaml.safe_dump({**settings, "cache_features": cached}))
+        weights.append(load_file(f"{main([str(folder / 'c.yaml')])['checkpoint']}/model.safetensors"))
+    assert all((weights[0][n] - weights[1][n]).abs().max() < 1e-5 for n in weights[0])
+
+
+def test_streamed_shards_train(folder):
+    import io
+    import tarfile
+
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for i in range(8):
+            buffer = io.BytesIO()
+            picture(i).save(buffer, "PNG")
+            for name, data in ((f"{i}.png", buffer.getvalue()), (f"{i}.txt", b"" if i == 3 else b"words")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    settings = {**base(folder), "train_data": str(folder / "0.tar"), "max_steps": -1, "per_device_train_batch_size": 4}
+    settings |= {"max_bad_share": 0.2, "num_train_epochs": 2}
+    (folder / "s.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match="give --max_steps"):
+        main([str(folder / "s.yaml")])
+    (folder / "0_stats.json").write_text('{"successes": 8}')
+    summary = main([str(folder / "s.yaml")])
+    assert summary["steps"] == 4 and summary["pairs_seen"] == 16 and summary["skipped"] == {"empty_caption": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_data": None}, "--train_data is missing"),
+        ({"text_model": None}, "--text_model is missing"),
+        ({"interleaved": True}, "--interleaved needs documents"),
+        ({"train_data": "nowhere"}, "does not exist"),
+    ],
+)
+def test_what_is_missing_is_said(folder, change, message):
+    settings = {k: v for k, v in (base(folder) | change).items() if v is not None}
+    (folder / "b.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=message):
+        main([str(folder / "b.yaml")])
