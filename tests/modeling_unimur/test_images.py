@@ -1,7 +1,9 @@
 """Every image that arrives from outside: decoded to RGB, or refused by a named reason."""
 
 import io
+import pickle
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from modeling_unimur.images_unimur import BadImageError, decode_image
 from tests.conftest import picture
+from tests.tiny import make_processor
 
 
 def encoded(image, kind="PNG", **kwargs):
@@ -27,11 +30,18 @@ def huge_png(width, height):
     )
 
 
+def reason(source, **bounds):
+    with pytest.raises(BadImageError) as caught:
+        decode_image(source, **bounds)
+    return caught.value.reason
+
+
 JPEG = encoded(Image.effect_noise((128, 128), 80), "JPEG")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    ("data", "expected"),
     [
         (b"", "empty"),
         (b"<html>404</html>", "undecodable"),
@@ -40,24 +50,92 @@ JPEG = encoded(Image.effect_noise((128, 128), 80), "JPEG")
         (huge_png(40_000, 40_000), "too_many_pixels"),
     ],
 )
-def test_bad_bytes(tmp_path, data, reason):
+def test_bad_bytes(tmp_path, data, expected):
     (tmp_path / "x.img").write_bytes(data)
-    for source in (data, tmp_path / "x.img", {"bytes": data, "path": None}):
-        with pytest.raises(BadImageError) as caught:
+    for source in (data, bytearray(data), tmp_path / "x.img", {"bytes": data, "path": None}):
+        assert reason(source) == expected
+    for source in (tmp_path / "x.img", {"bytes": data, "path": "x.img"}):
+        with pytest.raises(BadImageError, match=r"x\.img"):
             decode_image(source)
-        assert caught.value.reason == reason
-    assert "x.img" in str(pytest.raises(BadImageError, decode_image, tmp_path / "x.img").value)
 
 
-def test_bounds_and_absence(tmp_path):
-    assert pytest.raises(BadImageError, decode_image, tmp_path / "no.png").value.reason == "missing"
-    assert pytest.raises(BadImageError, decode_image, JPEG, max_bytes=10).value.reason == "too_many_bytes"
-    assert pytest.raises(BadImageError, decode_image, picture(1), max_pixels=10).value.reason == "too_many_pixels"
-    for bad in ("https://example.org/a.png", "data:image/png;base64,xx"):
-        with pytest.raises(ValueError, match="is a URL"):
-            decode_image(bad)
+def test_bounds_hold_before_anything_is_decoded(tmp_path, monkeypatch):
+    def decoded(*args):
+        raise AssertionError("decoded")
+
+    (tmp_path / "x.png").write_bytes(encoded(picture(1)))
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.read_bytes", decoded)
+        assert reason(tmp_path / "x.png", max_bytes=10) == reason(JPEG, max_bytes=10) == "too_many_bytes"
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
+    assert reason(tmp_path / "x.png", max_pixels=40 * 30 - 1) == reason(picture(1), max_pixels=10) == "too_many_pixels"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reason(huge_png(12_000, 8_000)) == "too_many_pixels"
+
+
+def test_just_within_the_bounds():
+    data = encoded(picture(1))
+    assert decode_image(data, max_pixels=40 * 30, max_bytes=len(data)).size == (40, 30)
+
+
+def test_absence_has_its_reason(tmp_path):
+    for absent in (None, {"bytes": None, "path": None}, tmp_path / "no.png", tmp_path, tmp_path / "a\0b"):
+        assert reason(absent) == "missing"
+    assert reason("a" * 5000) == "unreadable"
+    assert reason(Image.new("RGB", (0, 3))) == "empty"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://example.org/a.png", "HTTP://a/b", "s3://a/b.png", "data:image/png;base64,xx"]
+)
+def test_a_url_is_never_fetched(url):
+    for source in (url, {"bytes": None, "path": url}):
+        with pytest.raises(ValueError, match="is a URL: servers and readers fetch none") as caught:
+            decode_image(source)
+        assert not isinstance(caught.value, BadImageError)  # a wrong set-up, not one bad pair among good ones
+
+
+def test_what_is_no_image_is_named():
     with pytest.raises(ValueError, match="got int"):
         decode_image(3)
+
+
+def test_an_image_opened_but_not_loaded_is_guarded_too():
+    assert reason(Image.open(io.BytesIO(JPEG[: len(JPEG) // 2]))) == "truncated"
+
+
+def test_formats_that_run_programs_are_refused():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with pytest.raises(BadImageError, match="is EPS, which is not read here"):
+        decode_image(postscript)
+
+
+def test_broken_bytes_raise_nothing_else():
+    noise = Image.effect_noise((24, 24), 80)
+    whole = [encoded(noise, kind) for kind in ("PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG", "ICO")]
+    rng = np.random.default_rng(0)
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for turn in range(700):
+            data = bytearray(whole[turn % len(whole)])
+            for at in rng.integers(0, min(len(data), 120), 4):
+                data[at] = rng.integers(256)
+            try:
+                assert decode_image(data).mode == "RGB"
+            except BadImageError:
+                refused += 1
+    assert refused > 100
+
+
+def test_the_reason_survives_a_process_and_another_message():
+    error = BadImageError("gone", "missing")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.reason) == ("gone", "missing")
+    with pytest.raises(BadImageError, match=r"^image 1: 'x' does not exist") as caught:
+        make_processor().pixels([picture(1), "x"])
+    assert caught.value.reason == "missing"
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA"])
@@ -80,10 +158,27 @@ def test_transparency_is_white():
     assert decode_image(encoded(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_premultiplied_transparency_is_white(mode):
+    clear = Image.new({"La": "LA", "RGBa": "RGBA"}[mode], (1, 1), 0).convert(mode)
+    assert decode_image(clear).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_cmyk_keeps_its_colours():
+    for kind in ("JPEG", "TIFF"):
+        red = decode_image(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), kind)).getpixel((8, 8))
+        assert np.abs(np.subtract(red, (255, 0, 0))).max() < 3
+
+
 def test_sixteen_bits_are_scaled():
     values = np.array([[0, 32768, 65535]], dtype=np.uint16)
     decoded = decode_image(encoded(Image.fromarray(values)))
     assert [decoded.getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+    wide = Image.fromarray(np.array([[0, 2**30, 2**31 - 1]], dtype=np.int32))
+    assert [decode_image(wide).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+    assert decode_image(encoded(Image.fromarray(values), transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    floats = Image.fromarray(np.array([[0.0, 0.5, np.nan]], dtype=np.float32))
+    assert [decode_image(floats).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 0]
 
 
 def test_the_first_frame_of_an_animation():
@@ -92,8 +187,30 @@ def test_the_first_frame_of_an_animation():
     assert decoded.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_one_pixel_and_orientation():
-    assert decode_image(encoded(Image.new("RGB", (1, 1)))).size == (1, 1)
+def test_one_pixel_is_an_image():
+    assert decode_image(encoded(Image.new("RGB", (1, 1), "red"))).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_exif_orientation_is_applied():
+    halves = Image.new("RGB", (40, 20), "blue")
+    halves.paste("red", (0, 0, 20, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode_image(encoded(picture(1, (40, 20)), "JPEG", exif=exif)).size == (20, 40)
+    exif[0x0112] = 6  # to be turned a quarter clockwise: left becomes top
+    decoded = decode_image(encoded(halves, "JPEG", exif=exif))
+    assert decoded.size == (20, 40)
+    assert decoded.getpixel((10, 5))[0] > 200 and decoded.getpixel((10, 35))[2] > 200
+
+
+def test_the_given_image_is_left_alone():
+    image = picture(1)
+    decoded = decode_image(image)
+    decoded.putpixel((0, 0), (1, 2, 3))
+    assert image.getpixel((0, 0)) == picture(1).getpixel((0, 0)) != (1, 2, 3)
+
+
+def test_real_photos_decode(samples):
+    photos = sorted((samples / "photos" / "images").iterdir())[:8]
+    for photo in photos:
+        with Image.open(photo) as expected:
+            assert decode_image(photo).size == decode_image({"bytes": photo.read_bytes(), "path": None}).size
+            assert set(decode_image(photo).size) == set(expected.size)

@@ -1,4 +1,4 @@
-"""Batches: broken pairs dropped and counted, captions drawn reproducibly, documents laid out, features taken as given."""
+"""Batches: broken pairs dropped and counted, captions drawn by a rule, documents laid out, features taken as given."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from train.miniature import encode
 
 
 def row(name, image=None, captions=("a",)):
-    return {"id": name, "image": {"bytes": encode(picture(1)) if image is None else image, "path": None}, "captions": list(captions)}
+    data = encode(picture(1)) if image is None else image
+    return {"id": name, "image": {"bytes": data, "path": None}, "captions": list(captions)}
 
 
 def test_broken_pairs_are_dropped_and_counted():
@@ -20,13 +21,40 @@ def test_broken_pairs_are_dropped_and_counted():
     rows = [
         row("0"), row("1", b""), row("2", captions=[" "]), row("3", b"<html>"), row("4", captions=[]),
         row("5", captions=["", "b"]), {"id": "6", "image": {"bytes": None, "path": "gone.png"}, "captions": ["a"]},
+        {"id": "7", "image": None, "captions": ["a"]}, {**row("8"), "captions": None},
     ]  # fmt: skip
     batch = collate(rows)
-    assert batch["skipped"] == {"empty": 1, "empty_caption": 2, "undecodable": 1, "missing": 1} and batch["n_seen"] == 7
+    assert batch["skipped"] == {"empty": 1, "empty_caption": 3, "undecodable": 1, "missing": 2}
+    assert type(batch["skipped"]) is dict and batch["n_seen"] == 9
     assert len(batch["pixel_values"]) == len(batch["ret_input_ids"]) == 2
     assert batch["target_indices"].tolist() == [0, 1]
-    with pytest.raises(TooManyBadPairsError, match="all 2 pairs"):
+    with pytest.raises(
+        TooManyBadPairsError, match=r"all 2 pairs(.|\n)*empty: '1': (.|\n)*empty_caption: '2': no caption"
+    ):
         collate(rows[1:3])
+
+
+def test_the_first_few_of_each_reason_are_named(caplog):
+    collate = PairCollator(make_processor())
+    for i in range(6):
+        collate([row("good"), row(f"bare{i}", captions=[""]), row(f"html{i}", b"<html>")])
+    assert [f"bare{i}" in caplog.text for i in range(6)] == [f"html{i}" in caplog.text for i in range(6)]
+    assert "'bare2' is left out (empty_caption)" in caplog.text and "bare3" not in caplog.text
+
+
+def test_counts_come_back_from_loader_workers():
+    from torch.utils.data import DataLoader
+
+    rows = [row(str(i), b"" if i % 3 == 0 else None) for i in range(12)]
+    skips = SkipCounter()
+    for batch in DataLoader(rows, batch_size=3, num_workers=2, collate_fn=PairCollator(make_processor())):
+        skips.update(batch["skipped"], batch["n_seen"])
+    assert str(skips) == "4 of 12 pairs left out (33.3%): empty 4"
+
+
+def test_an_unknown_way_to_pick_captions_is_refused():
+    with pytest.raises(ValueError, match="'random' or 'first', got 'longest'"):
+        PairCollator(make_processor(), caption="longest")
 
 
 def test_the_counter_stops_above_its_share():
@@ -37,6 +65,11 @@ def test_the_counter_stops_above_its_share():
     skips.check(0.05)
     with pytest.raises(TooManyBadPairsError, match=r"missing 4, empty 1: more than the 4\.0% allowed"):
         skips.check(0.04)
+    skips.update({"missing": 5}, 5, {"missing": [f"row {i}" for i in range(5)]})
+    skips.update({"missing": 1}, 1, {"missing": ["row 5"], "empty": ["row 6"]})
+    assert skips.examples == {"missing": ["row 0", "row 1", "row 2"], "empty": ["row 6"]}
+    with pytest.raises(TooManyBadPairsError, match=r"missing: row 0\n(.|\n)*empty: row 6"):
+        skips.check(0.0)
 
 
 def test_captions_are_drawn_per_epoch_and_reproducibly():
@@ -86,7 +119,8 @@ def test_documents_and_pairs_in_one_batch():
     assert batch["image_indices"].tolist() == [0] and batch["ret_image_indices"].tolist() == [1]
     assert batch["image_rows"].tolist() == [0, 1] and batch["target_indices"].tolist() == [0, 2]
     assert batch["text_rows"].tolist() == [0, 1, 2]
-    context = processor.contexts([[{"content": ["see", {"type": "image", "image": picture(1)}]}, "more!"]])["input_ids"][0]
+    dialogue = [{"content": ["see", {"type": "image", "image": picture(1)}]}, "more!"]
+    context = processor.contexts([dialogue])["input_ids"][0]
     assert batch["ret_input_ids"][1, : len(context)].tolist() == context.tolist()
     assert len(batch["labels"]) == 1  # only the pair has a caption
 
