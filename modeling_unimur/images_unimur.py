@@ -2,30 +2,36 @@
 
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 * 2**20
+# Pillow knows many more; among them EPS, which it hands to Ghostscript to run.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TIFF")
 
 
 class BadImageError(ValueError):
     """An image that cannot be used; `reason` is a short name to count it by."""
 
     def __init__(self, message: str, reason: str = "undecodable"):
-        super().__init__(message)
+        super().__init__(message, reason)  # both in `args`, so that a copy with another message keeps its reason
         self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
     """
     Decodes an image, bounded in bytes and pixels before anything is decoded.
 
-    Transparency is composed on white, 16-bit grey is scaled rather than clipped, EXIF orientation is applied, and of an
-    animation the first frame is taken.
+    Transparency is composed on white, 16-bit grey is scaled rather than clipped, EXIF orientation is applied, and of
+    an animation the first frame is taken.
 
     Args:
         source: a path, encoded `bytes`, a `PIL.Image.Image`, or datasets' undecoded `{"bytes", "path"}`.
@@ -33,67 +39,96 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
         max_bytes: encoded size allowed.
 
     Returns:
-        RGB image.
+        RGB image, never `source` itself.
 
     Raises:
-        BadImageError: `reason` is one of `missing`, `empty`, `too_many_bytes`, `too_many_pixels`, `undecodable`,
-            `truncated`.
+        BadImageError: `reason` is one of `missing` (`None` included), `unreadable`, `empty`, `too_many_bytes`,
+            `too_many_pixels`, `undecodable`, `truncated`.
         ValueError: `source` is a URL, or of a type that is no image.
     """
+    name = "the given image"
     if isinstance(source, dict):
-        source = source["path"] if source.get("bytes") is None else source["bytes"]
-    if isinstance(source, Image.Image):
-        return _to_rgb(_bounded(source, "an image in memory", max_pixels))
+        name = source.get("path") or name
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if source is None:
+        raise BadImageError(f"{name!r} is missing: expected a path, bytes or PIL.Image, got None", "missing")
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
-        if name.startswith(("http://", "https://", "data:")):
-            raise ValueError(f"{name[:80]!r} is a URL, which is never fetched here: open it yourself and pass the image")
-        path = Path(name)
-        if not path.is_file():
-            raise BadImageError(f"{name!r} does not exist: expected an image file", "missing")
-        if path.stat().st_size > max_bytes:
-            raise BadImageError(f"{name!r} has {path.stat().st_size} bytes, more than {max_bytes}", "too_many_bytes")
-        data = path.read_bytes()
-    elif isinstance(source, bytes):
-        name, data = "the given bytes", source
-    else:
+        source = _read(name, max_bytes)
+    if isinstance(source, bytes | bytearray | memoryview):
+        if not source:
+            raise BadImageError(f"{name!r} is empty: expected an encoded image", "empty")
+        _check_bytes(len(source), name, max_bytes)
+    elif not isinstance(source, Image.Image):
         raise ValueError(f"expected a path, bytes or PIL.Image, got {type(source).__name__}")
-    if not data:
-        raise BadImageError(f"{name!r} is empty: expected an encoded image", "empty")
-    if len(data) > max_bytes:
-        raise BadImageError(f"{name!r} has {len(data)} bytes, more than {max_bytes}", "too_many_bytes")
     try:
-        image = _bounded(Image.open(io.BytesIO(data)), name, max_pixels)
+        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
+        _check_header(image, name, max_pixels)
         image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, EOFError) as error:
-        reason = "too_many_pixels" if isinstance(error, Image.DecompressionBombError) else "undecodable"
-        raise BadImageError(f"{name!r} is not an image that can be decoded: {error}", reason) from error
+        return _to_rgb(image)
     except BadImageError:
         raise
-    except (OSError, ValueError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImageError(f"{name!r} is too large to decode ({error}): reduce it", "too_many_pixels") from error
+    except Exception as error:  # each of Pillow's decoders raises its own kinds on broken data
         reason = "truncated" if "truncated" in str(error) else "undecodable"
-        raise BadImageError(f"{name!r} could not be decoded: {error}", reason) from error
-    return _to_rgb(image)
+        what = re.sub(r" <_io\.BytesIO.*>", "", str(error)) or type(error).__name__
+        raise BadImageError(
+            f"{name!r} is not an image that can be decoded ({what}): replace it or leave it out", reason
+        ) from error
 
 
-def _bounded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _read(name: str, max_bytes: int) -> bytes:
+    if re.match(r"[a-z][a-z0-9+.-]*://|data:", name, re.IGNORECASE):
+        raise ValueError(
+            f"{name[:80]!r} is a URL: servers and readers fetch none, so open it yourself and pass the image"
+        )
+    path = Path(name)
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise BadImageError(f"{name!r} is not a file: expected an image file", "missing")
+        _check_bytes(size, name, max_bytes)
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadImageError(f"{name!r} does not exist: expected an image file", "missing") from error
+    except OSError as error:
+        message = f"{name[:200]!r} cannot be read ({error.strerror}): check the path"
+        raise BadImageError(message, "unreadable") from error
+    except BadImageError:
+        raise
+    except ValueError as error:  # a null character
+        raise BadImageError(f"{name!r} is no path: expected an image file", "missing") from error
+
+
+def _check_bytes(size: int, name: str, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise BadImageError(f"{name!r} has {size} bytes, more than {max_bytes}: reduce it first", "too_many_bytes")
+
+
+def _check_header(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
+    if image.format not in (None, *FORMATS):
+        raise BadImageError(f"{name!r} is {image.format}, which is not read here: convert it to PNG or JPEG")
     if width * height > max_pixels:
-        raise BadImageError(f"{name!r} is {width}x{height}, more than {max_pixels} pixels: reduce it first", "too_many_pixels")
+        raise BadImageError(
+            f"{name!r} is {width}x{height}, more than {max_pixels} pixels: reduce it first", "too_many_pixels"
+        )
     if not width * height:
         raise BadImageError(f"{name!r} is {width}x{height}: it has no pixels", "empty")
-    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # 16 bits are the usual range; a float picture is taken to span its own.
-        top = 65535.0 if image.mode != "F" else max(float(values.max()), 1.0)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        # 16 bits are the usual range; a float picture, or an integer one beyond 16 bits, is taken to span its own.
+        top = max(float(values.max()), 1.0 if image.mode == "F" else 65535.0)
+        if isinstance(image.info.get("transparency"), int):
+            values[values == image.info["transparency"]] = top
         return Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")

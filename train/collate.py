@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from modeling_unimur import UniMuRProcessor
 from modeling_unimur.images_unimur import BadImageError
+
+logger = logging.get_logger(__name__)
+
+EXAMPLES = 3  # kept for each reason
 
 
 class TooManyBadPairsError(RuntimeError):
@@ -17,16 +22,26 @@ class TooManyBadPairsError(RuntimeError):
 
 
 class SkipCounter:
-    """Counts of pairs seen and of pairs left out by reason."""
+    """
+    Counts of pairs seen and of pairs left out by reason, with the first few examples of each.
+
+    Counts are plain dicts, so that they can come back from loader workers and other processes and be added up here.
+    """
 
     def __init__(self):
         self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
         self.seen = 0
 
-    def update(self, counts: Mapping[str, int], seen: int) -> None:
-        """Adds a batch's counts."""
+    def update(
+        self, counts: Mapping[str, int], seen: int, examples: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """Adds the counts of a batch, a worker or a process, and its `examples` (reason -> descriptions) if given."""
         self.counts.update(counts)
         self.seen += seen
+        for reason, given in (examples or {}).items():
+            known = self.examples.setdefault(reason, [])
+            known.extend(given[: EXAMPLES - len(known)])
 
     @property
     def share(self) -> float:
@@ -36,7 +51,12 @@ class SkipCounter:
     def check(self, max_share: float) -> None:
         """Raises [`TooManyBadPairsError`] where more than `max_share` of the pairs were left out."""
         if self.share > max_share:
-            raise TooManyBadPairsError(f"{self}: more than the {max_share:.1%} allowed. Mend the data or raise --max_bad_share")
+            limit = f"more than the {max_share:.1%} allowed"
+            raise TooManyBadPairsError(f"{self}: {limit}. Mend the data or raise --max_bad_share{self.details()}")
+
+    def details(self) -> str:
+        """The examples, one a line and each line led by a line break; empty where none was kept."""
+        return "".join(f"\n  {reason}: {example}" for reason, kept in self.examples.items() for example in kept)
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common())
@@ -54,42 +74,57 @@ class PairCollator:
         seed: of that draw.
 
     A row is a caption pair (`id`, `image`, `captions`) or a document (see [`train.documents.InterleavedDocuments`]),
-    its images undecoded or given as cached `image_features` (c float32) and `image_embeds` (q float32). A row with a bad
-    image or without a caption is dropped; `skipped` counts them by reason and `n_seen` all.
+    its images undecoded or given as cached `image_features` (c float32) and `image_embeds` (q float32). A row with a
+    bad image or without a caption is dropped; `skipped` (`dict[str, int]`) counts them by reason and `n_seen` (`int`)
+    all. The first few of each reason are logged by name, in the process that met them.
+
+    Attributes:
+        epoch (`int`): with the seed and the row's id, what the draw of captions goes by; set it before each epoch.
 
     Raises:
         TooManyBadPairsError: no row of a batch is usable.
+        ValueError: `caption` is neither of the two.
     """
 
     def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0):
+        if caption not in ("random", "first"):
+            raise ValueError(f"caption must be 'random' or 'first', got {caption!r}")
         self.processor, self.caption, self.seed = processor, caption, seed
         self.epoch = 0
+        self._logged: Counter[str] = Counter()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        items, images, skipped = [], [], Counter()
+        items, images, skips = [], [], SkipCounter()
         for row in rows:
             item, needed, problem = self._document(row) if "context" in row else self._pair(row)
+            why = "no caption"
             if problem is None:
                 try:
                     ready = [self._image(image) for image in needed]
                 except BadImageError as error:
-                    problem = error.reason
+                    problem, why = error.reason, str(error)
             if problem is not None:
-                skipped[problem] += 1
+                skips.update({problem: 1}, 1, {problem: [f"{row['id']!r}: {why}"]})
+                self._logged[problem] += 1
+                if self._logged[problem] <= EXAMPLES:
+                    logger.warning(f"pair {row['id']!r} is left out ({problem}): {why}")
                 continue
+            skips.seen += 1
             items.append(_shifted(item, len(images)))
             images += ready
         if not items:
-            raise TooManyBadPairsError(f"all {len(rows)} pairs of a batch are broken: {dict(skipped)}")
+            raise TooManyBadPairsError(
+                f"all {len(rows)} pairs of a batch are broken: {dict(skips.counts)}{skips.details()}"
+            )
         cached = bool(images) and isinstance(images[0], tuple)
         batch = dict(self.processor.documents(items, None if cached else images))
         if cached:
             for name, values in zip(("image_features", "image_embeds"), zip(*images, strict=True), strict=True):
                 batch[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
-        return batch | {"skipped": dict(skipped), "n_seen": len(rows)}
+        return batch | {"skipped": dict(skips.counts), "n_seen": skips.seen}
 
     def _pair(self, row: dict[str, Any]) -> tuple[dict, list, str | None]:
-        captions = [caption for caption in row["captions"] if caption and caption.strip()]
+        captions = [caption for caption in row["captions"] or () if caption and caption.strip()]
         if not captions:
             return {}, [], "empty_caption"
         at = 0
