@@ -15,7 +15,9 @@ import torch
 
 from modeling_unimur import Retrieval, UniMuRModel
 from train.miniature import encode, prepare
-from train.run import CONFIGS, parse, train
+from train.parallel import side_by_side
+from train.run import CONFIGS
+from train.run import main as train
 
 from .baselines.clip import ClipBaseline
 from .gallery import draw_gallery
@@ -28,10 +30,13 @@ OUTPUT = Path("runs/miniature")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the towers, the training data and the maps")
-    parser.add_argument("--split", default="test", choices=["validation", "test"], help="settings are chosen on validation")
+    parser.add_argument(
+        "--split", default="test", choices=["validation", "test"], help="settings are chosen on validation"
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where everything goes")
     arguments = parser.parse_args()
     output, seconds = arguments.output, {}
+    torch.set_num_threads(1)
 
     @contextmanager
     def stage(name: str):
@@ -43,11 +48,14 @@ def main() -> None:
     with stage("world and towers"):
         (output / "towers" / "made.json").unlink(missing_ok=True)  # the demo makes everything anew
         world = prepare(output, arguments.seed)
-    config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={arguments.seed}"]
-    with stage("maps on caption pairs alone"):
-        pairs_only = train(*parse([*config, "--interleaved=false", f"--output_dir={output / 'pairs_only'}"]), miniature=world)
-    with stage("maps on pairs and interleaved documents"):
-        trained = train(*parse([*config, f"--output_dir={output}"]), miniature=world)
+    config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={arguments.seed}", f"--miniature={output}"]
+    variants = [
+        [*config, f"--output_dir={output}"],
+        [*config, "--interleaved=false", f"--output_dir={output / 'pairs_only'}"],
+    ]
+    with stage("maps, with interleaved documents and on pairs alone"):
+        both = side_by_side([(train, {"argv": argv}) for argv in variants])
+    trained, pairs_only = (done.result for done in both)
     with stage(f"evaluation on the {arguments.split} split"):
         split = load_split(arguments.split)
         model = UniMuRModel.from_pretrained(trained["checkpoint"])
@@ -60,13 +68,17 @@ def main() -> None:
         }
     with stage("pool, replies and gallery"):
         write_photos(split, output / "photos")
-        draw_gallery(replies(model, split), split.responses.texts | split.facts.texts, split.images, output / "gallery.png")
+        draw_gallery(
+            replies(model, split), split.responses.texts | split.facts.texts, split.images, output / "gallery.png"
+        )
 
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Every process counts: the two stages whose work is done beside this process, and this process alone.
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = max(own + world.towers_memory, own + sum(done.memory for done in both))
     seconds["total"] = sum(seconds.values())
     results = {
         "seed": arguments.seed, "split": arguments.split, "results": columns, "seconds": seconds | world.seconds,
-        "peak_memory_gib": memory, "clip_truncated_dialogues": clip.truncated, "torch_threads": torch.get_num_threads(),
+        "peak_memory_gib": memory, "clip_truncated_dialogues": clip.truncated,
         "checkpoint": trained["checkpoint"],
     }  # fmt: skip
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")

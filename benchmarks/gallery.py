@@ -17,7 +17,10 @@ RIGHT, WRONG, PLAIN = "#1a7f37", "#c62828", "#8a8a8a"
 
 
 def draw_gallery(
-    rows: Sequence[tuple[dict, Retrieval]], texts: Mapping[str, str], images: Mapping[str, Image.Image], path: str | Path
+    rows: Sequence[tuple[dict, Retrieval]],
+    texts: Mapping[str, str],
+    images: Mapping[str, Image.Image],
+    path: str | Path,
 ) -> None:
     """
     Writes a picture with a row per dialogue: its context, the retrieved reply, the right reply.
@@ -36,7 +39,13 @@ def draw_gallery(
         context = dialogue["turns"][: dialogue["target_turn"]]
         lines = [f"{t['speaker']}: " + "".join(e["text"] or "[image]" for e in t["elements"]) for t in context]
         shown = [images[e["image_id"]] for t in context for e in t["elements"] if e["type"] == "image"]
-        _panel(left, "\n".join(textwrap.fill(line, 50, subsequent_indent="    ") for line in lines), shown[:1], PLAIN, PLAIN)
+        _panel(
+            left,
+            "\n".join(textwrap.fill(line, 50, subsequent_indent="    ") for line in lines),
+            shown[:1],
+            PLAIN,
+            PLAIN,
+        )
         gold_texts = [texts[i] for i in dialogue["gold"]["text_ids"]]
         gold_images = [images[i] for i in dialogue["gold"]["image_ids"][:1]]
         same = bool(gold_images) and reply.image is not None and reply.image.tobytes() == gold_images[0].tobytes()
@@ -54,7 +63,9 @@ def _panel(axis: Any, text: str, images: Sequence[Image.Image], text_colour: str
     axis.set_xlim(0, 10)
     axis.set_ylim(0, 3)
     axis.axis("off")
-    axis.text(0.05, 1.5, text, va="center", ha="left", fontsize=9.5, color="black" if text_colour == PLAIN else text_colour)
+    axis.text(
+        0.05, 1.5, text, va="center", ha="left", fontsize=9.5, color="black" if text_colour == PLAIN else text_colour
+    )
     for image in images:
         inset = axis.inset_axes([0.72, 0.02, 0.28, 0.96])
         inset.imshow(image.resize((192, 192), Image.NEAREST))

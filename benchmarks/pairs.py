@@ -30,6 +30,8 @@ def caption_to_image_recall(model: UniMuRModel, pairs, limit: int) -> dict[str, 
             captions.append(row["captions"][0])
         except BadImageError:
             left_out += 1
-    scores = model.embed_dialogues(captions, show_progress_bar=True) @ model.embed_images(images, show_progress_bar=True).T
+    scores = (
+        model.embed_dialogues(captions, show_progress_bar=True) @ model.embed_images(images, show_progress_bar=True).T
+    )
     found = ranks(scores, torch.arange(len(images)))
     return {f"R@{k}": recall(found, k) for k in (1, 5, 10)} | {"pool": len(images), "left out": left_out}

@@ -51,7 +51,9 @@ def multimodal_response(
     second_text = text_scores.topk(2, dim=1).values[:, 1]
     shown = image_scores.amax(1) > second_text
     wants = torch.tensor([bool(d["gold"]["image_ids"]) for d in dialogues])
-    right_text = torch.tensor([text_ids[t] in d["gold"]["text_ids"] for t, d in zip(best_text, dialogues, strict=True)])
+    right_text = torch.tensor(
+        [text_ids[t] in d["gold"]["text_ids"] for t, d in zip(best_text, dialogues, strict=True)]
+    )
     right_image = shown & torch.tensor(
         [d["gold"]["image_ids"][:1] == [image_ids[i]] for i, d in zip(best_image, dialogues, strict=True)]
     )

@@ -41,7 +41,9 @@ def parse_dialogue(dialogue: Any) -> list[Turn]:
 
 def is_batch(dialogues: Any) -> bool:
     """Whether a value is many dialogues (a list of lists) rather than one dialogue."""
-    return isinstance(dialogues, list | tuple) and bool(dialogues) and all(isinstance(d, list | tuple) for d in dialogues)
+    return (
+        isinstance(dialogues, list | tuple) and bool(dialogues) and all(isinstance(d, list | tuple) for d in dialogues)
+    )
 
 
 def _parse_turn(turn: Any, position: int) -> Turn:

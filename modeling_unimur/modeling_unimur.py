@@ -92,7 +92,11 @@ class UniMuRModel(PreTrainedModel):
             OSError: a base tower could not be loaded.
         """
         shared = {name: kwargs[name] for name in SHARED_ARGUMENTS if name in kwargs}
-        hub = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir", "local_files_only") if name in kwargs}
+        hub = {
+            name: kwargs[name]
+            for name in ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+            if name in kwargs
+        }
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -126,7 +130,9 @@ class UniMuRModel(PreTrainedModel):
         Raises:
             ValueError: `ret_init` is not exactly one token.
         """
-        base = UniMuRConfig(text_model_name_or_path=str(text_model), clip_model_name_or_path=str(clip_model), **config_fields)
+        base = UniMuRConfig(
+            text_model_name_or_path=str(text_model), clip_model_name_or_path=str(clip_model), **config_fields
+        )
         text, clip = load_towers(base, dtype=dtype)
         # Copies: a composite model resets the attention of its sub-configs, which the loaded towers still read.
         config = UniMuRConfig(
@@ -335,7 +341,9 @@ class UniMuRModel(PreTrainedModel):
 
     # Section 3.4: embeddings and retrieval
 
-    def embed_dialogues(self, dialogues: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False) -> torch.Tensor:
+    def embed_dialogues(
+        self, dialogues: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False
+    ) -> torch.Tensor:
         """
         Unified embeddings of dialogues: a list of n, each as [`parse_dialogue`] takes it -> `(n, q)` float32 on CPU,
         L2-normalised. Raises `ValueError` naming the bad item.
@@ -348,7 +356,9 @@ class UniMuRModel(PreTrainedModel):
 
         return self._embed(dialogues, embed, "dialogues", batch_size, show_progress_bar)
 
-    def embed_images(self, images: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False) -> torch.Tensor:
+    def embed_images(
+        self, images: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False
+    ) -> torch.Tensor:
         """CLIP embeddings of candidate images (PIL, paths, bytes or datasets' undecoded ones): as `embed_dialogues`."""
 
         def embed(batch):

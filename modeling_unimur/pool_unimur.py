@@ -72,7 +72,10 @@ class CandidatePool:
         """A pool without candidates."""
         if not is_datasets_available():
             raise ImportError("a pool is stored with the datasets library: pip install datasets")
-        return cls(datasets.Dataset.from_dict({name: [] for name in _features(1)}, features=_features(made_by["dimension"])), made_by)
+        return cls(
+            datasets.Dataset.from_dict({name: [] for name in _features(1)}, features=_features(made_by["dimension"])),
+            made_by,
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -211,7 +214,11 @@ class CandidatePool:
 
     def check_made_by(self, fingerprint: dict[str, Any]) -> None:
         """Refuses a model other than the one that made the pool, with a `ValueError` that says what differs."""
-        differ = [f"{k} ({self.made_by.get(k)!r} here, {v!r} in the model)" for k, v in fingerprint.items() if self.made_by.get(k) != v]
+        differ = [
+            f"{k} ({self.made_by.get(k)!r} here, {v!r} in the model)"
+            for k, v in fingerprint.items()
+            if self.made_by.get(k) != v
+        ]
         if differ:
             raise ValueError(f"this pool was made by another model; these differ: {', '.join(differ)}. Build it again")
 

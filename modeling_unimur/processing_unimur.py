@@ -193,7 +193,11 @@ class UniMuRProcessor(ProcessorMixin):
 
     def __call__(self, dialogues: Any = None, images: Any = None, texts: Any = None, **kwargs) -> BatchFeature:
         """Tensors of exactly one of `dialogues` (a list), candidate `images` or candidate `texts`."""
-        given = [name for name, value in (("dialogues", dialogues), ("images", images), ("texts", texts)) if value is not None]
+        given = [
+            name
+            for name, value in (("dialogues", dialogues), ("images", images), ("texts", texts))
+            if value is not None
+        ]
         if len(given) != 1 or kwargs:
             raise ValueError(f"give exactly one of dialogues, images or texts, got {given + list(kwargs)}")
         if dialogues is not None:

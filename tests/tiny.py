@@ -29,7 +29,7 @@ from transformers import (
 from modeling_unimur import UniMuRModel, UniMuRProcessor
 
 SENTENCES = ["a panda in a red hat eats bamboo", "show me a dog on the beach", "what does it look like?", "thanks!"]
-LETTERS = sorted({c for c in map(chr, range(33, 127))} | {"Ġ", "Ċ"})
+LETTERS = sorted(set(map(chr, range(33, 127))) | {"Ġ", "Ċ"})
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
@@ -37,7 +37,13 @@ def text_tokenizer(bos: bool = True) -> GPT2Tokenizer:
     """A letter-level tokenizer laid out as OPT's: `<s>` 0, `<pad>` 1, `</s>` 2, with BOS `</s>` in front."""
     vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *LETTERS])}
     return GPT2Tokenizer(
-        vocab=vocab, merges=[], bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", add_bos_token=bos
+        vocab=vocab,
+        merges=[],
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        add_bos_token=bos,
     )
 
 
@@ -51,7 +57,10 @@ def text_model(kind: str, vocab_size: int):
     """`opt`, `opt-350m` (projected embeddings, post-norm), `gpt2`, `llama` or `qwen2`; d = 32 (16 for `opt-350m`)."""
     ids = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "vocab_size": vocab_size}
     gqa = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    opt = {k: v for k, v in SMALL.items() if k != "intermediate_size"} | {"ffn_dim": 64, "max_position_embeddings": 128}
+    opt = {k: v for k, v in SMALL.items() if k != "intermediate_size"} | {
+        "ffn_dim": 64,
+        "max_position_embeddings": 128,
+    }
     makers = {
         "opt": lambda: OPTForCausalLM(OPTConfig(**opt, **ids, word_embed_proj_dim=32)),
         "opt-350m": lambda: OPTForCausalLM(
@@ -71,7 +80,13 @@ def text_model(kind: str, vocab_size: int):
 def clip_model(vocab_size: int, eos: int, image_size: int = 32, width: int = 32) -> CLIPModel:
     tower = {**SMALL, "hidden_size": width, "intermediate_size": 2 * width}
     config = CLIPConfig(
-        text_config={**tower, "vocab_size": vocab_size, "eos_token_id": eos, "bos_token_id": eos - 1, "pad_token_id": eos},
+        text_config={
+            **tower,
+            "vocab_size": vocab_size,
+            "eos_token_id": eos,
+            "bos_token_id": eos - 1,
+            "pad_token_id": eos,
+        },
         vision_config={**tower, "image_size": image_size, "patch_size": image_size // 4},
         projection_dim=24,
     )

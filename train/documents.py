@@ -34,9 +34,14 @@ class InterleavedDocuments(Dataset):
         self._rows = {image_id: row for row, image_id in enumerate(images["id"])}
         for dialogue in self.dialogues:
             wanted = {e["image_id"] for t in dialogue["turns"] for e in t["elements"] if e["type"] == "image"}
-            for kind, ids, table in (("image", wanted, self._rows), ("text", dialogue["gold"]["text_ids"], self.texts)):
+            for kind, ids, table in (
+                ("image", wanted, self._rows),
+                ("text", dialogue["gold"]["text_ids"], self.texts),
+            ):
                 for missing in set(ids) - table.keys():
-                    raise ValueError(f"dialogue {dialogue['dialogue_id']!r} refers to the {kind} {missing!r}, which is missing")
+                    raise ValueError(
+                        f"dialogue {dialogue['dialogue_id']!r} refers to the {kind} {missing!r}, which is missing"
+                    )
 
     def shows_image(self, index: int) -> bool:
         """Whether a document's context has an image."""

@@ -14,17 +14,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a folder of the repository, not a package
 
-import yaml  # noqa: E402
-from torch.utils.data import ConcatDataset  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPTokenizer, HfArgumentParser, set_seed  # noqa: E402, I001
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import torch
+import yaml
+from torch.utils.data import ConcatDataset
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor  # noqa: E402
-from train.collate import PairCollator, SkipCounter  # noqa: E402
-from train.data import load_pairs, streamed_length  # noqa: E402
-from train.features import cache_image_features  # noqa: E402
-from train.trainer import UniMuRTrainer, UniMuRTrainingArguments  # noqa: E402
+from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
+from train.collate import PairCollator, SkipCounter
+from train.data import load_pairs, streamed_length
+from train.features import cache_image_features
+from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
 logger = logging.get_logger("train")
 CONFIGS = Path(__file__).parent / "configs"
@@ -39,7 +40,9 @@ class ModelArguments:
     text_model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
     clip_model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the towers: auto, bfloat16, float16 or float32."})
-    ret_init: str | None = field(default=None, metadata={"help": "Token that [RET] starts from; the mean row by default."})
+    ret_init: str | None = field(
+        default=None, metadata={"help": "Token that [RET] starts from; the mean row by default."}
+    )
     n_visual_tokens: int = UniMuRConfig.n_visual_tokens
     image_feature: str = UniMuRConfig.image_feature
     text_candidates: str = UniMuRConfig.text_candidates
@@ -64,17 +67,27 @@ class DataArguments:
 
     train_data: str | None = field(
         default=None,
-        metadata={"help": "'miniature', or an image folder with metadata, tar shards, or a CC3M tsv (see train/data.py)."},
+        metadata={
+            "help": "'miniature', or an image folder with metadata, tar shards, or a CC3M tsv (see train/data.py)."
+        },
     )
     image_folder: str | None = field(default=None, metadata={"help": "Images of a tsv."})
+    miniature: str = field(
+        default="runs/miniature", metadata={"help": "Where the miniature's towers are made and kept."}
+    )
     caption: str = field(
         default="random", metadata={"help": "An image's caption in an epoch.", "choices": ["random", "first"]}
     )
     interleaved: bool = field(
-        default=False, metadata={"help": "Add interleaved documents to the pairs (beyond the paper; the miniature has them)."}
+        default=False,
+        metadata={"help": "Add interleaved documents to the pairs (beyond the paper; the miniature has them)."},
     )
-    cache_features: bool = field(default=False, metadata={"help": "Run CLIP's visual tower once per image, before training."})
-    save_towers: bool = field(default=False, metadata={"help": "Also save the towers: a full, self-contained checkpoint."})
+    cache_features: bool = field(
+        default=False, metadata={"help": "Run CLIP's visual tower once per image, before training."}
+    )
+    save_towers: bool = field(
+        default=False, metadata={"help": "Also save the towers: a full, self-contained checkpoint."}
+    )
     evaluate_pairs: int = field(
         default=1000, metadata={"help": "At the end, caption-to-image recall over so many training pairs; 0: none."}
     )
@@ -105,7 +118,10 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, UniMuRTrainin
 def make_processor(model_args: ModelArguments) -> UniMuRProcessor:
     """The processor of two towers: CLIP's preprocessing and both tokenizers."""
     config = AutoConfig.from_pretrained(model_args.text_model, revision=model_args.text_model_revision)
-    clip = {"pretrained_model_name_or_path": model_args.clip_model, "revision": model_args.clip_model_revision or "main"}
+    clip = {
+        "pretrained_model_name_or_path": model_args.clip_model,
+        "revision": model_args.clip_model_revision or "main",
+    }
     return UniMuRProcessor(
         CLIPImageProcessor.from_pretrained(**clip),
         AutoTokenizer.from_pretrained(model_args.text_model, revision=model_args.text_model_revision),
@@ -116,20 +132,13 @@ def make_processor(model_args: ModelArguments) -> UniMuRProcessor:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Parses the arguments and trains; see `train`."""
-    return train(*parse(sys.argv[1:] if argv is None else argv))
-
-
-def train(model_args: ModelArguments, data_args: DataArguments, args: UniMuRTrainingArguments, miniature=None) -> dict:
     """
     Trains, saves the checkpoint and measures it.
-
-    Args:
-        miniature: a [`train.miniature.Miniature`] already made; its features are cached in it.
 
     Returns:
         The summary that is also written to `output_dir/train_results.json`.
     """
+    model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
     set_seed(args.seed)
     documents = None
     if data_args.train_data is None:
@@ -137,10 +146,14 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: UniMuRTrai
     if data_args.train_data == "miniature":
         from train.miniature import prepare
 
-        if miniature is None:
-            with args.main_process_first(desc="the miniature"):
-                miniature = prepare(args.output_dir, args.seed)
-        pairs, model_args.text_model, model_args.clip_model = miniature.pairs, miniature.text_model, miniature.clip_model
+        torch.set_num_threads(1)  # models this small lose more by a second thread than they gain
+        with args.main_process_first(desc="the miniature"):
+            miniature = prepare(data_args.miniature, args.seed)
+        pairs, model_args.text_model, model_args.clip_model = (
+            miniature.pairs,
+            miniature.text_model,
+            miniature.clip_model,
+        )
         documents = miniature.documents if data_args.interleaved else None
     else:
         if data_args.interleaved:
@@ -158,14 +171,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: UniMuRTrai
         ret_init=model_args.ret_init, dtype=model_args.dtype, **model_args.config_fields(),
     )  # fmt: skip
     skips = SkipCounter()
-    if data_args.cache_features and streamed:
-        raise ValueError("--cache_features needs data with a length; shards are streamed")
-    if data_args.cache_features and "image_features" not in pairs.column_names:
+    if data_args.cache_features:
+        if streamed:
+            raise ValueError("--cache_features needs data with a length; shards are streamed")
         pairs = cache_image_features(pairs, model.to(args.device), skips)
         skips.check(args.max_bad_share)
-        if miniature is not None:
-            miniature.pairs = pairs
-            miniature.documents.use_images(pairs)
+        if documents is not None:
+            documents.use_images(pairs)
     rows, groups = pairs, None
     if documents is not None:
         rows = ConcatDataset([pairs, documents])
@@ -209,7 +221,14 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: UniMuRTrai
 def _steps(pairs: int | None, args: UniMuRTrainingArguments) -> int:
     if pairs is None:
         raise ValueError("these shards have no _stats.json that counts their pairs: give --max_steps")
-    return max(1, int(pairs * args.num_train_epochs // (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)))
+    return max(
+        1,
+        int(
+            pairs
+            * args.num_train_epochs
+            // (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
+        ),
+    )
 
 
 if __name__ == "__main__":

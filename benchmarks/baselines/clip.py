@@ -47,7 +47,9 @@ class ClipBaseline:
         spoken = [i for i, text in enumerate(texts) if text]
         if spoken:
             sums[spoken] = self.embed_texts([texts[i] for i in spoken])
-        shown = [(i, element) for i, elements in enumerate(flat) for element in elements if not isinstance(element, str)]
+        shown = [
+            (i, element) for i, elements in enumerate(flat) for element in elements if not isinstance(element, str)
+        ]
         if shown:
             rows = torch.tensor([i for i, _ in shown])
             images = torch.zeros_like(sums).index_add_(0, rows, self.embed_images([image for _, image in shown]))

@@ -111,7 +111,9 @@ def test_the_whole_table(tiny, split):
 def test_clip_alone(tiny):
     model = tiny()
     clip = ClipBaseline(model)
-    assert image_to_itself(clip, [picture(i) for i in range(5)])["R@1"] == 100  # an identity for CLIP, said in the README
+    assert (
+        image_to_itself(clip, [picture(i) for i in range(5)])["R@1"] == 100
+    )  # an identity for CLIP, said in the README
     words, image = clip.embed_texts(["a dog"]), clip.embed_images([picture(1)])
     both = clip.embed_dialogues([["a dog", picture(1)]])
     assert torch.allclose(both, torch.nn.functional.normalize(words + image, dim=-1), atol=1e-6)

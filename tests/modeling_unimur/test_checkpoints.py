@@ -118,7 +118,7 @@ def test_towers_of_another_width_are_refused(tiny, tmp_path):
 
 def test_an_absent_tower_says_which_and_what_to_do(tiny, tmp_path):
     tiny().save_pretrained(tmp_path / "a")
-    with pytest.raises(OSError, match="text_model 'nowhere/opt'.*Pass text_model_name_or_path"):
+    with pytest.raises(OSError, match=r"text_model 'nowhere/opt'.*Pass text_model_name_or_path"):
         UniMuRModel.from_pretrained(tmp_path / "a", text_model_name_or_path="nowhere/opt")
 
 

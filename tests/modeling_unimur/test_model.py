@@ -168,7 +168,10 @@ def test_cached_features_give_the_same_losses(tiny):
     model = tiny()
     batch = model.processor.pairs([picture(i) for i in range(3)], ["a", "b", "c"])
     features, embeds = model.encode_images(batch["pixel_values"])
-    cached = {k: v for k, v in batch.items() if k != "pixel_values"} | {"image_features": features, "image_embeds": embeds}
+    cached = {k: v for k, v in batch.items() if k != "pixel_values"} | {
+        "image_features": features,
+        "image_embeds": embeds,
+    }
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, model(**cached).loss)
 

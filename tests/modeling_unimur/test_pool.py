@@ -32,7 +32,9 @@ def test_scores_are_cosines_in_one_order():
     (reply,) = pool_of(texts=(10, 60), images=(30, 80)).search(QUERY)
     assert [c.modality for c in reply.candidates] == ["text", "image", "text", "image"]
     assert [c.rank for c in reply.candidates] == [1, 2, 3, 4]
-    assert [c.score for c in reply.candidates] == pytest.approx(torch.cos(torch.deg2rad(torch.tensor([10.0, 30, 60, 80]))).tolist())
+    assert [c.score for c in reply.candidates] == pytest.approx(
+        torch.cos(torch.deg2rad(torch.tensor([10.0, 30, 60, 80]))).tolist()
+    )
     assert isinstance(reply.candidates[1].item, Image.Image) and reply.candidates[0].item == "text at 10"
 
 

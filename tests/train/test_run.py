@@ -10,7 +10,14 @@ from tests.conftest import picture
 from tests.tiny import make_towers
 from train.run import CONFIGS, main, parse
 
-REQUIRED = {"dtype": "bfloat16", "learning_rate": 2e-4, "warmup_steps": 100, "num_train_epochs": 5, "lambda1": 1, "lambda2": 10}
+REQUIRED = {
+    "dtype": "bfloat16",
+    "learning_rate": 2e-4,
+    "warmup_steps": 100,
+    "num_train_epochs": 5,
+    "lambda1": 1,
+    "lambda2": 10,
+}
 
 
 @pytest.fixture
@@ -20,7 +27,9 @@ def folder(tmp_path):
     rows = []
     for i in range(12):
         picture(i).save(tmp_path / "photos" / f"{i}.png")
-        rows.append(json.dumps({"file_name": f"{i}.png", "captions": [f"number {i} is {'abcdefghijkl'[i] * 4}", "other"]}))
+        rows.append(
+            json.dumps({"file_name": f"{i}.png", "captions": [f"number {i} is {'abcdefghijkl'[i] * 4}", "other"]})
+        )
     (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(rows))
     return tmp_path
 

@@ -18,7 +18,11 @@ WORDS = ["a red fox", "two dogs", "the green sea", "my old hat", "one panda", "b
 
 def pairs(n=8, broken=0):
     rows = [
-        {"id": str(i), "image": {"bytes": encode(picture(i)), "path": None}, "captions": [WORDS[i % 8] + "!" * (i // 8)]}
+        {
+            "id": str(i),
+            "image": {"bytes": encode(picture(i)), "path": None},
+            "captions": [WORDS[i % 8] + "!" * (i // 8)],
+        }
         for i in range(n)
     ]
     for row in rows[:broken]:
@@ -80,7 +84,9 @@ def test_one_batch_is_overfitted_through_w_i2t_alone(tmp_path):
         row["captions"] = [caption]
     with torch.no_grad():
         start = model(**_inputs(model, rows)).loss_cap
-    trainer_of(model, tmp_path, rows, per_device_train_batch_size=2, max_steps=400, learning_rate=0.1, logging_steps=400).train()
+    trainer_of(
+        model, tmp_path, rows, per_device_train_batch_size=2, max_steps=400, learning_rate=0.1, logging_steps=400
+    ).train()
     with torch.no_grad():
         end = model(**_inputs(model, rows))
         swapped = _inputs(model, rows)
@@ -151,10 +157,14 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
 
 def test_bad_pairs_are_counted_and_stop_the_run_above_the_share(tmp_path):
     model = make_model(tmp_path / "t")
-    trainer = trainer_of(model, tmp_path, pairs(16, broken=1), num_train_epochs=1, max_steps=-1, max_bad_share=0.1, logging_steps=4)
+    trainer = trainer_of(
+        model, tmp_path, pairs(16, broken=1), num_train_epochs=1, max_steps=-1, max_bad_share=0.1, logging_steps=4
+    )
     trainer.train()
     assert trainer.skips.seen == 16 and dict(trainer.skips.counts) == {"empty": 1}
-    stopped = trainer_of(model, tmp_path, pairs(16, broken=3), num_train_epochs=1, max_steps=-1, max_bad_share=0.1, logging_steps=4)
+    stopped = trainer_of(
+        model, tmp_path, pairs(16, broken=3), num_train_epochs=1, max_steps=-1, max_bad_share=0.1, logging_steps=4
+    )
     with pytest.raises(TooManyBadPairsError, match=r"empty \d.*more than the 10\.0%"):
         stopped.train()
 

@@ -2,8 +2,8 @@
 
 A dialogue is a dict of `dialogue_id`, `turns` (`[{speaker, elements: [{type, text, image_id}]}]`; the last turn is the
 reply), `target_turn`, `gold` and `pool` (both `{text_ids, image_ids}`), and three keys of the miniature's own: `kind`
-("response", "visdial", "described" or "fact"), `wants_image` (the context asks to see something) and `image_informs` (the context
-shows an image without which its words fit several candidates).
+("response", "visdial", "described" or "fact"), `wants_image` (the context asks to see something) and `image_informs`
+(the context shows an image without which its words fit several candidates).
 
 Whether a reply holds an image follows from the context's last words alone: "show me", against "thanks!" or "how old
 is it?".
@@ -368,7 +368,7 @@ def _dialogue(
 
 def interleaved(scenes: Sequence[Scene], n: int, seed: int = 0, *, name: str = "document") -> DialogueSet:
     """Training dialogues, shuffled: three fifths `responses` (with more images than in the evaluation), one fifth
-    `visdial`, one fifth `described`. Each keeps the pool of its own part.
+    `visdial`, one fifth `described`, and beyond these `n` one `figure1` dialogue in twenty. Each keeps its part's pool.
 
     Raises:
         ValueError: too few scenes.
@@ -378,6 +378,7 @@ def interleaved(scenes: Sequence[Scene], n: int, seed: int = 0, *, name: str = "
         responses(scenes, n - 2 * fifth, seed, name=f"{name}-r", image_share=0.6, informed_share=0.5),
         visdial(scenes, fifth, seed, name=f"{name}-v"),
         described(scenes, fifth, seed, name=f"{name}-d"),
+        *(figure1(scenes, seed + i, name=f"{name}-f{i}") for i in range(n // (20 * 2 * len(FAVOURITES)))),
     ]
     result = DialogueSet()
     for part in parts:
@@ -399,4 +400,3 @@ def without_context_images(dialogues: Iterable[dict[str, Any]]) -> list[dict[str
         ]
         result.append({**dialogue, "turns": turns})
     return result
-

@@ -14,23 +14,28 @@ from tqdm.auto import tqdm
 
 from train.data import FEATURES
 from train.documents import InterleavedDocuments
+from train.parallel import side_by_side
 
 from .dialogues import interleaved
 from .towers import pretrain_clip, pretrain_opt
 from .world import Scene, captions, draw, splits
 
-N_DOCUMENTS = 8_000
+N_DOCUMENTS = 5_000
 
 
 @dataclass
 class Miniature:
-    """What `train/run.py` needs of it, and the seconds its parts took (absent for towers found on disk)."""
+    """
+    What `train/run.py` needs of it, the seconds its parts took, and the peak memory of the processes that pre-trained
+    the towers, in GiB (zero for towers found on disk).
+    """
 
     text_model: str
     clip_model: str
     pairs: datasets.Dataset
     documents: InterleavedDocuments
     seconds: dict[str, float]
+    towers_memory: float
 
 
 def prepare(folder: str | Path, seed: int = 0) -> Miniature:
@@ -43,20 +48,24 @@ def prepare(folder: str | Path, seed: int = 0) -> Miniature:
         folder: where the towers go.
         seed: of everything that is drawn. The splits themselves do not change with it.
     """
-    towers, scenes, seconds = Path(folder) / "towers", splits()["train"], {}
+    towers, scenes, seconds, memory = Path(folder) / "towers", splits()["train"], {}, 0.0
     stamp = towers / "made.json"
     if not stamp.is_file() or json.loads(stamp.read_text()) != {"seed": seed}:
         stamp.unlink(missing_ok=True)
-        for name, pretrain in (("clip", pretrain_clip), ("opt", pretrain_opt)):
-            start = time.perf_counter()
-            pretrain(towers / name, scenes, seed=seed)
-            seconds[f"pre-training of {name.upper()}"] = time.perf_counter() - start
+        names = {"CLIP": pretrain_clip, "OPT": pretrain_opt}
+        jobs = [
+            (pretrain, {"folder": towers / name.lower(), "scenes": scenes, "seed": seed})
+            for name, pretrain in names.items()
+        ]
+        for name, done in zip(names, side_by_side(jobs), strict=True):
+            seconds[f"pre-training of {name}"] = done.seconds
+            memory += done.memory
         stamp.write_text(json.dumps({"seed": seed}))
     start = time.perf_counter()
     pairs = training_pairs(scenes, seed)
     documents = training_documents(scenes, pairs, seed)
     seconds["pictures and texts"] = time.perf_counter() - start
-    return Miniature(str(towers / "opt"), str(towers / "clip"), pairs, documents, seconds)
+    return Miniature(str(towers / "opt"), str(towers / "clip"), pairs, documents, seconds, memory)
 
 
 def training_pairs(scenes: list[Scene], seed: int) -> datasets.Dataset:
@@ -77,7 +86,8 @@ def training_documents(scenes: list[Scene], pairs: datasets.Dataset, seed: int) 
     dialogues = []
     for dialogue in made.dialogues:
         turns = [
-            {**t, "elements": [{**e, "image_id": key.get(e["image_id"])} for e in t["elements"]]} for t in dialogue["turns"]
+            {**t, "elements": [{**e, "image_id": key.get(e["image_id"])} for e in t["elements"]]}
+            for t in dialogue["turns"]
         ]
         gold = {**dialogue["gold"], "image_ids": [key[i] for i in dialogue["gold"]["image_ids"]]}
         dialogues.append({**dialogue, "turns": turns, "gold": gold})

@@ -6,6 +6,7 @@ tower. What stands in for web-scale pre-training is written down in `documents`:
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,8 +81,6 @@ def opt_tokenizer(corpus: Sequence[str], max_length: int = 160, vocab_size: int 
 
 def _bpe_parts(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a trained BPE tokenizer."""
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
@@ -100,7 +99,7 @@ def pretrain_clip(
     scenes: Sequence[Scene],
     *,
     seed: int = 0,
-    steps: int = 500,
+    steps: int = 520,
     batch_size: int = 128,
     lr: float = 1e-3,
     width: int = 96,
@@ -124,14 +123,15 @@ def pretrain_clip(
     """
     folder = Path(folder)
     rng = random.Random(f"clip-{seed}")
-    texts = [captions(scene, rng, 6) for scene in scenes]
+    texts = [captions(scene, rng, 6, 1) for scene in scenes]
     corpus = [text for options in texts for text in options] + [line for fact in facts() for line in fact]
     tokenizer = clip_tokenizer(corpus)
     processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPModel(_clip_config(tokenizer, width, layers, patch, dim))
-        _train_clip(model, _pictures(scenes, rng, processor, progress), texts, tokenizer, steps, batch_size, lr, progress)
+        pixels = _pictures(scenes, rng, processor, progress)
+        _train_clip(model, pixels, texts, tokenizer, steps, batch_size, lr, progress)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -226,20 +226,26 @@ def documents(scenes: Sequence[Scene], n: int, rng: random.Random) -> list[Docum
         for scene in scenes:
             kind = rng.random()
             if kind < 0.5:
-                made.append((rng.choice(captions(scene, rng, 1)[:1]), alt_text(scene, rng)))
+                made.append((captions(scene, rng, 1)[0], alt_text(scene, rng)))
             elif kind < 0.8:
-                made.append((alt_text(scene, rng, " ").replace("  ", " "), alt_text(scene, rng)))
+                made.append((_words(scene, rng), alt_text(scene, rng)))
             else:
-                made.append((alt_text(scene, rng, " ").replace("  ", " ") + " " + captions(scene, rng, 1)[0], ""))
-        made += [(text, alt_text(_scene_of(text_id, spoken), rng)) for text_id, text in spoken.texts.items()]
-        for animal, (question, answer) in zip(FAVOURITES, facts(), strict=True):
-            food = FAVOURITES[animal]
-            for _ in range(10):
-                made.append((question, _tail([animal, "eating", food, "chat"], rng)))
-                made.append((answer, _tail([animal, "eating", food], rng)))
-                made.append((f"what do {plural(animal)} look like?", _tail([animal, "photo"], rng)))
+                made.append((_words(scene, rng) + " " + captions(scene, rng, 1)[0], ""))
+        made += [(text, alt_text(spoken.scenes[text_id], rng)) for text_id, text in spoken.texts.items()]
+        for _ in range(len(scenes) // 200):  # common knowledge is told often: one document in twenty-five
+            made += _fact_documents(rng)
     rng.shuffle(made)
     return made[:n]
+
+
+def _fact_documents(rng: random.Random) -> list[Document]:
+    """For each animal: what it eats, asked and told, and the wish to know what it looks like."""
+    made = []
+    for (animal, food), (question, answer) in zip(FAVOURITES.items(), facts(), strict=True):
+        made.append((question, _tail([animal, "eating", food, "chat"], rng)))
+        made.append((answer, _tail([animal, "eating", food], rng)))
+        made.append((f"what do {plural(animal)} look like?", _tail([animal, "photo"], rng)))
+    return made
 
 
 def _tail(tags: list[str], rng: random.Random) -> str:
@@ -247,21 +253,19 @@ def _tail(tags: list[str], rng: random.Random) -> str:
     return " ".join(f"# {tag}" for tag in tags)
 
 
-def _scene_of(text_id: str, group: DialogueSet) -> Scene:
-    """The scene a reply speaks of."""
-    return group.scenes[text_id]
+def _words(scene: Scene, rng: random.Random) -> str:
+    """What stands in an image's place: the scene's words, in any order, each after a space."""
+    return " " + alt_text(scene, rng, "")
 
 
 def _dialogue_document(dialogue: dict[str, Any], group: DialogueSet, rng: random.Random) -> Document:
     """A dialogue up to its reply, images as their words, and the tags of the scene it is about."""
-    lines = []
-    for turn in dialogue["turns"][: dialogue["target_turn"]]:
-        lines.append(
-            "".join(
-                e["text"] if e["type"] == "text" else alt_text(group.images[e["image_id"]], rng, " ").replace("  ", " ")
-                for e in turn["elements"]
-            )
+    lines = [
+        "".join(
+            e["text"] if e["type"] == "text" else _words(group.images[e["image_id"]], rng) for e in turn["elements"]
         )
+        for turn in dialogue["turns"][: dialogue["target_turn"]]
+    ]
     scene = group.scenes[dialogue["dialogue_id"]]
     return "\n".join(lines), _tail([*scene.tags, "photo" if dialogue["wants_image"] else "chat"], rng)
 
@@ -271,13 +275,13 @@ def pretrain_opt(
     scenes: Sequence[Scene],
     *,
     seed: int = 0,
-    steps: int = 1000,
+    steps: int = 1100,
     batch_size: int = 32,
-    lr: float = 5e-3,
+    lr: float = 4e-3,
     width: int = 128,
     layers: int = 2,
-    heads: int = 4,
-    body_weight: float = 0.05,
+    heads: int = 8,
+    body_weight: float = 0.02,
     progress: bool = True,
 ) -> Path:
     """Train an OPT from scratch on `documents` of `scenes`, and save it with its tokenizer.
@@ -345,10 +349,13 @@ def _document_batches(
         # The first "#" is not foretold: [RET] is put there, whatever the text.
         weights = [body_weight] * (len(body) + 1) + [1.0] * (len(tail) - 1)
         rows.append((body + tail, weights))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for k in torch.randperm(len(batches)).tolist():
-        chosen = [rows[i] for i in batches[k]]
+    # Sorted by length within a few batches only: sorted over all, a batch would hold one kind of document.
+    batches = []
+    for start in range(0, len(rows), 4 * batch_size):
+        near = sorted(rows[start : start + 4 * batch_size], key=lambda row: len(row[0]))
+        near = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+        batches += [near[i] for i in torch.randperm(len(near)).tolist()]
+    for chosen in batches:
         length = max(len(ids) for ids, _ in chosen)
         pad = tokenizer.pad_token_id
         ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in chosen])

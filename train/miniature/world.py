@@ -77,7 +77,8 @@ ACTIVITIES = {
         "heart": ("e #e8202a 2 3 11 11; e #e8202a 9 3 18 11; p #e8202a 2 8 18 8 10 18", "a heart"),
         "rocket": ("P #2f6fe0 10 0 15 8 15 16 5 16 5 8; p #ff6a00 7 16 13 16 10 20; e white 8 7 12 11", "a rocket"),
         "castle": ("R #8a3fd0 3 8 17 19; R #8a3fd0 1 3 6 19; R #8a3fd0 14 3 19 19; r black 8 13 12 19", "a castle"),
-        "clover": ("e #1f9e3a 5 0 15 10; e #1f9e3a 0 7 10 16; e #1f9e3a 10 7 20 16; l #1f9e3a 10 10 10 20", "a clover"),
+        "clover": ("e #1f9e3a 5 0 15 10; e #1f9e3a 0 7 10 16; e #1f9e3a 10 7 20 16;"
+                   "l #1f9e3a 10 10 10 20", "a clover"),
         "cookie": ("E #b8732e 1 1 19 19; e #4a260c 5 4 9 8; e #4a260c 11 6 15 10; e #4a260c 6 11 10 15;"
                    "e #4a260c 12 13 15 16", "a cookie"),
     }),
@@ -85,7 +86,8 @@ ACTIVITIES = {
         "balloon": ("l #444444 8 12 15 22; E #f0262f 0 -3 15 13; e #ffb0b0 3 0 6 4", "a balloon"),
         "umbrella": ("l #444444 9 2 14 22; P #1f6cf0 0 10 2 3 9 -2 15 3 17 10; l white 9 -2 9 9", "an umbrella"),
         "flag": ("l #5a3a1a 14 -2 14 23; P #17a03a 0 -2 14 -2 14 10 0 10 4 4", "a flag"),
-        "lantern": ("l #444444 8 -4 14 20; R #3a2a1a 3 -2 13 1; E #ffcf1f 1 1 15 16; R #3a2a1a 4 15 12 18", "a lantern"),
+        "lantern": ("l #444444 8 -4 14 20; R #3a2a1a 3 -2 13 1; E #ffcf1f 1 1 15 16;"
+                    "R #3a2a1a 4 15 12 18", "a lantern"),
         "kite": ("P #9a2fe0 8 -5 16 5 8 15 0 5; l white 8 -5 8 15; l white 0 5 16 5; l #444444 8 15 14 23", "a kite"),
         "teddy": ("E #a0622d 0 -3 6 3; E #a0622d 10 -3 16 3; E #a0622d 1 8 15 22; E #b97a42 1 -1 15 12;"
                   "e black 4 3 6 5; e black 10 3 12 5; e black 7 7 9 9", "a teddy"),
@@ -100,7 +102,8 @@ ACTIVITIES = {
     }),
     "playing": ((19, 40), {
         "drum": ("R #e0262f 2 4 20 18; E #fff2dc 2 0 20 8; l white 2 9 11 17; l white 20 9 11 17", "the drum"),
-        "guitar": ("E #c9772b 0 5 13 19; E #c9772b 7 2 16 13; l #4a260c 8 10 24 -4; e #3a1a08 5 9 10 14", "the guitar"),
+        "guitar": ("E #c9772b 0 5 13 19; E #c9772b 7 2 16 13; l #4a260c 8 10 24 -4;"
+                   "e #3a1a08 5 9 10 14", "the guitar"),
         "piano": ("R #18181c 0 0 22 18; r white 2 8 20 16; l black 6 8 6 16; l black 11 8 11 16; l black 16 8 16 16",
                   "the piano"),
         "trumpet": ("P #ffd21f 0 7 12 8 22 1 22 17 12 12 0 11; r #a87b00 6 4 8 9; r #a87b00 10 4 12 9", "the trumpet"),
@@ -115,22 +118,28 @@ ACTIVITIES = {
         "skateboard": ("P #9a2fe0 0 3 44 3 39 9 5 9; E #ffe23a 6 8 14 15; E #ffe23a 30 8 38 15", "a skateboard"),
         "canoe": ("P #8a5526 -2 1 46 1 37 13 7 13; l #d9a066 2 5 42 5", "a canoe"),
         "tractor": ("R #17a03a 4 0 40 9; E #222222 0 2 15 15; E #222222 30 4 42 15; e #ffe23a 5 6 10 11", "a tractor"),
-        "scooter": ("R #ffcf1f 4 5 36 10; l #c99700 36 8 41 -8; E #222222 2 9 10 15; E #222222 33 9 41 15", "a scooter"),
+        "scooter": ("R #ffcf1f 4 5 36 10; l #c99700 36 8 41 -8; E #222222 2 9 10 15;"
+                    "E #222222 33 9 41 15", "a scooter"),
     }),
 }  # fmt: skip
 PLACES = {
     "forest": ("#bfe6c4", "#4c8a3c", "p #1f5f2e 6 2 -4 34 16 34; r #5a3a1a 4 34 8 46; p #2a7039 58 0 47 36 69 36;"
                "r #5a3a1a 56 36 60 46; p #2a7039 34 -8 24 16 44 16"),
-    "beach": ("#a8e2ff", "#f5dfa2", "r #2492d8 0 34 64 46; e #ffe35a 50 0 62 12; l white 2 40 14 40; l white 48 42 60 42"),
+    "beach": ("#a8e2ff", "#f5dfa2", "r #2492d8 0 34 64 46; e #ffe35a 50 0 62 12; l white 2 40 14 40;"
+                                    "l white 48 42 60 42"),
     "desert": ("#ffcf8f", "#e39a45", "e #ff6b2b 2 2 16 16; r #3d8b45 56 24 60 46; r #3d8b45 51 30 54 37;"
                "r #3d8b45 51 35 58 38; p #c97f35 0 46 18 36 40 46"),
-    "mountains": ("#cfe3f5", "#f7fbff", "p #7b8aa0 -6 46 12 6 30 46; p white 6 19 12 6 18 19; p #8c9bb2 34 46 52 2 72 46;"
+    "mountains": ("#cfe3f5", "#f7fbff", "p #7b8aa0 -6 46 12 6 30 46; p white 6 19 12 6 18 19;"
+                                        "p #8c9bb2 34 46 52 2 72 46;"
                   "p white 46 16 52 2 58 16"),
-    "city": ("#c3c2d0", "#5d5d68", "r #7e7f96 0 8 14 46; r #94708a 48 2 64 46; r #6d7ea0 16 0 30 46; r #ffe98a 3 12 6 16;"
-             "r #ffe98a 9 12 12 16; r #ffe98a 3 21 6 25; r #ffe98a 51 7 54 11; r #ffe98a 58 7 61 11; r white 2 55 12 57"),
+    "city": ("#c3c2d0", "#5d5d68", "r #7e7f96 0 8 14 46; r #94708a 48 2 64 46; r #6d7ea0 16 0 30 46;"
+                                   "r #ffe98a 3 12 6 16;"
+             "r #ffe98a 9 12 12 16; r #ffe98a 3 21 6 25; r #ffe98a 51 7 54 11; r #ffe98a 58 7 61 11;"
+             "r white 2 55 12 57"),
     "garden": ("#d3f3ff", "#7fd04f", "r white 0 34 64 37; r white 2 28 5 46; r white 10 28 13 46; r white 50 28 53 46;"
                "r white 58 28 61 46; e #ff4f8a 2 50 8 56; e #ffd21f 54 54 60 60; e #ff4f8a 40 57 46 63"),
-    "kitchen": ("#ffe3c4", "#b9784a", "r #8fd0d8 0 2 14 18; r #a8663a 46 4 64 8; r #ffffff 48 -2 52 4; r #d9534f 56 -2 62 4;"
+    "kitchen": ("#ffe3c4", "#b9784a", "r #8fd0d8 0 2 14 18; r #a8663a 46 4 64 8; r #ffffff 48 -2 52 4;"
+                                      "r #d9534f 56 -2 62 4;"
                 "l #8a5430 16 46 10 64; l #8a5430 48 46 54 64; r #e8c9a0 0 40 64 46"),
     "moon": ("#12142e", "#9d9dab", "e white 4 4 6 6; e white 12 16 14 18; e white 56 8 58 10; e white 47 20 49 22;"
              "e white 3 30 5 32; e #5b8be0 50 -4 66 12; e #7d7d8c 2 52 12 57; e #7d7d8c 46 56 60 62"),
@@ -183,8 +192,9 @@ class Scene:
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
+@lru_cache(maxsize=1024)
 def _parse(text: str) -> tuple[tuple[str, tuple[int, int, int], tuple[float, ...]], ...]:
-    """Read shapes once, at first use."""
+    """(kind, colour, coordinates in painted pixels) of each shape."""
     shapes = []
     for part in filter(None, (p.strip() for p in text.split(";"))):
         kind, colour, *numbers = part.split()
@@ -192,13 +202,10 @@ def _parse(text: str) -> tuple[tuple[str, tuple[int, int, int], tuple[float, ...
     return tuple(shapes)
 
 
-_cached_parse = lru_cache(maxsize=None)(_parse)
-
-
 def _paint(pen: ImageDraw.ImageDraw, text: str, dx: float = 0.0, dy: float = 0.0, shade: float = 1.0) -> None:
     """Paint shapes moved by (dx, dy) final pixels, their colours multiplied by `shade`."""
     dx, dy = dx * _SCALE, dy * _SCALE
-    for kind, colour, numbers in _cached_parse(text):
+    for kind, colour, numbers in _parse(text):
         if shade != 1.0:
             colour = tuple(min(255, int(c * shade)) for c in colour)
         points = [n + (dy if i % 2 else dx) for i, n in enumerate(numbers)]
@@ -295,14 +302,17 @@ def alt_text(scene: Scene, rng: random.Random, mark: str = "# ") -> str:
     return " ".join(mark + tag for tag in tags)
 
 
-def captions(scene: Scene, rng: random.Random, n: int = 4) -> list[str]:
-    """`n` natural captions of different templates, then one alt text of keywords.
+def captions(scene: Scene, rng: random.Random, n: int = 2, n_keywords: int = 2) -> list[str]:
+    """`n` natural captions of different templates, then `n_keywords` alt texts of keywords.
+
+    Drawing among them evenly, half of a picture's captions are keywords by default: the small language model foretells
+    free text too poorly for it to teach the visual tokens much.
 
     Raises:
         ValueError: `n` exceeds the number of templates.
     """
     texts = [template.format(**phrases(scene, rng)) for template in rng.sample(CAPTIONS, n)]
-    return [*texts, alt_text(scene, rng)]
+    return texts + [alt_text(scene, rng) for _ in range(n_keywords)]
 
 
 def facts() -> list[tuple[str, str]]:
