@@ -28,7 +28,8 @@ class UniMuRTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.0, metadata={"help": "Zero makes AdamW the paper's Adam."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the rows' own columns."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers to report to."})
+    # HfArgumentParser reads the type's parts in this order.
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})  # noqa: RUF036
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     schedule: str = field(
         default="joint",

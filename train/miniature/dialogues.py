@@ -368,7 +368,7 @@ def _dialogue(
 
 def interleaved(scenes: Sequence[Scene], n: int, seed: int = 0, *, name: str = "document") -> DialogueSet:
     """Training dialogues, shuffled: three fifths `responses` (with more images than in the evaluation), one fifth
-    `visdial`, one fifth `described`, and beyond these `n` one `figure1` dialogue in twenty. Each keeps its part's pool.
+    `visdial`, one fifth `described`, and beyond these `n` one `figure1` in twenty. Each keeps its own pool.
 
     Raises:
         ValueError: too few scenes.
