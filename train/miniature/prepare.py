@@ -20,7 +20,7 @@ from .dialogues import interleaved
 from .towers import pretrain_clip, pretrain_opt
 from .world import Scene, captions, draw, splits
 
-N_DOCUMENTS = 5_000
+N_DOCUMENTS = 8_000
 
 
 @dataclass

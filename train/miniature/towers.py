@@ -130,8 +130,8 @@ def pretrain_clip(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPModel(_clip_config(tokenizer, width, layers, patch, dim))
-        pixels = _pictures(scenes, rng, processor, progress)
-        _train_clip(model, pixels, texts, tokenizer, steps, batch_size, lr, progress)
+        pixels = _pictures(scenes, rng, progress)
+        _train_clip(model, pixels, processor, texts, tokenizer, steps, batch_size, lr, progress)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -161,20 +161,24 @@ def _clip_config(tokenizer: CLIPTokenizer, width: int, layers: int, patch: int, 
     )
 
 
-def _pictures(
-    scenes: Sequence[Scene], rng: random.Random, processor: CLIPImageProcessor, progress: bool
-) -> torch.Tensor:
-    """Pixel values `(n, 3, 64, 64)` float32, as the image processor gives them for these pictures."""
+def _pictures(scenes: Sequence[Scene], rng: random.Random, progress: bool) -> torch.Tensor:
+    """Pictures of scenes `(n, 3, 64, 64)` uint8: a quarter of the memory of their pixel values."""
     pixels = np.empty((len(scenes), SIZE, SIZE, 3), np.uint8)
     for i, scene in enumerate(tqdm(scenes, desc="drawing", disable=not progress)):
         pixels[i] = np.asarray(draw(scene, rng))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _pixel_values(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
+    """`(n, 3, 64, 64)` float32, as the image processor gives them for these pictures."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() * processor.rescale_factor - mean) / std
+    return (pixels.float() * processor.rescale_factor - mean) / std
 
 
 def _train_clip(
     model: CLIPModel,
     pixels: torch.Tensor,
+    processor: CLIPImageProcessor,
     texts: list[list[str]],
     tokenizer: CLIPTokenizer,
     steps: int,
@@ -194,7 +198,9 @@ def _train_clip(
         rows, which = order[step], torch.randint(options, (batch_size,))
         length = int(mask[rows, which].sum(1).max())
         out = model(
-            input_ids=ids[rows, which, :length], attention_mask=mask[rows, which, :length], pixel_values=pixels[rows]
+            input_ids=ids[rows, which, :length],
+            attention_mask=mask[rows, which, :length],
+            pixel_values=_pixel_values(pixels[rows], processor),
         )
         loss = (F.cross_entropy(out.logits_per_image, labels) + F.cross_entropy(out.logits_per_text, labels)) / 2
         _step(loss, model, optimizer, schedule)
