@@ -75,6 +75,12 @@ class UniMuRModel(PreTrainedModel):
         self._freeze()
 
     def _init_weights(self, module: nn.Module) -> None:
+        if module in (self.W_i2t, self.W_t2m):
+            # nn.Linear's own scale: the usual 0.02 leaves visual tokens an order below word embeddings.
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+            return
         super()._init_weights(module)
         if module is self:
             init.normal_(self.ret_embedding, std=0.02)

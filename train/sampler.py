@@ -8,7 +8,7 @@ from torch.utils.data import Sampler
 
 class GroupedSampler(Sampler[int]):
     """
-    Shuffled indices whose every run of `batch_size` lies in one group.
+    Shuffled indices whose every run of `batch_size` lies in one group, the groups spread evenly.
 
     Pairs are several times shorter than documents, and only documents with images need a gradient through the LLM, so a
     mixed batch would pad and differentiate rows for nothing. Each group's remainder below a batch is left out of the
@@ -37,10 +37,15 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        batches = []
+        placed = []
         for group in self.groups.unique():
             rows = torch.nonzero(self.groups == group).flatten()
             rows = rows[torch.randperm(len(rows), generator=generator)]
-            batches += [b for b in rows.split(self.batch_size) if len(b) == self.batch_size]
-        for batch in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[batch].tolist()
+            batches = [b for b in rows.split(self.batch_size) if len(b) == self.batch_size]
+            # Each kind is spread evenly over the epoch, so that accumulated steps hold the kinds in their proportion.
+            places = (torch.arange(len(batches)) + torch.rand(len(batches), generator=generator)) / max(
+                len(batches), 1
+            )
+            placed += zip(places.tolist(), batches, strict=True)
+        for _, batch in sorted(placed, key=lambda item: item[0]):
+            yield from batch.tolist()
