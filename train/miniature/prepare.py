@@ -79,9 +79,11 @@ def training_pairs(scenes: list[Scene], seed: int) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=FEATURES)
 
 
-def training_documents(scenes: list[Scene], pairs: datasets.Dataset, seed: int) -> InterleavedDocuments:
+def training_documents(
+    scenes: list[Scene], pairs: datasets.Dataset, seed: int, n: int = N_DOCUMENTS
+) -> InterleavedDocuments:
     """Dialogues about train scenes, whose pictures are those of `pairs`."""
-    made = interleaved(scenes, N_DOCUMENTS, seed)
+    made = interleaved(scenes, n, seed)
     key = {image_id: scene.key for image_id, scene in made.images.items()}
     dialogues = []
     for dialogue in made.dialogues:

@@ -45,13 +45,13 @@ def clip_tokenizer(corpus: Sequence[str], max_length: int = 40, vocab_size: int 
         vocab_size=vocab_size,
         initial_alphabet=bytes_,
         end_of_word_suffix="</w>",
-        special_tokens=[start, end],
+        # Every byte may also end a word. Left to the trainer, these would be numbered in the order of a hash, and ties
+        # between merges with them.
+        special_tokens=[start, end, *(f"{byte}</w>" for byte in bytes_)],
         show_progress=False,
     )
     learner.train_from_iterator(corpus, trainer)
     vocab, merges = _bpe_parts(learner)
-    for byte in bytes_:  # every byte may also end a word
-        vocab.setdefault(f"{byte}</w>", len(vocab))
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 

@@ -1,0 +1,126 @@
+"""The miniature: disjoint splits with held-out combinations, dialogues that need what they claim, towers that reload."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from train.miniature import pictures
+from train.miniature.dialogues import ASK_IMAGE, figure1, interleaved, responses, visdial, without_context_images
+from train.miniature.prepare import training_documents, training_pairs
+from train.miniature.towers import documents, pretrain_clip, pretrain_opt
+from train.miniature.world import captions, draw, every_scene, held_out_pairs, splits
+from train.parallel import side_by_side
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return splits()
+
+
+def pairs_of(scenes):
+    return {(s.animal, s.place) for s in scenes} | {(s.animal, s.object) for s in scenes}
+
+
+def test_splits_are_disjoint_by_scene_and_by_combination(parts):
+    assert len(every_scene()) == len(set(every_scene())) == 20_736
+    assert (len(parts["train"]), len(parts["validation"]), len(parts["test"])) == (10_000, 1_800, 2_400)
+    assert len({s for scenes in parts.values() for s in scenes}) == 14_200
+    for name, held in held_out_pairs().items():
+        assert held and held <= pairs_of(parts[name])
+        for other in parts.keys() - {name}:
+            assert not held & pairs_of(parts[other]), (name, other)
+        novel = sum(bool(pairs_of([s]) & held) for s in parts[name])
+        assert 0.3 < novel / len(parts[name]) < 0.7
+
+
+def test_the_towers_text_never_tells_a_held_out_combination(parts):
+    scenes = parts["train"][:300]
+    texts = documents(scenes, 3_000, random.Random(0))
+    for _, tail in texts:
+        tags = set(tail.replace("#", " ").split())
+        assert not any({animal, thing} <= tags for animal, thing in held_out_pairs()["test"]), tail
+
+
+def test_a_picture_depends_on_its_scene_and_its_jitter(parts):
+    scene, other = parts["train"][:2]
+    first = draw(scene, random.Random(1))
+    assert first.size == (64, 64) and first.mode == "RGB"
+    assert first.tobytes() == draw(scene, random.Random(1)).tobytes() != draw(scene, random.Random(2)).tobytes()
+    assert draw(other, random.Random(1)).tobytes() != first.tobytes()
+    table = {"a": scene, "b": other}
+    assert pictures(table)["b"].tobytes() == pictures({"b": other})["b"].tobytes()
+
+
+def test_responses_follow_from_their_context(parts):
+    said = responses(parts["test"], 400, 3)
+    assert len({said.texts[i] for i in said.texts}) == 400 == len(said.dialogues)
+    for dialogue in said.dialogues:
+        last = dialogue["turns"][dialogue["target_turn"] - 1]["elements"][-1]["text"]
+        assert dialogue["wants_image"] is bool(dialogue["gold"]["image_ids"]) is (last in ASK_IMAGE)
+        context = [e for t in dialogue["turns"][:-1] for e in t["elements"]]
+        scene = said.scenes[dialogue["dialogue_id"]]
+        words = " ".join(e["text"] for e in context if e["type"] == "text")
+        shown = [said.images[e["image_id"]] for e in context if e["type"] == "image"]
+        if dialogue["image_informs"]:
+            assert scene.animal not in words and scene.hat not in words
+            assert (shown[0].animal, shown[0].hat) == (scene.animal, scene.hat) and shown[0] != scene
+        else:
+            assert scene.animal in words and scene.hat in words and not shown
+    informed = [d for d in said.dialogues if d["image_informs"]]
+    assert len(informed) > 100
+    bare = without_context_images(informed)
+    assert not any(e["type"] == "image" for d in bare for t in d["turns"][:-1] for e in t["elements"])
+
+
+def test_visdial_answers_never_name_the_scene_whole(parts):
+    seen = visdial(parts["test"], 50, 3)
+    for dialogue in seen.dialogues:
+        scene = seen.scenes[dialogue["dialogue_id"]]
+        for turn in dialogue["turns"][:-1]:
+            named = {scene.animal, scene.hat} & set(turn["elements"][0]["text"].replace(".", " ").split())
+            assert len(named) <= 1
+    assert len(figure1(parts["test"]).dialogues) == 24
+
+
+def test_training_shows_train_scenes_only(parts):
+    scenes = parts["train"][:400]
+    pairs = training_pairs(scenes, 0)
+    assert pairs["id"][:] == [s.key for s in scenes] and len(pairs[0]["captions"]) == len(
+        captions(scenes[0], random.Random(0))
+    )
+    made = interleaved(scenes, 100, 0)
+    assert set(made.images.values()) <= set(scenes)
+    some = training_documents(scenes, pairs, 0, n=100)
+    assert len(some) >= 100 and any(some.shows_image(i) for i in range(len(some)))
+    assert set(some[0]["images"]) <= set(pairs["id"][:])
+
+
+def test_towers_reload_and_repeat(parts, tmp_path):
+    scenes = parts["train"][:200]
+    small = {"scenes": scenes, "seed": 1, "steps": 3, "batch_size": 8, "progress": False}
+    for name in ("a", "b"):
+        pretrain_clip(tmp_path / name / "clip", **small)
+        pretrain_opt(tmp_path / name / "opt", **small)
+    opts = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "opt") for n in "ab"]
+    clips = [CLIPModel.from_pretrained(tmp_path / n / "clip") for n in "ab"]
+    for first, second in (opts, clips):
+        assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "opt")
+    ids = tokenizer("a panda in the forest.")["input_ids"]
+    assert ids[0] == 2 == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == "a panda in the forest."
+    words = CLIPTokenizer.from_pretrained(tmp_path / "a" / "clip")("a panda")["input_ids"]
+    assert len(words) == 4 and words[-1] == clips[0].config.text_config.eos_token_id
+    pixels = CLIPImageProcessor.from_pretrained(tmp_path / "a" / "clip")(
+        draw(scenes[0], random.Random(0)), return_tensors="pt"
+    )
+    assert pixels["pixel_values"].shape == (1, 3, 64, 64)
+
+
+def test_jobs_run_side_by_side_in_processes_of_their_own():
+    import os
+
+    done = side_by_side([(os.getpid, {})] * 2)
+    assert os.getpid() not in {d.result for d in done} and all(d.seconds >= 0 and d.memory > 0 for d in done)
+    assert "TQDM_POSITION" not in os.environ
