@@ -1,0 +1,144 @@
+"""Section 3.4: embeddings of dialogues, images and texts, pools of candidates, and replies out of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from .dialogues_unimur import is_batch
+from .pool_unimur import CandidatePool, Retrieval
+from .towers_unimur import non_finite_tensors
+
+
+class RetrievalMixin:
+    """
+    What a user calls, over a model that has `processor`, `fingerprint`, `encode_images`, `encode_contexts`,
+    `encode_clip_texts`, `input_embeddings`, `last_outputs` and `W_t2m`.
+    """
+
+    def embed_dialogues(
+        self, dialogues: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False
+    ) -> torch.Tensor:
+        """
+        Unified embeddings of dialogues: a list of n, each as [`parse_dialogue`] takes it -> `(n, q)` float32 on CPU,
+        L2-normalised. Raises `ValueError` naming the bad item.
+        """
+
+        def embed(batch):
+            inputs = self.processor.contexts(batch).to(self.device)
+            features = self.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
+            return self.encode_contexts(inputs["input_ids"], inputs["attention_mask"], features)
+
+        return self._embed(dialogues, embed, "dialogues", batch_size, show_progress_bar)
+
+    def embed_images(
+        self, images: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False
+    ) -> torch.Tensor:
+        """CLIP embeddings of candidate images (PIL, paths, bytes or datasets' undecoded ones): as `embed_dialogues`."""
+
+        def embed(batch):
+            return self.encode_images(self.processor.pixels(batch).to(self.device))[1]
+
+        return self._embed(images, embed, "images", batch_size, show_progress_bar)
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 32, show_progress_bar: bool = False) -> torch.Tensor:
+        """Embeddings of candidate texts in the space `config.text_candidates` names: as `embed_dialogues`."""
+        space = self.config.text_candidates
+
+        def embed(batch):
+            if space == "clip_text":
+                inputs = self.processor.clip_texts(batch).to(self.device)
+                return self.encode_clip_texts(inputs["clip_input_ids"], inputs["clip_attention_mask"])
+            inputs = self.processor.texts(batch, end_with_ret=space == "ret").to(self.device)
+            if space == "ret":
+                return self.encode_contexts(inputs["input_ids"], inputs["attention_mask"])
+            outputs = self.input_embeddings(inputs["input_ids"])
+            if space == "last_output":
+                outputs = self.last_outputs(outputs, inputs["attention_mask"])
+            mask = inputs["attention_mask"][..., None]
+            return self.W_t2m((outputs.float() * mask).sum(1) / mask.sum(1))
+
+        return self._embed(texts, embed, "texts", batch_size, show_progress_bar)
+
+    @torch.no_grad()
+    def _embed(self, items, embed, what: str, batch_size: int, show_progress_bar: bool) -> torch.Tensor:
+        if isinstance(items, str):
+            raise ValueError(f"expected a list of {what}, got one string")
+        parts = []
+        for start in tqdm(range(0, len(items), batch_size), f"embedding {what}", disable=not show_progress_bar):
+            try:
+                embeds = embed(items[start : start + batch_size])
+            except ValueError as error:
+                raise ValueError(f"{error} (counting from {what[:-1]} {start})" if start else str(error)) from error
+            if not bool(torch.isfinite(embeds).all()):
+                names = non_finite_tensors(self) or ["none: the input overflows the towers' dtype"]
+                raise ValueError(f"the embeddings hold NaN or infinity; weights that do: {', '.join(names[:5])}")
+            parts.append(F.normalize(embeds.float(), dim=-1).cpu())
+        return torch.cat(parts) if parts else torch.empty(0, self.config.embedding_width)
+
+    def build_pool(
+        self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, *,
+        image_ids: Sequence[str] | None = None, text_ids: Sequence[str] | None = None,
+        batch_size: int = 32, show_progress_bar: bool = True,
+    ) -> CandidatePool:  # fmt: skip
+        """
+        One pool of images and texts (Section 3.4).
+
+        Args:
+            images: PIL images, paths, bytes, or a column of a `datasets.Dataset`.
+            texts: strings.
+            image_ids, text_ids: unique names; numbered by default.
+
+        Raises:
+            ValueError: nothing given, a bad item, or an id twice.
+        """
+        pool = CandidatePool.empty(self.fingerprint)
+        return self.extend_pool(pool, images, texts, image_ids=image_ids, text_ids=text_ids,
+                                batch_size=batch_size, show_progress_bar=show_progress_bar)  # fmt: skip
+
+    def extend_pool(
+        self, pool: CandidatePool, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, *,
+        image_ids: Sequence[str] | None = None, text_ids: Sequence[str] | None = None,
+        batch_size: int = 32, show_progress_bar: bool = True,
+    ) -> CandidatePool:  # fmt: skip
+        """`pool` with more candidates, as a new pool; refuses one that another model made. See `build_pool`."""
+        pool.check_made_by(self.fingerprint)
+        images, texts = ([] if items is None else items for items in (images, texts))
+        if not len(images) and not len(texts):
+            raise ValueError("no candidates: give images, texts or both")
+        arguments = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+        if len(images):
+            pool = pool.append("image", images, self.embed_images(images, **arguments), image_ids)
+        if len(texts):
+            pool = pool.append("text", texts, self.embed_texts(texts, **arguments), text_ids)
+        return pool
+
+    def retrieve(
+        self, dialogue: Any, pool: CandidatePool, *, top_k: int = 10, modality: str | None = None,
+        exclude: Sequence[str] = (), calibrate: bool = False, image_bias: float = 0.0, batch_size: int = 32,
+    ) -> Retrieval | list[Retrieval]:  # fmt: skip
+        """
+        The reply to a dialogue out of a pool (Section 3.4).
+
+        Args:
+            dialogue: one dialogue (a string, a list of strings and images, or chat messages), or a list of dialogues
+                that are each a list.
+            top_k: how many candidates to return.
+            modality: `"image"` or `"text"` to search one kind only.
+            exclude: ids not to return, such as those already shown.
+            calibrate, image_bias: see [`CandidatePool.search`].
+
+        Returns:
+            One [`Retrieval`], or a list where a list of dialogues was given.
+
+        Raises:
+            ValueError: the pool is empty or another model made it; the message says what differs.
+        """
+        pool.check_made_by(self.fingerprint)
+        many = is_batch(dialogue)
+        queries = self.embed_dialogues(dialogue if many else [dialogue], batch_size=batch_size)
+        found = pool.search(queries, top_k=top_k, modality=modality, exclude=exclude,
+                            calibrate=calibrate, image_bias=image_bias)  # fmt: skip
+        return found if many else found[0]
