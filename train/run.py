@@ -170,18 +170,17 @@ def main(argv: list[str] | None = None) -> dict:
         model_args.text_model, model_args.clip_model, make_processor(model_args),
         ret_init=model_args.ret_init, dtype=model_args.dtype, **model_args.config_fields(),
     )  # fmt: skip
-    skips = SkipCounter()
+    skips, rows, groups = SkipCounter(), pairs, None
     if data_args.cache_features:
         if streamed:
             raise ValueError("--cache_features needs data with a length; shards are streamed")
-        pairs = cache_image_features(pairs, model.to(args.device), skips)
+        rows = cache_image_features(pairs, model.to(args.device), skips)
         skips.check(args.max_bad_share)
         if documents is not None:
-            documents.use_images(pairs)
-    rows, groups = pairs, None
+            documents.use_images(rows)
     if documents is not None:
-        rows = ConcatDataset([pairs, documents])
-        groups = [0] * len(pairs) + [1 + documents.shows_image(i) for i in range(len(documents))]
+        groups = [0] * len(rows) + [1 + documents.shows_image(i) for i in range(len(documents))]
+        rows = ConcatDataset([rows, documents])
         args.ddp_find_unused_parameters = True  # a batch of documents without images leaves W_i2t out
     trainer = UniMuRTrainer(
         model=model,
@@ -204,7 +203,7 @@ def main(argv: list[str] | None = None) -> dict:
         "skipped": dict(trainer.skips.counts), "log": trainer.state.log_history,
     }  # fmt: skip
     if trainer.is_world_process_zero():
-        if data_args.evaluate_pairs and not data_args.cache_features:
+        if data_args.evaluate_pairs:
             from benchmarks.pairs import caption_to_image_recall
 
             # The saved checkpoint is what users load, so it is what is measured.
