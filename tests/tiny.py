@@ -70,8 +70,12 @@ def text_model(kind: str, vocab_size: int):
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**gqa, **ids)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**gqa, **ids)),
     }
-    model = makers[kind]()
-    for parameter in model.parameters():  # the usual 0.02 leaves so small a model almost blind to its input
+    return awaken(makers[kind]())
+
+
+def awaken(model: torch.nn.Module) -> torch.nn.Module:
+    """Random weights of a scale that reacts to the input: the usual 0.02 leaves a small model almost blind."""
+    for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     return model.eval()
@@ -130,7 +134,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = GPT2Tokenizer.from_pretrained(arguments.text_vocab)
     config = GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=256, vocab_size=len(tokenizer))
-    GPT2LMHeadModel(config).save_pretrained(arguments.out / "text")
+    awaken(GPT2LMHeadModel(config)).save_pretrained(arguments.out / "text")
     tokenizer.save_pretrained(arguments.out / "text")
     words = CLIPTokenizer.from_pretrained(arguments.clip_vocab)
     clip_model(len(words), words.eos_token_id, image_size=64, width=64).save_pretrained(arguments.out / "clip")
