@@ -269,13 +269,19 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
 
+    def ret_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """h([RET]), the LLM's last output at [RET]: contexts `(n, length)` ending in [RET] -> `(n, d)` float32."""
+        hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask)
+        at_ret = (input_ids == self.config.ret_token_id).int().argmax(-1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), at_ret].float()
+
     def encode_contexts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None
     ) -> torch.Tensor:
         """e_t = W_t2m h([RET]): contexts `(n, length)` ending in [RET] -> `(n, q)` float32, not normalised."""
-        hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask)
-        at_ret = (input_ids == self.config.ret_token_id).int().argmax(-1)
-        return self.W_t2m(hidden[torch.arange(len(hidden), device=hidden.device), at_ret].float())
+        return self.W_t2m(self.ret_states(input_ids, attention_mask, image_features))
 
     def caption_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, image_features: torch.Tensor

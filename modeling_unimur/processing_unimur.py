@@ -68,12 +68,13 @@ class UniMuRProcessor(ProcessorMixin):
 
     # What a model reads
 
-    def contexts(self, dialogues: Sequence[Any]) -> BatchFeature:
+    def contexts(self, dialogues: Sequence[Any], *, end_with_ret: bool = True) -> BatchFeature:
         """
         Dialogues ending in `[RET]`.
 
         Args:
             dialogues: each as [`parse_dialogue`] takes it.
+            end_with_ret: `False` leaves `[RET]` away, for the LLM to go on from there.
 
         Returns:
             `input_ids`, `attention_mask` `(n, length)` int64, right-padded; where there are images also
@@ -92,7 +93,7 @@ class UniMuRProcessor(ProcessorMixin):
         for item, dialogue in enumerate(dialogues):
             try:
                 turns = parse_dialogue(dialogue)
-                row, kept = self._serialise(turns, end=[self.ret_token_id], item=item)
+                row, kept = self._serialise(turns, end=[self.ret_token_id] if end_with_ret else [], item=item)
                 images += [self.decode(image) for image in kept]
             except ValueError as error:
                 raise ValueError(f"dialogue {item}: {error}") from error

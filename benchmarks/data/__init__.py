@@ -1,0 +1,1 @@
+"""Readers of the data sets, each into the one schema of [`benchmarks.schema`]."""

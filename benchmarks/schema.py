@@ -1,0 +1,150 @@
+"""The one schema of every task's data: dialogues beside their tables of texts and images, and questions about images."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MAX_MISSING_SHARE = 0.01
+
+
+class BadDataError(ValueError):
+    """A file is absent or of the wrong shape; the message gives the path and the field."""
+
+
+class TooMuchMissingError(ValueError):
+    """More of the items cannot be evaluated than the allowed share."""
+
+
+@dataclass
+class Missing:
+    """
+    Items that cannot be evaluated, by reason, with the first few of each: said in every result, never dropped silently.
+
+    `seen` counts all items, those left out among them.
+    """
+
+    seen: int = 0
+    counts: Counter = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, item: str) -> None:
+        """Counts one item as left out, for a `reason` in words such as `"image file absent"`."""
+        self.counts[reason] += 1
+        known = self.examples.setdefault(reason, [])
+        if len(known) < 3:
+            known.append(item)
+
+    @property
+    def share(self) -> float:
+        return self.counts.total() / max(self.seen, 1)
+
+    def check(self, allowed: float = MAX_MISSING_SHARE) -> None:
+        """Raises [`TooMuchMissingError`] with counts and examples where more than `allowed` of the items are left out."""
+        if self.share > allowed:
+            raise TooMuchMissingError(
+                f"{self}, more than the {allowed:.1%} allowed: complete the folder, or allow it with "
+                "--max_missing_share and report the share"
+            )
+
+    def __str__(self) -> str:
+        reasons = "; ".join(
+            f"{reason}: {count} (such as {', '.join(self.examples[reason])})"
+            for reason, count in self.counts.most_common()
+        )
+        left_out = self.counts.total()
+        return f"{left_out} of {self.seen} items left out ({self.share:.1%})" + (f": {reasons}" if reasons else "")
+
+
+@dataclass
+class Dialogues:
+    """
+    Dialogues with a target turn each, beside the tables their ids point into.
+
+    `dialogues`: dicts of
+        - `dialogue_id` (str);
+        - `turns`: `[{speaker, elements: [{type: "text" | "image", text, image_id}]}]`;
+        - `target_turn` (int): the context is `turns[:target_turn]`; the target turn may lie beyond the last one;
+        - `pool`, `gold`: `{text_ids, image_ids}`, lists of ids; dialogues may share one `pool` object;
+        - `relevance` (only where the data has it): `[float]` along `pool["text_ids"]`.
+    `texts`: id -> string. `images`: id -> anything `UniMuRProcessor.decode` takes; files stay paths until they are read.
+    """
+
+    dialogues: list[dict[str, Any]]
+    texts: Mapping[str, str]
+    images: Mapping[str, Any]
+    missing: Missing = field(default_factory=Missing)
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    def first(self, limit: int | None) -> "Dialogues":
+        """The first `limit` dialogues over the same pools."""
+        return self if limit is None else Dialogues(self.dialogues[:limit], self.texts, self.images, self.missing)
+
+    @property
+    def pool_hash(self) -> str:
+        """Hash of the ids of every dialogue's pool, in order: two results over one hash ranked the same candidates."""
+        known: dict[int, str] = {}
+        for d in self.dialogues:
+            if id(d["pool"]) not in known:
+                known[id(d["pool"])] = _hash(d["pool"])
+        return _hash([known[id(d["pool"])] for d in self.dialogues])
+
+
+@dataclass
+class Questions:
+    """
+    `questions`: dicts of `question_id` (str), `image_id` (str), `question`, `answers` (`[str]`, the humans'; empty in
+    a split without answers), and where the data has them `question_type`, `answer_type`, `multiple_choice_answer`.
+    `images` as in [`Dialogues`].
+    """
+
+    questions: list[dict[str, Any]]
+    images: Mapping[str, Any]
+    missing: Missing = field(default_factory=Missing)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def first(self, limit: int | None) -> "Questions":
+        """The first `limit` questions."""
+        return self if limit is None else Questions(self.questions[:limit], self.images, self.missing)
+
+    @property
+    def pool_hash(self) -> str:
+        """Hash of the questions' ids, in order."""
+        return _hash([q["question_id"] for q in self.questions])
+
+
+def read_json(path: Path) -> Any:
+    """A json file, or json lines. Raises [`BadDataError`] naming the path where it is absent or not json."""
+    if not path.is_file():
+        raise BadDataError(f"{path}: no such file")
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        # An array or an object over several lines is one value; json lines are a value a line.
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise BadDataError(f"{path}: neither json nor json lines ({error})") from error
+
+
+def require(value: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`value[name]`, which must be of `kind`. Raises [`BadDataError`] that names `where` (path and item) and the field."""
+    names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+    if not isinstance(value, dict) or name not in value:
+        held = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise BadDataError(f"{where}: expected the field {name!r} ({names}), found {held}")
+    if not isinstance(value[name], kind):
+        raise BadDataError(f"{where}: the field {name!r} is {type(value[name]).__name__}, expected {names}")
+    return value[name]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,86 @@
+"""What every task asks of a system, be it UniMuR or a baseline."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class System:
+    """
+    A model as the tasks see it. A system answers with what it can; the rest raises `NotImplementedError`, and the task
+    says that it does not apply.
+
+    Attributes:
+        name: of the row in a table.
+        revision: what identifies the weights, for the result's json.
+        notes: what a reader must know of this row, such as how many dialogues were truncated.
+    """
+
+    name: str = "?"
+
+    @property
+    def revision(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def notes(self) -> list[str]:
+        return []
+
+    def embed_dialogues(self, dialogues: Sequence[Any], **kwargs) -> torch.Tensor:
+        """Each as [`parse_dialogue`] takes it -> `(n, q)` float32, L2-normalised."""
+        raise NotImplementedError
+
+    def embed_images(self, images: Sequence[Any], **kwargs) -> torch.Tensor:
+        """`(n, q)` float32, L2-normalised (or `(n, vectors, q)`, see `similarity`)."""
+        raise NotImplementedError
+
+    def embed_texts(self, texts: Sequence[str], **kwargs) -> torch.Tensor:
+        """`(n, q)` float32, L2-normalised."""
+        raise NotImplementedError
+
+    def similarity(self, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """`(n, q)`, `(m, q)` -> `(n, m)`: cosine. A candidate of several vectors counts by its best one."""
+        if candidates.ndim == 2:
+            return queries @ candidates.T
+        return torch.einsum("nq,mvq->nmv", queries, candidates).amax(-1)
+
+    def shows_image(self, dialogues: Sequence[Any]) -> torch.Tensor | None:
+        """`(n,)` bool where the system itself decides whether a reply holds an image; `None`: the pool does (3.4)."""
+        return None
+
+    def log_likelihoods(
+        self, contexts: Sequence[Any], options: Sequence[Sequence[str]], **protocol
+    ) -> list[torch.Tensor]:
+        """For each context, a score an option `(options,)`, higher is likelier; see [`benchmarks.language`]."""
+        raise NotImplementedError
+
+    def answers(self, contexts: Sequence[Any], max_new_tokens: int = 10) -> list[str]:
+        """What the language model says after each context, greedily, up to a line's end."""
+        raise NotImplementedError
+
+
+class Embedder(System):
+    """A system around anything with the model's `embed_*`."""
+
+    def __init__(self, model: Any, name: str):
+        self.model, self.name = model, name
+
+    @property
+    def revision(self) -> dict[str, Any]:
+        return dict(self.model.fingerprint)
+
+    def embed_dialogues(self, dialogues, **kwargs):
+        return self.model.embed_dialogues(dialogues, **kwargs)
+
+    def embed_images(self, images, **kwargs):
+        return self.model.embed_images(images, **kwargs)
+
+    def embed_texts(self, texts, **kwargs):
+        return self.model.embed_texts(texts, **kwargs)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Row by row: `(n, q)`, `(n, q)` -> `(n,)`."""
+    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
