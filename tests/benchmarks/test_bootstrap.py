@@ -1,0 +1,147 @@
+"""The bootstrap against cases worked by hand, and its coverage."""
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import bootstrap
+from benchmarks.bootstrap import interval, paired
+
+NAN = math.nan
+
+
+def test_two_items_by_hand():
+    # Two draws out of {0, 1}: the mean is 0, 1/2, 1 with probability 1/4, 1/2, 1/4.
+    assert interval([0, 1]) == (0, 1)
+    assert interval([0, 1], confidence=0.4) == (0.5, 0.5)  # between the quantiles 0.3 and 0.7
+
+
+def test_a_ratio_by_hand():
+    # Items 1/1 and 0/3. Draws: both the first (1/4): 2/2; one each (1/2): 1/4; both the second (1/4): 0/6.
+    assert interval([1, 0], [1, 3]) == (0, 1)
+    assert interval([1, 0], [1, 3], confidence=0.4) == (0.25, 0.25)
+    # A draw of the second item alone has no ratio here; the rest have 1.
+    assert interval([1, 0], [1, 0]) == (1, 1)
+    assert all(map(math.isnan, interval([1, 0], [0, 0])))
+
+
+@pytest.mark.parametrize("items_per_value", [1, math.inf])
+def test_p_by_hand(monkeypatch, items_per_value):
+    monkeypatch.setattr(bootstrap, "ITEMS_PER_VALUE", items_per_value)
+    # Differences 1, 1, 1, -1. Four draws are at or below 0 in the mean with at least two of -1:
+    # 1 - (3/4)^4 - 4 (1/4) (3/4)^3 = 0.26172; p is twice that. The standard error of 2 x a share of 10,000 is 0.009.
+    found = paired([1, 1, 1, 0], [0, 0, 0, 1])
+    assert found.mean == 0.5 and found.n == 4 and found.left_out == 0
+    assert found.p == pytest.approx(0.52344, abs=0.036)
+    # The smallest mean, -1, has probability 1/256 and -1/2 has 12/256: the 2.5 % quantile is -1/2. Four of 1: 81/256.
+    assert (found.low, found.high) == (-0.5, 1.0)
+    assert paired([0, 0, 0, 1], [1, 1, 1, 0]).p == pytest.approx(found.p, abs=0.036)
+
+
+def test_a_paired_ratio_is_the_difference_of_the_ratios():
+    rng = np.random.default_rng(0)
+    golds = rng.integers(1, 3, 400).astype(float)
+    a, b = rng.binomial(golds.astype(int), 0.7), rng.binomial(golds.astype(int), 0.5)
+    found = paired(a, b, golds)
+    assert found.mean == pytest.approx(a.sum() / golds.sum() - b.sum() / golds.sum())
+    assert 0.1 < found.low < found.mean < found.high < 0.3
+    assert found.p == pytest.approx(2 / 10_001)  # no draw is at or below 0
+
+
+def test_the_same_system_twice():
+    values = np.random.default_rng(0).random(50)
+    found = paired(values, values)
+    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_pairing_cancels_what_is_hard_for_both():
+    rng = np.random.default_rng(0)
+    b = rng.random(200)
+    found = paired(b + 0.02 + rng.normal(0, 0.02, 200), b)
+    alone = interval(b)
+    assert found.low > 0 and found.p < 0.001
+    assert found.high - found.low < (alone[1] - alone[0]) / 5
+
+
+def test_nan_items_are_left_out_and_counted():
+    values, other = np.array([0.0, NAN, 1.0, 1.0]), np.array([1.0, 1.0, NAN, 0.0])
+    assert interval(values) == interval([0.0, 1.0, 1.0])
+    assert interval(values, [1, 1, NAN, 2]) == interval([0.0, 1.0], [1, 2])
+    found = paired(values, other)
+    assert (found.n, found.left_out, found.mean) == (2, 2, 0)
+    assert paired([1.0, 0.0], [0.0, 0.0], [1.0, NAN]).left_out == 1
+
+
+def test_fewer_than_two_items_have_no_interval():
+    assert all(map(math.isnan, (*interval([]), *interval([0.3]), *interval([0.3, NAN]))))
+    one, none = paired([1.0], [0.25]), paired([NAN], [1.0])
+    assert one.mean == 0.75 and one.n == 1 and all(map(math.isnan, (one.low, one.high, one.p)))
+    assert none.n == 0 and none.left_out == 1 and all(map(math.isnan, (none.mean, none.low, none.high, none.p)))
+
+
+def test_the_seed_decides():
+    values = np.random.default_rng(3).random(40)
+    assert interval(values, seed=1) == interval(values, seed=1) != interval(values, seed=2)
+    assert paired(values, values**2, seed=1) == paired(values, values**2, seed=1)
+
+
+@pytest.mark.parametrize("ratio", [False, True])
+def test_both_ways_of_drawing_agree(monkeypatch, ratio):
+    rng = np.random.default_rng(4)
+    golds = rng.integers(1, 4, 200).astype(float) if ratio else None
+    hits = rng.integers(0, 2, 200).astype(float)
+    by_value = interval(hits, golds)
+    monkeypatch.setattr(bootstrap, "ITEMS_PER_VALUE", math.inf)
+    monkeypatch.setattr(bootstrap, "BLOCK", 1000)  # many blocks
+    # The interval is about 0.14 (0.08) wide; an end of it moves by about a hundredth of that between seeds.
+    assert interval(hits, golds) == pytest.approx(by_value, abs=0.006)
+    # The usual approximation for a mean of hits or for a ratio, by its residuals.
+    golds = np.ones(200) if golds is None else golds
+    rate = hits.sum() / golds.sum()
+    half = 1.96 * (hits - rate * golds).std() / golds.mean() / math.sqrt(200)
+    assert by_value == pytest.approx((rate - half, rate + half), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["mean of hits", "mean of a skewed value", "ratio", "paired"])
+def test_a_95_percent_interval_holds_the_truth_95_percent_of_the_time(kind):
+    rng = np.random.default_rng(5)
+    held = 0
+    for seed in range(400):
+        if kind == "mean of hits":
+            truth, (low, high) = 0.4, interval(rng.random(150) < 0.4, samples=600, seed=seed)
+        elif kind == "mean of a skewed value":
+            truth, (low, high) = 1.0, interval(rng.exponential(size=150), samples=600, seed=seed)
+        elif kind == "ratio":
+            golds = rng.integers(1, 3, 150)
+            truth, (low, high) = 0.4, interval(rng.binomial(golds, 0.4), golds, samples=600, seed=seed)
+        else:
+            hard = rng.random(150)
+            a, b = rng.random(150) < hard, rng.random(150) < hard / 2
+            truth, found = 0.25, paired(a, b, samples=600, seed=seed)
+            low, high = found.low, found.high
+        held += low <= truth <= high
+    # 400 trials at 95 %: 380, standard deviation 4.4; percentile intervals of 150 items hold a little less.
+    assert 364 <= held <= 394
+
+
+def test_under_no_difference_p_is_below_5_percent_5_percent_of_the_time():
+    rng = np.random.default_rng(6)
+    draws = [rng.random((2, 150)) < rng.random(150) for _ in range(400)]
+    below = sum(paired(a, b, samples=600, seed=seed).p < 0.05 for seed, (a, b) in enumerate(draws))
+    assert 8 <= below <= 36
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="item 1: its value is infinite"):
+        interval([0, math.inf])
+    with pytest.raises(ValueError, match="item 0: its denominator is negative"):
+        interval([0, 1], [-1, 2])
+    with pytest.raises(ValueError, match="same items"):
+        paired([0, 1], [0, 1, 1])
+    with pytest.raises(ValueError, match="one an item"):
+        interval([0, 1], [1])
+    with pytest.raises(ValueError, match="confidence 95"):
+        interval([0, 1], confidence=95)
+    with pytest.raises(ValueError, match="samples 0"):
+        paired([0, 1], [0, 0], samples=0)
