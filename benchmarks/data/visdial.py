@@ -1,0 +1,207 @@
+"""VisDial v1.0: dialogues of questions and answers about an image, for image retrieval and for ranking the answers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from benchmarks.schema import ABSENT, BadDataError, Dialogues, Missing, find_file, list_files, read_json, require
+
+SPLITS = ("val", "test")  # train's images are COCO's, under other names
+
+
+def read_visdial(folder: str | Path, split: str = "val", caption: bool = False, progress: bool = True) -> Dialogues:
+    """
+    One item a dialogue: all its rounds, then its image out of the split's images.
+
+    Args:
+        folder: holds `visdial_1.0_{split}.json` (or a single `visdial_1.0_{split}*.json`) and the images
+            `VisualDialog_{split}2018_{id:012d}.jpg`, in `VisualDialog_{split}2018/` or beside it.
+        split: `"val"`, or `"test"`, whose dialogues may be shorter and end in a question.
+        caption: put the image's caption first, as a turn of speaker `"C"`.
+
+    Returns:
+        Turns of speakers `"Q"` and `"A"` with the text as published (questions lack their "?"); the target lies behind
+        the last turn. Every dialogue shares one pool of the images present; a dialogue whose image is absent, or that
+        has no turn, is left out and counted.
+
+    Raises:
+        BadDataError: a file is absent or of the wrong shape; the split is not one of these.
+    """
+    folder = Path(folder)
+    path, data = _read(folder, split)
+    questions, answers = (require(data, name, list, f"{path}: data") for name in ("questions", "answers"))
+    files, missing, items = _images(folder, split), Missing(), {}
+    images: dict[str, Path] = {}
+    for n, dialogue, image_id in _dialogues(path, data, progress):
+        missing.seen += 1
+        where = f"{path}: dialogue {n}"
+        turns = [_turn("C", require(dialogue, "caption", str, where))] if caption else []
+        for r, a_round in enumerate(require(dialogue, "dialog", list, where), 1):
+            turns += _round(a_round, questions, answers, f"{where}, round {r}")
+        name = _file_name(split, image_id)
+        if name not in files:
+            missing.add(ABSENT, name)
+        elif not turns:
+            missing.add("no round", image_id)
+        if name in files:
+            images[image_id] = files[name]
+            if turns:
+                items[image_id] = turns
+    pool = {"text_ids": [], "image_ids": list(images)}
+    dialogues = [
+        {"dialogue_id": image_id, "turns": turns, "target_turn": len(turns), "pool": pool,
+         "gold": {"text_ids": [], "image_ids": [image_id]}}
+        for image_id, turns in items.items()
+    ]  # fmt: skip
+    return Dialogues(dialogues, {}, images, missing)
+
+
+def read_visdial_answers(folder: str | Path, split: str = "val", progress: bool = True) -> Dialogues:
+    """
+    One item a round: the image (speaker `"I"`), the rounds before and the question, then the right one of the options.
+
+    Args:
+        folder, split: as in [`read_visdial`]; the dense annotations `visdial_1.0_{split}_dense_annotations*.json` are
+            read where they are there.
+
+    Returns:
+        Items named `{image_id}-{round}`, rounds from 1. Pools hold the options in the order published, as ids
+        `a{index}` into the list of answers; `relevance` stands along them in the one round of a dialogue that has dense
+        annotations. Annotations of dialogues that are not in the file are not used. Rounds without options, or whose
+        image is absent, are left out and counted.
+
+    Raises:
+        BadDataError: a file is absent or of the wrong shape; the split is published without answers; no dense
+            annotation belongs to any dialogue.
+    """
+    folder = Path(folder)
+    path, data = _read(folder, split)
+    questions, answers = (require(data, name, list, f"{path}: data") for name in ("questions", "answers"))
+    rounds = (
+        r for n, d, _ in _dialogues(path, data, False) for r in require(d, "dialog", list, f"{path}: dialogue {n}")
+    )
+    if not any(isinstance(r, dict) and "gt_index" in r for r in rounds):
+        raise BadDataError(
+            f"{path}: the split {split!r} is published without answers; 'val' is what can be scored here"
+        )
+    answer_ids = [f"a{i}" for i in range(len(answers))]
+    texts = {i: _text(answers, n, f"{path}: answers") for n, i in enumerate(answer_ids)}
+    dense_path, dense = _dense(folder, split)
+    files, missing, items, used = _images(folder, split), Missing(), [], set()
+    images: dict[str, Path] = {}
+    for n, dialogue, image_id in _dialogues(path, data, progress):
+        name = _file_name(split, image_id)
+        turns = [{"speaker": "I", "elements": [{"type": "image", "text": None, "image_id": image_id}]}]
+        for r, a_round in enumerate(require(dialogue, "dialog", list, f"{path}: dialogue {n}"), 1):
+            where = f"{path}: dialogue {n} (image {image_id}), round {r}"
+            missing.seen += 1
+            asked, *answered = _round(a_round, questions, answers, where)
+            turns.append(asked)
+            item_id = f"{image_id}-{r}"
+            if not a_round.get("answer_options"):
+                missing.add("no answer options", item_id)
+            elif name not in files:
+                missing.add(ABSENT, name)
+            else:
+                images[image_id] = files[name]
+                options = require(a_round, "answer_options", list, where)
+                for option in options:
+                    _text(answers, option, f"{where}, answer_options")
+                right = require(a_round, "gt_index", int, where)
+                if not 0 <= right < len(options):
+                    raise BadDataError(f"{where}: gt_index is {right}, expected 0 to {len(options) - 1}")
+                item = {
+                    "dialogue_id": item_id, "turns": list(turns), "target_turn": len(turns),
+                    "pool": {"text_ids": [answer_ids[i] for i in options], "image_ids": []},
+                    "gold": {"text_ids": [answer_ids[options[right]]], "image_ids": []},
+                }  # fmt: skip
+                if item_id in dense:
+                    item["relevance"] = _relevance(dense[item_id], len(options), f"{dense_path}: {item_id}")
+                items.append(item)
+            if item_id in dense:
+                used.add(item_id)
+            turns += answered
+    if dense and not used:
+        raise BadDataError(f"{dense_path}: no annotation belongs to a round of {path}: are both of one split?")
+    return Dialogues(items, texts, images, missing)
+
+
+def _read(folder: Path, split: str) -> tuple[Path, dict]:
+    if split not in SPLITS:
+        raise BadDataError(f"VisDial split {split!r}: expected one of {', '.join(SPLITS)}")
+    name = f"visdial_1.0_{split}.json"
+    others = [p for p in sorted(folder.glob(f"visdial_1.0_{split}*.json")) if "dense" not in p.name]
+    if not (folder / name).is_file() and len(others) > 1:
+        raise BadDataError(f"{folder}: no {name}, and several in its place: {', '.join(p.name for p in others)}")
+    path = find_file(folder, name, *(p.name for p in others))
+    found = read_json(path)
+    data = require(found, "data", dict, str(path))
+    held = found.get("split", split)
+    if not str(held).startswith(split):
+        raise BadDataError(f"{path}: is of the split {held!r}, expected {split!r}")
+    return path, data
+
+
+def _dialogues(path: Path, data: dict, progress: bool):
+    """`(position, dialogue, image id)` of each dialogue; an image has one."""
+    seen: set[str] = set()
+    dialogues = require(data, "dialogs", list, f"{path}: data")
+    for n, dialogue in enumerate(tqdm(dialogues, "reading VisDial", disable=not progress)):
+        image_id = str(require(dialogue, "image_id", int, f"{path}: dialogue {n}"))
+        if image_id in seen:
+            raise BadDataError(f"{path}: dialogue {n} is the second of image {image_id}, expected one an image")
+        seen.add(image_id)
+        yield n, dialogue, image_id
+
+
+def _round(a_round: Any, questions: Sequence[str], answers: Sequence[str], where: str) -> list[dict]:
+    """Question and answer as turns; the question alone where the answer is not published."""
+    turns = [_turn("Q", _text(questions, require(a_round, "question", int, where), f"{where}, question"))]
+    if a_round.get("answer") is not None:
+        turns.append(_turn("A", _text(answers, require(a_round, "answer", int, where), f"{where}, answer")))
+    return turns
+
+
+def _turn(speaker: str, text: str) -> dict:
+    return {"speaker": speaker, "elements": [{"type": "text", "text": text, "image_id": None}]}
+
+
+def _text(texts: Sequence[str], index: Any, where: str) -> str:
+    if type(index) is not int or not 0 <= index < len(texts):
+        raise BadDataError(f"{where}: {index!r} is no index into the list of {len(texts)}")
+    if not isinstance(texts[index], str):
+        raise BadDataError(f"{where}: entry {index} is {type(texts[index]).__name__}, expected str")
+    return texts[index]
+
+
+def _dense(folder: Path, split: str) -> tuple[Path | None, dict[str, Any]]:
+    """`{image}-{round}` -> annotation; empty where there is no such file."""
+    found = sorted(folder.glob(f"visdial_1.0_{split}_dense_annotations*.json"))
+    if len(found) > 1:
+        raise BadDataError(f"{folder}: several dense annotations: {', '.join(p.name for p in found)}; keep one")
+    if not found:
+        return None, {}
+    dense = {}
+    for n, annotation in enumerate(read_json(found[0])):
+        where = f"{found[0]}: annotation {n}"
+        key = f"{require(annotation, 'image_id', int, where)}-{require(annotation, 'round_id', int, where)}"
+        if key in dense:
+            raise BadDataError(f"{where}: round {key} is annotated twice")
+        dense[key] = require(annotation, "gt_relevance", list, where)
+    return found[0], dense
+
+
+def _relevance(values: list, options: int, where: str) -> list[float]:
+    if len(values) != options or not all(type(v) in (int, float) and 0 <= v <= 1 for v in values):
+        raise BadDataError(f"{where}: gt_relevance holds {len(values)} values, expected {options} numbers from 0 to 1")
+    return [float(v) for v in values]
+
+
+def _images(folder: Path, split: str) -> dict[str, Path]:
+    return list_files(folder / f"VisualDialog_{split}2018", folder)
+
+
+def _file_name(split: str, image_id: str) -> str:
+    return f"VisualDialog_{split}2018_{int(image_id):012d}.jpg"
