@@ -19,10 +19,12 @@ from train.parallel import side_by_side
 from train.run import CONFIGS
 from train.run import main as train
 
+from .baselines.chance import Chance
 from .baselines.clip import ClipBaseline
 from .gallery import draw_gallery
-from .miniature import Split, chance, load_split, measure, table
-from .retrieval import context_of
+from .load import UniMuR
+from .miniature import Split, load_split, measure, table
+from .tasks.contexts import context_of
 
 OUTPUT = Path("runs/miniature")
 
@@ -61,10 +63,10 @@ def main() -> None:
         model = UniMuRModel.from_pretrained(trained["checkpoint"])
         clip = ClipBaseline(model)
         columns = {
-            "UniMuR": measure(model, clip, split),
-            "pairs only": measure(UniMuRModel.from_pretrained(pairs_only["checkpoint"]), clip, split),
+            "UniMuR": measure(UniMuR(model), clip, split),
+            "pairs only": measure(UniMuR(UniMuRModel.from_pretrained(pairs_only["checkpoint"])), clip, split),
             "CLIP alone": measure(clip, clip, split),
-            "chance": chance(split),
+            "chance": measure(Chance(), clip, split),
         }
     with stage("pool, replies and gallery"):
         write_photos(split, output / "photos")

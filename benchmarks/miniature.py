@@ -1,18 +1,34 @@
-"""The miniature's test split: every task of the demo's table, for the model, for CLIP alone and for chance."""
+"""Everything on the miniature: the systems of one seed trained, and measured on every task."""
 
+import dataclasses
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from modeling_unimur import UniMuRModel
-from train.miniature import pictures
+from train.miniature import pictures, prepare
 from train.miniature.dialogues import DialogueSet, figure1, responses, visdial, without_context_images
 from train.miniature.world import splits
+from train.parallel import side_by_side
+from train.run import CONFIGS
+from train.run import main as train
 
+from .baselines.chance import Chance
 from .baselines.clip import ClipBaseline
-from .retrieval import KS, image_retrieval, image_to_itself, multimodal_response
+from .data import load_data
+from .load import UniMuR, load
+from .protocols import Protocol, protocols
+from .schema import Dialogues
+from .systems import System
+from .tasks import image, response
 
 SEED = 7  # of the dialogues that are measured, whatever the model's seed
+FROMAGE_RATE = 1e-2  # of the three that UniMuR's rows were given, the best on validation
+PERPLEXITY_LIMIT = 100  # dialogues whose 1,000 texts are ranked by perplexity
 
 
 @dataclass
@@ -33,42 +49,49 @@ def load_split(name: str, size: int = 1000) -> Split:
     return Split(*sets, images)
 
 
-def measure(model: UniMuRModel | ClipBaseline, clip: ClipBaseline, split: Split) -> dict[str, float]:
-    """One column of the table; percent, but for CLIP-Sim."""
-    said, seen = split.responses, split.visdial
-    wanting = [d for d in said.dialogues if d["wants_image"]]
+# The demo's table
+
+
+def measure(system: System, clip: ClipBaseline, split: Split) -> dict[str, float]:
+    """One column of the demo's table; percent, but for CLIP-Sim."""
+    (joint,), (context,) = protocols("mmdialog", miniature=True), protocols("mmdialog_image", miniature=True)
+    to_image = next(p for p in protocols("visdial", miniature=True) if p.variant == "corrected")
+    said = Dialogues(split.responses.dialogues, split.responses.texts, split.images)
+    seen = Dialogues(split.visdial.dialogues, {}, split.images)
+    found = response.run(system, said, joint, clip)
+    result = {name: m.value * (100 if m.percent else 1) for name, m in found.items()}
+    tasks = {f"contextual image{name}": (part, context) for name, part in image_parts(said).items()}
+    tasks |= {"dialogue to image": (seen, to_image), "image to itself": (image_to_itself(seen), context)}
+    for task, (data, protocol) in tasks.items():
+        found = image.run(system, data, protocol)
+        result |= {f"{task} {name}": 100 * m.value for name, m in found.items()}
+    return result
+
+
+def image_parts(said: Dialogues) -> dict[str, Dialogues]:
+    """The dialogues whose reply has an image: all, those whose context's image informs, and these without it."""
+    wanting = [d for d in said.dialogues if d["gold"]["image_ids"]]
     informed = [d for d in wanting if d["image_informs"]]
-    result = multimodal_response(model, clip, said.dialogues, said.texts, split.images)
-    tasks = {
-        "contextual image": image_retrieval(model, wanting, split.images),
-        "contextual image, image informs": image_retrieval(model, informed, split.images),
-        "contextual image, image informs but is removed": image_retrieval(
-            model, without_context_images(informed), split.images
-        ),
-        "dialogue to image": image_retrieval(model, seen.dialogues, split.images),
-        "image to itself": image_to_itself(model, [split.images[i] for i in seen.dialogues[0]["pool"]["image_ids"]]),
+    parts = {
+        "": wanting,
+        ", image informs": informed,
+        ", image informs but is removed": without_context_images(informed),
     }
-    return result | {f"{task} {k}": value for task, values in tasks.items() for k, value in values.items()}
+    return {name: Dialogues(part, said.texts, said.images) for name, part in parts.items()}
 
 
-def chance(split: Split) -> dict[str, float]:
-    """What a random order of the pool gives."""
-    pool = split.responses.dialogues[0]["pool"]
-    n_texts, n_images = len(pool["text_ids"]), len(pool["image_ids"])
-    shown = n_images / (n_texts + n_images - 1)  # the first of what remains beside the best text
-    wanting = sum(d["wants_image"] for d in split.responses.dialogues)
-    n = len(split.responses.dialogues)
-    result = {
-        "image retrieval rate": 100 * shown,
-        "image retrieval rate on text-only turns": 100 * shown,
-        "image R@1": 100 * shown / n_images,
-        "text R@1": 100 / n_texts,
-        "overall R@1": 100 * (wanting * shown / n_images + n / n_texts) / (wanting + n),
-    }
-    sizes = dict.fromkeys(("contextual image", "contextual image, image informs",
-                           "contextual image, image informs but is removed"), n_images)  # fmt: skip
-    sizes |= dict.fromkeys(("dialogue to image", "image to itself"), len(split.visdial.dialogues))
-    return result | {f"{task} R@{k}": 100 * k / size for task, size in sizes.items() for k in KS}
+def image_to_itself(seen: Dialogues) -> Dialogues:
+    """`[image][RET]` against the pool of those images: what W_i2t carries through the LLM."""
+    pool = seen.dialogues[0]["pool"]
+    element = {"type": "image", "text": None}
+    return Dialogues(
+        [
+            {"dialogue_id": i, "turns": [{"speaker": "A", "elements": [element | {"image_id": i}]}], "target_turn": 1,
+             "pool": pool, "gold": {"text_ids": [], "image_ids": [i]}}
+            for i in pool["image_ids"]
+        ],
+        {}, seen.images,
+    )  # fmt: skip
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
@@ -84,3 +107,109 @@ def table(columns: dict[str, dict[str, float]]) -> str:
             cells.append("-" if value is None else f"{value:.3f}" if row == "CLIP-Sim" else f"{value:.1f}")
         lines.append(f"| {row:{width}} | " + " | ".join(f"{cell:>12}" for cell in cells) + " |")
     return "\n".join(lines)
+
+
+# The report's systems and results
+
+
+def train_systems(folder: Path, seed: int) -> dict[str, float]:
+    """
+    Makes the towers and every system of one seed under `folder`, but for what an earlier call left there.
+
+    Returns:
+        The seconds each part took.
+    """
+    seconds, start = {}, time.perf_counter()
+    prepare(folder, seed)
+    seconds["towers"] = time.perf_counter() - start
+    config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={seed}", f"--miniature={folder}"]
+    jobs = {
+        "UniMuR": (train, {"argv": [*config, f"--output_dir={folder / 'unimur'}"]}),
+        "UniMuR, pairs alone": (train, {"argv": [*config, "--interleaved=false", f"--output_dir={folder / 'pairs'}"]}),
+        "FROMAGe": (_fromage, {"folder": folder, "seed": seed}),
+        "BLIP-2": (_blip2, {"folder": folder, "seed": seed}),
+        "Frozen": (_frozen, {"folder": folder, "seed": seed}),
+    }
+    todo = {name: job for name, job in jobs.items() if not _has_weights(checkpoints(folder)[name])}
+    for name, done in zip(todo, side_by_side(list(todo.values())), strict=True):
+        seconds[name] = done.seconds
+    return seconds
+
+
+def checkpoints(folder: Path) -> dict[str, Path]:
+    """Where each system's weights are."""
+    names = {"UniMuR": "unimur", "UniMuR, pairs alone": "pairs", "FROMAGe": "fromage", "BLIP-2": "blip2",
+             "Frozen": "frozen"}  # fmt: skip
+    return {name: folder / at / "checkpoint" for name, at in names.items()}
+
+
+def _has_weights(path: Path) -> bool:
+    return any(path.glob("*.safetensors"))
+
+
+def _fromage(folder: Path, seed: int, rate: float = FROMAGE_RATE) -> None:
+    from .baselines.fromage_train import train_fromage
+
+    train_fromage(folder / "fromage", prepare(folder, seed), seed, learning_rate=rate)
+
+
+def _blip2(folder: Path, seed: int) -> None:
+    from .baselines.blip2_miniature import pretrain_blip2
+
+    pretrain_blip2(folder / "blip2" / "checkpoint", splits()["train"], seed=seed)
+
+
+def _frozen(folder: Path, seed: int) -> None:
+    from .baselines.frozen import train_frozen
+
+    train_frozen(folder / "frozen", prepare(folder, seed), seed)
+
+
+def measure_seed(folder: Path, seed: int, split: str = "test") -> list[dict[str, Any]]:
+    """Every system of one seed on every task; see [`benchmarks.run.compare`]."""
+    tasks = ["mmdialog", "mmdialog_image", "visdial", "visdial_answers", "vist", "vqav2"]
+    jobs = [(_measure_task, {"folder": folder, "seed": seed, "task": task, "split": split}) for task in tasks]
+    jobs.insert(0, (_measure_perplexity, {"folder": folder, "seed": seed, "split": split}))
+    return [result for done in side_by_side(jobs) for result in done.result]
+
+
+def _systems(folder: Path) -> dict[str, System]:
+    kinds = {"UniMuR": "unimur", "UniMuR, pairs alone": "unimur", "FROMAGe": "fromage", "BLIP-2": "blip2",
+             "Frozen": "frozen"}  # fmt: skip
+    systems = {name: load(kinds[name], str(path), name) for name, path in checkpoints(folder).items()}
+    return systems | {"CLIP": ClipBaseline(systems["UniMuR"].model), "chance": Chance()}
+
+
+def _measure_task(folder: Path, seed: int, task: str, split: str) -> list[dict[str, Any]]:
+    from .run import compare
+
+    systems = _systems(folder)
+    clip, results = systems["CLIP"], []
+    for protocol in protocols(task, miniature=True):
+        data = load_data(protocol, split=split)
+        results += compare(list(systems.values()), data, protocol, clip=clip, seed=seed)
+        if task == "mmdialog_image":
+            for name, part in list(image_parts(data).items())[1:]:
+                results += compare(list(systems.values()), part, _also(protocol, name), clip=clip, seed=seed)
+    return results
+
+
+def _measure_perplexity(folder: Path, seed: int, split: str) -> list[dict[str, Any]]:
+    """FROMAGe's texts by perplexity in every form of the score, beside UniMuR, on the same first dialogues."""
+    from .baselines.perplexity import SCORES, FromagePerplexity
+    from .run import compare
+
+    (protocol,) = protocols("mmdialog", miniature=True)
+    unimur = UniMuR(UniMuRModel.from_pretrained(checkpoints(folder)["UniMuR"]))
+    fromage = load("fromage", str(checkpoints(folder)["FROMAGe"]))
+    known: dict = {}
+    systems: Sequence[System] = [
+        unimur, fromage, *(FromagePerplexity(fromage.model, score, known) for score in SCORES),
+    ]  # fmt: skip
+    data = load_data(protocol, split=split).first(PERPLEXITY_LIMIT)
+    protocol = _also(protocol, f", first {PERPLEXITY_LIMIT} dialogues")
+    return compare(systems, data, protocol, clip=ClipBaseline(unimur.model), seed=seed)
+
+
+def _also(protocol: Protocol, what: str) -> Protocol:
+    return dataclasses.replace(protocol, variant=protocol.variant + what)

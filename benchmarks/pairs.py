@@ -2,12 +2,12 @@
 
 from itertools import islice
 
-import torch
+import numpy as np
 
 from modeling_unimur import UniMuRModel
 from modeling_unimur.images_unimur import BadImageError
 
-from .ranking import ranks, recall
+from .metrics import hit_rate_per_item
 
 
 def caption_to_image_recall(model: UniMuRModel, pairs, limit: int) -> dict[str, float]:
@@ -33,5 +33,7 @@ def caption_to_image_recall(model: UniMuRModel, pairs, limit: int) -> dict[str, 
     scores = (
         model.embed_dialogues(captions, show_progress_bar=True) @ model.embed_images(images, show_progress_bar=True).T
     )
-    found = ranks(scores, torch.arange(len(images)))
-    return {f"R@{k}": recall(found, k) for k in (1, 5, 10)} | {"pool": len(images), "left out": left_out}
+    ks = (1, 5, 10)
+    found = hit_rate_per_item(scores.numpy(), [[i] for i in range(len(images))], ks)
+    recalls = 100 * np.nanmean(found, axis=0)
+    return {f"R@{k}": float(r) for k, r in zip(ks, recalls, strict=True)} | {"pool": len(images), "left out": left_out}

@@ -49,6 +49,13 @@ class Missing:
     def share(self) -> float:
         return self.counts.total() / max(self.seen, 1)
 
+    def by_reason(self) -> dict[str, int]:
+        """Counts of items and of candidates by reason, for a result's json."""
+        found = dict(self.counts)
+        if self.candidates:
+            found |= {f"candidate: {reason}": count for reason, count in self.candidates.counts.items()}
+        return found
+
     def check(self, allowed: float = MAX_MISSING_SHARE) -> None:
         """
         Raises [`TooMuchMissingError`] with counts and examples where more than `allowed` of the items are left out, or

@@ -50,6 +50,10 @@ class System:
         """`(n,)` bool where the system itself decides whether a reply holds an image; `None`: the pool does (3.4)."""
         return None
 
+    def text_scores(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor | None:
+        """`(n, texts)` where the system does not rank texts by embedding; `None` where it does."""
+        return None
+
     def log_likelihoods(
         self, contexts: Sequence[Any], options: Sequence[Sequence[str]], **protocol
     ) -> list[torch.Tensor]:

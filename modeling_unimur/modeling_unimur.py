@@ -53,11 +53,12 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _keep_in_fp32_modules_strict = list(TRAINED)
+    own_tensors = TRAINED  # names that start a tensor of the model's own rather than of a tower
 
     def __init__(self, config: UniMuRConfig):
         super().__init__(config)
-        self.W_i2t = nn.Linear(config.image_feature_width, config.n_visual_tokens * config.text_width)
-        self.W_t2m = nn.Linear(config.text_width, config.embedding_width)
+        for name, (width_in, width_out) in self.map_widths(config).items():
+            setattr(self, name, nn.Linear(width_in, width_out))
         self.ret_embedding = nn.Parameter(torch.empty(config.text_width))
         # One element rather than a scalar: sharding libraries refuse scalars.
         self.logit_scale = nn.Parameter(torch.empty(1))
@@ -71,8 +72,20 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
         self.post_init()
         self._freeze()
 
+    @staticmethod
+    def map_widths(config: UniMuRConfig) -> dict[str, tuple[int, int]]:
+        """The linear maps, all of them trained: name -> widths in and out."""
+        return {
+            "W_i2t": (config.image_feature_width, config.n_visual_tokens * config.text_width),
+            "W_t2m": (config.text_width, config.embedding_width),
+        }
+
+    @property
+    def maps(self) -> list[nn.Linear]:
+        return [getattr(self, name) for name in self.map_widths(self.config)]
+
     def _init_weights(self, module: nn.Module) -> None:
-        if module in (self.W_i2t, self.W_t2m):
+        if module in self.maps:
             # nn.Linear's own scale: the usual 0.02 leaves visual tokens an order below word embeddings.
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
@@ -137,10 +150,12 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
         text_model, clip_model = (
             str(Path(n).resolve()) if Path(n).is_dir() else str(n) for n in (text_model, clip_model)
         )
-        base = UniMuRConfig(text_model_name_or_path=text_model, clip_model_name_or_path=clip_model, **config_fields)
+        base = cls.config_class(
+            text_model_name_or_path=text_model, clip_model_name_or_path=clip_model, **config_fields
+        )
         text, clip = load_towers(base, dtype=dtype)
         # Copies: a composite model resets the attention of its sub-configs, which the loaded towers still read.
-        config = UniMuRConfig(
+        config = cls.config_class(
             text_config=deepcopy(text.config), clip_config=deepcopy(clip.config), ret_token_id=processor.ret_token_id,
             image_token_id=processor.image_token_id, n_visual_tokens=processor.n_visual_tokens,
             text_model_name_or_path=text_model, clip_model_name_or_path=clip_model, **config_fields,
@@ -163,7 +178,7 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
         self.language_model, self.clip = language_model, clip
         self.config.text_config, self.config.clip_config = language_model.config, clip.config
         check_widths(self)
-        towers = {name for name in self.state_dict() if name.split(".")[0] not in TRAINED}
+        towers = {name for name in self.state_dict() if name.split(".")[0] not in self.own_tensors}
         self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | towers
         self._freeze()
 
@@ -207,7 +222,7 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
         """What makes two models' embeddings comparable: weights, candidate space, preprocessing, dimension q."""
         return {
             "towers": self._towers_digest,
-            "maps": digest((n, p) for n, p in self.named_parameters() if n.split(".")[0] in TRAINED),
+            "maps": digest((n, p) for n, p in self.named_parameters() if n.split(".")[0] in self.own_tensors),
             "text_candidates": self.config.text_candidates,
             "preprocessing": self.processor.fingerprint,
             "dimension": self.config.embedding_width,
@@ -215,12 +230,12 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
 
     @cached_property
     def _towers_digest(self) -> str:
-        return digest(((n, p) for n, p in self.named_parameters() if n.split(".")[0] not in TRAINED), head=64)
+        return digest(((n, p) for n, p in self.named_parameters() if n.split(".")[0] not in self.own_tensors), head=64)
 
     def _freeze(self) -> None:
         self.requires_grad_(False)
-        self.W_i2t.requires_grad_(True)
-        self.W_t2m.requires_grad_(True)
+        for module in self.maps:
+            module.requires_grad_(True)
         self.logit_scale.requires_grad_(self.config.learn_temperature)
         self.ret_embedding.requires_grad_(self.config.train_ret_embedding)
 
@@ -309,20 +324,22 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
         image_features: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
         text_embeds: torch.Tensor | None = None,
+        ret_states: torch.Tensor | None = None,
     ) -> UniMuROutput:
         """
         The losses of eq. 7 on a batch of [`UniMuRProcessor.documents`] or `pairs`.
 
         L_cap is computed where `labels` are given, L_vm and L_tm where `ret_input_ids` are; the weights lambda1 and
         lambda2 of zero skip their loss. CLIP runs once per image, for prefix and target both, and not at all where
-        `image_features` `(i, c)` and `image_embeds` `(i, q)` are given, or `text_embeds` `(texts, q)`.
+        `image_features` `(i, c)` and `image_embeds` `(i, q)` are given, or `text_embeds` `(texts, q)`. With [RET] frozen
+        the LLM's output there may be given too: `ret_states` `(n, d)` instead of `ret_input_ids`.
 
         Raises:
             ValueError: neither kind of input is given.
         """
         config = self.config
-        if labels is None and ret_input_ids is None:
-            raise ValueError("give labels (captioning), ret_input_ids (matching), or both")
+        if labels is None and ret_input_ids is None and ret_states is None:
+            raise ValueError("give labels (captioning), ret_input_ids or ret_states (matching), or both")
         if pixel_values is not None and len(pixel_values):
             image_features, image_embeds = self.encode_images(pixel_values)
 
@@ -330,9 +347,11 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
         if labels is not None:
             logits, targets = self.caption_logits(input_ids, attention_mask, labels, image_features[image_indices])
             loss_cap = caption_loss(logits, targets)  # eq. 1-2
-        if ret_input_ids is not None:
+        if ret_states is None and ret_input_ids is not None:
             shown = None if ret_image_indices is None else image_features[ret_image_indices]
-            ret_embeds = self.encode_contexts(ret_input_ids, ret_attention_mask, shown)
+            ret_states = self.ret_states(ret_input_ids, ret_attention_mask, shown)
+        if ret_states is not None:
+            ret_embeds = self.W_t2m(ret_states)
             scale = self.logit_scale.exp().clamp(max=100)
             if config.lambda1:
                 loss_vm = visual_matching_loss(ret_embeds[image_rows], image_embeds[target_indices], scale)  # eq. 3-5

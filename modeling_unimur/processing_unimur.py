@@ -68,13 +68,14 @@ class UniMuRProcessor(ProcessorMixin):
 
     # What a model reads
 
-    def contexts(self, dialogues: Sequence[Any], *, end_with_ret: bool = True) -> BatchFeature:
+    def contexts(self, dialogues: Sequence[Any], *, end_with_ret: bool = True, reserve: int = 0) -> BatchFeature:
         """
         Dialogues ending in `[RET]`.
 
         Args:
             dialogues: each as [`parse_dialogue`] takes it.
             end_with_ret: `False` leaves `[RET]` away, for the LLM to go on from there.
+            reserve: positions to keep free for what is to follow.
 
         Returns:
             `input_ids`, `attention_mask` `(n, length)` int64, right-padded; where there are images also
@@ -90,10 +91,11 @@ class UniMuRProcessor(ProcessorMixin):
             raise ValueError("no dialogues given")
         images: list = []
         rows = []
+        end = [self.ret_token_id] if end_with_ret else []
         for item, dialogue in enumerate(dialogues):
             try:
                 turns = parse_dialogue(dialogue)
-                row, kept = self._serialise(turns, end=[self.ret_token_id] if end_with_ret else [], item=item)
+                row, kept = self._serialise(turns, end=end, item=item, reserve=reserve)
                 images += [self.decode(image) for image in kept]
             except ValueError as error:
                 raise ValueError(f"dialogue {item}: {error}") from error
@@ -217,9 +219,11 @@ class UniMuRProcessor(ProcessorMixin):
 
     # Serialisation
 
-    def _serialise(self, turns: list[Turn], *, end: list[int], item: int) -> tuple[list[int], list]:
-        """Turns as ids with their images in order, within `max_length`."""
-        room = self.max_length - len(self._prefix) - len(end)
+    def _serialise(self, turns: list[Turn], *, end: list[int], item: int, reserve: int = 0) -> tuple[list[int], list]:
+        """Turns as ids with their images in order, within `max_length` less `reserve`."""
+        room = self.max_length - len(self._prefix) - len(end) - reserve
+        if room < 1:
+            raise ValueError(f"{reserve} reserved positions leave no room among the LLM's {self.max_length}")
         units = self._units(turns)
         if _length(units) > room:
             # The fewest oldest turns whose loss makes the rest fit, found by bisection: tokens only grow with turns.

@@ -44,11 +44,9 @@ def check_widths(model) -> None:
     """Refuses towers whose widths are not those of the maps, which would otherwise fail late or not at all."""
     config = model.config
     table = model.language_model.get_input_embeddings().weight
-    expected = {
-        "W_i2t.weight": (config.n_visual_tokens * table.shape[1], config.image_feature_width),
-        "W_t2m.weight": (model.clip.projection_dim, table.shape[1]),
-        "ret_embedding": (table.shape[1],),
-    }
+    # The config holds the towers' own configs by now.
+    expected = {f"{name}.weight": (after, before) for name, (before, after) in model.map_widths(config).items()}
+    expected["ret_embedding"] = (table.shape[1],)
     for name, shape in expected.items():
         found = tuple(model.get_parameter(name).shape)
         if found != shape:

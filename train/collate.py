@@ -129,8 +129,7 @@ class PairCollator:
             return {}, [], "empty_caption"
         at = 0
         if self.caption == "random":
-            # A hash rather than a generator: the draw is the same in every worker and after a resumed run.
-            at = zlib.crc32(f"{self.seed}-{self.epoch}-{row['id']}".encode()) % len(captions)
+            at = drawn_caption(self.seed, self.epoch, row["id"], len(captions))
         caption = captions[at].strip()
         return {"caption": (0, caption), "context": [[caption]], "image": 0, "text": caption}, [row], None
 
@@ -145,6 +144,11 @@ class PairCollator:
         if "image_features" in row:
             return row["image_features"], row["image_embeds"]
         return self.processor.decode(row["image"])
+
+
+def drawn_caption(seed: int, epoch: int, pair_id: str, count: int) -> int:
+    """Which of its `count` captions a pair shows in an epoch: by a hash, so the same in every worker and run."""
+    return zlib.crc32(f"{seed}-{epoch}-{pair_id}".encode()) % count
 
 
 def _shifted(item: dict[str, Any], by: int) -> dict[str, Any]:

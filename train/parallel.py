@@ -17,9 +17,10 @@ class Done(NamedTuple):
     memory: float
 
 
-def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]]) -> list[Done]:
+def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]], workers: int = 2) -> list[Done]:
     """
-    Runs importable functions with keyword arguments, each in a process of its own, and returns when all are done.
+    Runs importable functions with keyword arguments, each in a process of its own, at most `workers` at a time, and
+    returns when all are done.
 
     Models as small as the miniature's gain nothing from a second thread, so two jobs take hardly longer than one; and
     what they compute does not depend on the number of cores. Each process draws its progress bar on its own line.
@@ -27,18 +28,18 @@ def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]]) -> list[Done]:
     Raises:
         Exception: whatever a job raised.
     """
-    before = dict(os.environ)
-    try:
-        with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as processes:
-            waiting = []
-            for line, (function, arguments) in enumerate(jobs):
-                # A spawned process inherits the environment of this moment; both libraries read theirs on import.
-                os.environ |= {"TQDM_POSITION": str(line), "OMP_NUM_THREADS": "1"}
-                waiting.append(processes.submit(_timed, function, arguments))
-            return [future.result() for future in waiting]
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    context = multiprocessing.get_context("spawn")
+    settle = {"initializer": _settle, "initargs": (context.Value("i", 0), workers)}
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1, **settle) as processes:
+        waiting = [processes.submit(_timed, function, arguments) for function, arguments in jobs]
+        return [future.result() for future in waiting]
+
+
+def _settle(started: Any, workers: int) -> None:
+    # Runs before the job's modules are imported, which is when tqdm and OpenMP read these.
+    with started.get_lock():
+        line, started.value = started.value % workers, started.value + 1
+    os.environ |= {"TQDM_POSITION": str(line), "OMP_NUM_THREADS": "1"}
 
 
 def _timed(function: Callable, arguments: dict[str, Any]) -> Done:

@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 CAPTIONING = ("input_ids", "attention_mask", "labels", "image_indices")
 MATCHING = ("ret_input_ids", "ret_attention_mask", "ret_image_indices", "image_rows", "target_indices", "text_rows",
-            "clip_input_ids", "clip_attention_mask", "text_embeds")  # fmt: skip
+            "clip_input_ids", "clip_attention_mask", "text_embeds", "ret_states")  # fmt: skip
 
 
 @dataclass
@@ -33,8 +33,9 @@ class UniMuRTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     schedule: str = field(
         default="joint",
-        metadata={"help": "joint: eq. 7 as one sum. alternating: L_cap and the matching losses in turn, step by step.",
-                  "choices": ["joint", "alternating"]},
+        metadata={"help": "joint: eq. 7 as one sum. alternating: L_cap and the matching losses in turn, step by step. "
+                          "captioning, matching: only the one part.",
+                  "choices": ["joint", "alternating", "captioning", "matching"]},
     )  # fmt: skip
     max_bad_share: float = field(
         default=0.05, metadata={"help": "Stop when more than this share of the pairs seen is broken."}
@@ -42,8 +43,8 @@ class UniMuRTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.schedule == "alternating" and self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True  # each step leaves out one of the maps
+        if self.schedule != "joint" and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # a step leaves out one of the maps
 
 
 class UniMuRTrainer(Trainer):
@@ -60,8 +61,10 @@ class UniMuRTrainer(Trainer):
         self.skips = SkipCounter()
         self._parts: dict[str, torch.Tensor] = {}
         self._images, self._since = 0, time.perf_counter()
-        if hasattr(self.data_collator, "epoch"):
-            self.add_callback(_EpochToCollator(self.data_collator))
+        # A collator, or the object whose method it is, draws captions by the epoch.
+        drawing = getattr(self.data_collator, "__self__", self.data_collator)
+        if hasattr(drawing, "epoch"):
+            self.add_callback(_EpochToCollator(drawing))
 
     def _get_train_sampler(self, train_dataset=None):
         if self.groups is None:
@@ -72,15 +75,17 @@ class UniMuRTrainer(Trainer):
         return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.skips.update(inputs.pop("skipped"), inputs.pop("n_seen"))
-        self._images += len(inputs["ret_input_ids"])
-        if self.args.schedule == "alternating":
-            left_out = MATCHING if self.state.global_step % 2 == 0 else CAPTIONING
-            inputs = {key: value for key, value in inputs.items() if key not in left_out}
+        skipped, seen = inputs.pop("skipped"), inputs.pop("n_seen")
+        self.skips.update(skipped, seen)
+        self._images += seen - sum(skipped.values())
+        part = self.args.schedule
+        if part == "alternating":
+            part = "captioning" if self.state.global_step % 2 == 0 else "matching"
+        left_out = {"captioning": MATCHING, "matching": CAPTIONING}.get(part, ())
+        inputs = {key: value for key, value in inputs.items() if key not in left_out}
         outputs = model(**inputs)
-        for name in ("loss_cap", "loss_vm", "loss_tm"):
-            loss = getattr(outputs, name)
-            if loss is not None:
+        for name, loss in outputs.items():
+            if name.startswith("loss_"):
                 # Kept on the device: reading it here would make the host wait for every step.
                 total, count = self._parts.get(name, (0.0, 0))
                 self._parts[name] = (total + loss.detach(), count + 1)

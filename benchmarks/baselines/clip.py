@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.systems import System
 from modeling_unimur import UniMuRModel
 from modeling_unimur.dialogues_unimur import parse_dialogue
 
 
-class ClipBaseline:
+class ClipBaseline(System):
     """
     The CLIP inside a [`UniMuRModel`], without the LLM.
 
@@ -18,9 +19,21 @@ class ClipBaseline:
     the dialogue shows images, its embedding is the mean of the normalised text and image embeddings, normalised again.
     """
 
+    name = "CLIP"
+
     def __init__(self, model: UniMuRModel):
         self.model = model
         self.truncated = 0
+
+    @property
+    def revision(self) -> dict[str, Any]:
+        return {name: self.model.fingerprint[name] for name in ("towers", "preprocessing", "dimension")}
+
+    @property
+    def notes(self) -> list[str]:
+        limit = self.model.clip.config.text_config.max_position_embeddings
+        cut = f"{self.truncated} texts exceeded CLIP's {limit} positions and lost their oldest tokens"
+        return [cut] if self.truncated else []
 
     def embed_images(self, images: Sequence[Any], **kwargs) -> torch.Tensor:
         """`(n, q)` float32, L2-normalised."""

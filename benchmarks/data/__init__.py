@@ -31,7 +31,9 @@ def load_data(
     """
     split = split or protocol["split"]
     if folder is None:
-        return miniature.READERS[protocol.task](split)
+        data = miniature.READERS[protocol.task](split)
+        data.missing.seen = len(data)
+        return data
     folder = Path(folder)
     if protocol.data == "mmdialog":
         data = read_mmdialog(folder, split, protocol["pool"])

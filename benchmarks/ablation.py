@@ -1,0 +1,261 @@
+"""One seed of the ablations on the miniature: rows trained at every learning rate, measured on validation and on test.
+
+With [RET] frozen, L_cap trains only W_i2t and L_vm + L_tm only W_t2m, so the rows that differ in the latter share the
+former, and train on the LLM's cached outputs at [RET].
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+from modeling_unimur import UniMuRModel
+from train.collate import PairCollator, SkipCounter
+from train.features import MatchingStates, cache_image_features
+from train.miniature import prepare
+from train.miniature.towers import pretrain_opt
+from train.miniature.world import splits
+from train.run import CONFIGS, make_processor, parse
+from train.trainer import UniMuRTrainer
+
+from .baselines.clip import ClipBaseline
+from .data import miniature
+from .measure import Measure
+from .protocols import protocols
+from .schema import Dialogues
+from .tasks import image, response
+from .tasks.candidates import Embedded, candidate_rows
+from .tasks.contexts import context_of
+
+RATES = (3e-3, 1e-2, 3e-2)
+BASE_RATE = 1e-2  # of the part that a row shares with the others
+SIZES = {"opt": None, "opt-64x1": {"width": 64, "layers": 1, "heads": 4}, "opt-192x3": {"width": 192, "layers": 3}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    A row of an ablation.
+
+    Args:
+        name: as printed.
+        fields: of `UniMuRConfig`, instead of the miniature's own.
+        part: what is trained for it: `"matching"` (W_t2m alone, on cached states), `"captioning"` (W_i2t alone),
+            `"joint"` or `"alternating"` (everything, the LLM in the loop).
+        language_model: one of `SIZES`.
+    """
+
+    name: str
+    fields: dict = field(default_factory=dict)
+    part: str = "matching"
+    language_model: str = "opt"
+
+    @property
+    def key(self) -> str:
+        """Names what is trained, so that a row that stands in several tables is trained once."""
+        given = {k: v for k, v in asdict(self).items() if k != "name"}
+        if "text_candidates" in self.fields:  # a choice of the pool, not of training
+            given["fields"] = {k: v for k, v in self.fields.items() if k != "text_candidates"}
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Seed:
+    """The towers, cached states and evaluation data of one seed."""
+
+    def __init__(self, folder: Path, seed: int):
+        torch.set_num_threads(1)
+        self.folder, self.seed = folder, seed
+        self.miniature = prepare(folder, seed)
+        self.runs = folder / "ablation"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self._rows, self._states, self._hidden, self._evaluation = None, {}, {}, {}
+
+    def tower(self, name: str) -> str:
+        if SIZES[name] is None:
+            return self.miniature.text_model
+        path = self.folder / "towers" / name
+        if not (path / "config.json").is_file():
+            pretrain_opt(path, splits()["train"], seed=self.seed, **SIZES[name])
+        return str(path)
+
+    def model(self, row: Row) -> UniMuRModel:
+        """The untrained model of a row; every row of a seed starts from the same draw."""
+        model_args, _, _ = parse(["--config", str(CONFIGS / "miniature.yaml")])
+        for name, value in row.fields.items():
+            setattr(model_args, name, value)
+        model_args.text_model, model_args.clip_model = self.tower(row.language_model), self.miniature.clip_model
+        set_seed(self.seed)
+        return UniMuRModel.from_pretrained_towers(
+            model_args.text_model, model_args.clip_model, make_processor(model_args), ret_init=model_args.ret_init,
+            **model_args.config_fields(),
+        )  # fmt: skip
+
+    def trained(self, row: Row, rate: float) -> UniMuRModel:
+        """The row's model after training at `rate`; the map it does not train is that of the miniature's settings."""
+        tensors = self._tensors(row, rate)
+        other = {"matching": ("captioning", "W_i2t"), "captioning": ("matching", "W_t2m")}.get(row.part)
+        if other and row.language_model == "opt":
+            shared = self._tensors(Row("shared", {}, other[0]), BASE_RATE)
+            tensors |= {n: t for n, t in shared.items() if n.startswith(other[1])}
+        model = self.model(row)
+        model.load_state_dict(tensors, strict=False)
+        return model.eval()
+
+    def _tensors(self, row: Row, rate: float) -> dict[str, torch.Tensor]:
+        """What training the row gives, taken from disk where an earlier call left it."""
+        path = self.runs / f"{row.key}-{rate:g}.safetensors"
+        if not path.is_file():
+            model = self.model(row)
+            self._fit(model, row, rate)
+            towers = ("language_model", "clip")
+            save_file({n: p.detach() for n, p in model.named_parameters() if n.split(".")[0] not in towers}, path)
+        return load_file(path)
+
+    def _fit(self, model: UniMuRModel, row: Row, rate: float) -> None:
+        _, _, args = parse([
+            "--config", str(CONFIGS / "miniature.yaml"), f"--learning_rate={rate}", f"--schedule={row.part}",
+            f"--seed={self.seed}", f"--output_dir={self.runs}", "--disable_tqdm=true", "--logging_steps=1000",
+        ])  # fmt: skip
+        if row.part == "matching":
+            rows = self.states(row.language_model, model)
+            collator = rows.collate
+        else:
+            rows, collator = self.pairs(model), PairCollator(model.processor, seed=self.seed)
+        UniMuRTrainer(model=model, args=args, train_dataset=rows, data_collator=collator).train()
+
+    def pairs(self, model: UniMuRModel):
+        """The training pairs with CLIP's features, of the kind the model reads."""
+        if model.config.image_feature != "pooled":
+            return cache_image_features(self.miniature.pairs, model, SkipCounter())
+        if self._rows is None:
+            self._rows = cache_image_features(self.miniature.pairs, model, SkipCounter())
+        return self._rows
+
+    def states(self, language_model: str, model: UniMuRModel) -> MatchingStates:
+        if language_model not in self._states:
+            self._states[language_model] = MatchingStates(self.pairs(model), model, self.seed)
+        return self._states[language_model]
+
+    # Evaluation
+
+    def evaluation(self, split: str) -> dict:
+        """The two dialogue sets of a split, their contexts, and CLIP's embeddings of the first one's candidates."""
+        if split not in self._evaluation:
+            said, seen = miniature.mmdialog(split), miniature.visdial(split)
+            self._evaluation[split] = {
+                "said": said, "seen": seen,
+                "said contexts": [context_of(d, said.images) for d in said.dialogues],
+                "seen contexts": [context_of(d, seen.images) for d in seen.dialogues],
+            }  # fmt: skip
+        return self._evaluation[split]
+
+    def embedded(self, model: UniMuRModel, split: str, which: str) -> Embedded:
+        """Queries and candidates of one of the two sets; the LLM runs once for all models that share its inputs."""
+        data, contexts = self.evaluation(split)[which], self.evaluation(split)[f"{which} contexts"]
+        text_rows, image_rows = candidate_rows(data)
+        texts = [data.texts[i] for i in text_rows]
+        images = [data.images[i] for i in image_rows]
+        inputs = [model.ret_embedding, model.W_i2t.weight] if which == "said" else [model.ret_embedding]
+        key = (split, which, model.config.text_model_name_or_path, *(t.detach().double().sum().item() for t in inputs))
+        if key not in self._hidden:
+            self._hidden[key] = _hidden(model, contexts), (_hidden(model, [[t] for t in texts]) if texts else None)
+        if (split, which) not in self._hidden:
+            self._hidden[split, which] = model.embed_images(images)
+        queries, words = self._hidden[key]
+        with torch.no_grad():
+            if texts and model.config.text_candidates != "ret":
+                words = model.embed_texts(texts)
+            elif texts:
+                words = F.normalize(model.W_t2m(words), dim=-1)
+            queries = F.normalize(model.W_t2m(queries), dim=-1)
+        return Embedded(queries, words, self._hidden[split, which], text_rows, image_rows)
+
+    def response(self, model: UniMuRModel, split: str, image_bias: float = 0.0) -> dict[str, Measure]:
+        """Table 1's measures."""
+        (protocol,) = protocols("mmdialog", miniature=True)
+        embedded, said = self.embedded(model, split, "said"), self.evaluation(split)["said"]
+        if ("clip", split) not in self._hidden:
+            self._hidden["clip", split] = response.clip_embeddings(ClipBaseline(model), said, embedded)
+        return response.score(embedded, said, protocol, self._hidden["clip", split], _cosine, image_bias=image_bias)
+
+    def measure(self, model: UniMuRModel, split: str, *, images: bool = True) -> dict[str, Measure]:
+        """The measures of a model on a split, by name; `images=False` leaves out what needs W_i2t."""
+        to_image = next(p for p in protocols("visdial", miniature=True) if p.variant == "corrected")
+        found = image.score(self.embedded(model, split, "seen"), self.evaluation(split)["seen"], to_image, _cosine)
+        result = {f"dialogue to image {name}": m for name, m in found.items()}
+        if not images:
+            return result
+        (context,) = protocols("mmdialog_image", miniature=True)
+        embedded, said = self.embedded(model, split, "said"), self.evaluation(split)["said"]
+        result |= self.response(model, split)
+        for name, wanted in (
+            ("contextual image", "wants_image"),
+            ("contextual image, image informs", "image_informs"),
+        ):
+            rows = [i for i, d in enumerate(said.dialogues) if d["wants_image"] and d[wanted]]
+            part = Dialogues([said.dialogues[i] for i in rows], said.texts, said.images)
+            few = replace(embedded, queries=embedded.queries[rows])
+            result[f"{name} R@1"] = image.score(few, part, context, _cosine)["R@1"]
+        return result
+
+
+def run_validation(folder: str, seed: int, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Trains every row at every rate: `key -> rate -> measure -> value` on validation."""
+    bench = Seed(Path(folder), seed)
+    found: dict[str, dict] = {}
+    for row in rows:
+        name = row.key + json.dumps(row.fields.get("text_candidates"))
+        if name in found:
+            continue
+        found[name] = {}
+        for rate in RATES:
+            model = bench.trained(row, rate)
+            values = bench.measure(model, "validation", images=row.language_model == "opt")
+            found[name][f"{rate:g}"] = {k: m.value for k, m in values.items()}
+        print(f"seed {seed}: {row.name} on validation done", flush=True)
+    return found
+
+
+def run_test(
+    folder: str, seed: int, rows: Sequence[Row], rates: Sequence[float], biases: Sequence[Sequence[float]]
+) -> list[dict]:
+    """
+    Measures each row on test, at the rate chosen for it.
+
+    Args:
+        biases: for each row the modality biases at which to measure Table 1's rates too; mostly none.
+    """
+    bench = Seed(Path(folder), seed)
+    results = []
+    for row, rate, curve in zip(rows, rates, biases, strict=True):
+        model = bench.trained(row, rate)
+        found = bench.measure(model, "test", images=row.language_model == "opt")
+        result = {"seed": seed, "row": row.name, "rate": rate, "metrics": {k: m.summary() for k, m in found.items()}}
+        if curve:
+            points = {bias: bench.response(model, "test", bias) for bias in curve}
+            result["bias"] = [
+                {"image_bias": bias} | {k: m.value for k, m in point.items() if k != "CLIP-Sim"}
+                for bias, point in points.items()
+            ]
+        results.append(result)
+    return results
+
+
+@torch.no_grad()
+def _hidden(model: UniMuRModel, contexts: Sequence) -> torch.Tensor:
+    parts = []
+    for start in range(0, len(contexts), 64):
+        inputs = model.processor.contexts(contexts[start : start + 64])
+        features = model.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
+        parts.append(model.ret_states(inputs["input_ids"], inputs["attention_mask"], features))
+    return torch.cat(parts)
+
+
+def _cosine(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    return queries @ candidates.T

@@ -1,0 +1,234 @@
+"""FROMAGe (Koh et al., ICML 2023): the same frozen towers, aligned in a space of their own rather than in CLIP's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from benchmarks.language import LanguageSystem
+from benchmarks.systems import Embedder
+from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuROutput
+from modeling_unimur.losses_unimur import caption_loss, info_nce
+from modeling_unimur.processing_unimur import IGNORE
+
+MAX_NEW_TOKENS = 32  # FROMAGe's own
+
+
+@strict
+class FromageConfig(UniMuRConfig):
+    """
+    Configuration of a [`FromageModel`]: [`UniMuRConfig`]'s fields, of which `train_ret_embedding` defaults to true and
+    those of eq. 6 have no meaning.
+
+    Args:
+        shared_dim (`int`, defaults to 256): q, the width of the space of images and [RET].
+
+    Raises:
+        ValueError: `image_feature`, `text_candidates` or `lambda2` is not FROMAGe's.
+    """
+
+    model_type = "fromage"
+    _auto_class = None  # a baseline: its code does not travel with its checkpoints
+
+    shared_dim: int = 256
+    lambda2: float = 0.0
+    train_ret_embedding: bool = True
+
+    def validate_fromage(self):
+        """Refuses UniMuR's choices that FROMAGe does not have."""
+        for name, own in (("image_feature", "pooled"), ("text_candidates", "ret"), ("lambda2", 0.0)):
+            if getattr(self, name) != own:
+                raise ValueError(f"{name}={getattr(self, name)!r}: FROMAGe knows only {own!r}")
+        if self.shared_dim < 1:
+            raise ValueError(f"shared_dim={self.shared_dim} must be at least 1")
+
+    @property
+    def embedding_width(self) -> int:
+        """q: width of the space in which images and [RET] meet."""
+        return self.shared_dim
+
+
+@dataclass
+class FromageOutput(UniMuROutput):
+    """
+    Args:
+        loss: scalar, the sum of the three below.
+        loss_cap: next-token loss of captions behind their images.
+        loss_ret: next-token loss of the captions on their own and of the [RET] behind them.
+        loss_vm: InfoNCE between [RET] and image, the mean of both directions.
+    """
+
+    loss_ret: torch.Tensor | None = None
+
+
+class FromageModel(UniMuRModel):
+    """
+    The model. Trained are `W_i2t` (FROMAGe's `visual_embeddings`), `W_t2m` (`text_hidden_fcs`: h([RET]) to q), `W_v2m`
+    (`visual_fc`: CLIP's pooled output to q), [RET]'s input embedding and the temperature. [RET] is also an output of
+    the LLM, scored by its input embedding as OPT's other tokens are.
+    """
+
+    config_class = FromageConfig
+    _auto_class = None
+    own_tensors = (*UniMuRModel.own_tensors, "W_v2m")
+    _keep_in_fp32_modules_strict = list(own_tensors)
+
+    @staticmethod
+    def map_widths(config: FromageConfig) -> dict[str, tuple[int, int]]:
+        """The linear maps, all of them trained: name -> widths in and out."""
+        return UniMuRModel.map_widths(config) | {"W_v2m": (config.image_feature_width, config.embedding_width)}
+
+    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(i, 3, h, w)` -> CLIP's pooled output `(i, c)` and the image embedding `(i, q)`, float32, not normalised."""
+        pooled, _ = super().encode_images(pixel_values)
+        return pooled, self.W_v2m(pooled)
+
+    def vocabulary_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Last outputs `(..., d)` -> float32 logits `(..., vocabulary + 1)`, the last of them [RET]'s."""
+        words = self.language_model.get_output_embeddings()(hidden)
+        return torch.cat([words.float(), (hidden.float() @ self.ret_embedding.float())[..., None]], dim=-1)
+
+    def next_token_logits(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Last outputs `(n, length, d)` and labels `(n, length)` -> logits `(m, vocabulary + 1)` at the m labelled
+        positions only, and the shifted labels `(m,)`, where [RET] counts as the last output whatever its tokenizer id.
+        """
+        labelled = labels[:, 1:] != IGNORE
+        logits, targets = self.vocabulary_logits(hidden[:, :-1][labelled]), labels[:, 1:][labelled]
+        return logits, targets.masked_fill(targets == self.config.ret_token_id, logits.shape[-1] - 1)
+
+    def caption_logits(self, input_ids, attention_mask, labels, image_features):
+        """As [`UniMuRModel.caption_logits`], over one output more."""
+        return self.next_token_logits(
+            self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask), labels
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+        ret_input_ids: torch.Tensor | None = None,
+        ret_attention_mask: torch.Tensor | None = None,
+        ret_image_indices: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
+        target_indices: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> FromageOutput:
+        """
+        The losses on a batch of [`benchmarks.baselines.fromage_train.FromageCollator`]: captioning where `labels` are
+        given, the retrieval pass where `ret_input_ids` are. `image_features` `(i, c)` may be given for `pixel_values`.
+
+        Raises:
+            ValueError: neither kind of input is given.
+        """
+        if labels is None and ret_input_ids is None:
+            raise ValueError("give labels (captioning), ret_input_ids (retrieval), or both")
+        if pixel_values is not None and len(pixel_values):
+            image_features = super().encode_images(pixel_values)[0]
+        losses: dict[str, torch.Tensor] = {}
+        ret_embeds = image_embeds = None
+        if labels is not None:
+            losses["loss_cap"] = caption_loss(
+                *self.caption_logits(input_ids, attention_mask, labels, image_features[image_indices])
+            )
+        if ret_input_ids is not None:
+            shown = None if ret_image_indices is None else image_features[ret_image_indices]
+            hidden = self.last_outputs(self.input_embeddings(ret_input_ids, shown), ret_attention_mask)
+            words = ret_attention_mask.bool() & (ret_input_ids != self.config.image_token_id)
+            losses["loss_ret"] = caption_loss(
+                *self.next_token_logits(hidden, ret_input_ids.masked_fill(~words, IGNORE))
+            )
+            at_ret = (ret_input_ids == self.config.ret_token_id).int().argmax(-1)
+            ret_embeds = self.W_t2m(hidden[torch.arange(len(hidden), device=hidden.device), at_ret].float())
+            image_embeds = self.W_v2m(image_features[target_indices])
+            scale = self.logit_scale.exp().clamp(max=100)
+            losses["loss_vm"] = self.config.lambda1 * info_nce(ret_embeds[image_rows], image_embeds, scale) / 2
+        return FromageOutput(
+            loss=sum(losses.values()), ret_embeds=ret_embeds, image_embeds=image_embeds, **losses
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def rescale_ret(self) -> None:
+        """Gives [RET]'s input embedding the mean norm of the LLM's own rows, as FROMAGe does after each step."""
+        self.ret_embedding.mul_(self._mean_norm / self.ret_embedding.norm())
+
+    @cached_property
+    def _mean_norm(self) -> float:
+        table = self.language_model.get_input_embeddings().weight
+        return table.detach().float().norm(dim=1).mean().item()
+
+    @torch.no_grad()
+    def says_ret(
+        self, dialogues: Sequence[Any], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 32,
+        show_progress_bar: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """
+        Whether the LLM itself goes on to [RET]: `(n,)` bool on CPU.
+
+        It speaks greedily, `max_new_tokens` at most, its end-of-text token among them. What follows a newline is not
+        part of the reply, unless the newline comes first: so FROMAGe's own code cuts.
+        """
+        said = []
+        for start in tqdm(range(0, len(dialogues), batch_size), "replies", disable=not show_progress_bar):
+            inputs = self.processor.contexts(
+                dialogues[start : start + batch_size], end_with_ret=False, reserve=max_new_tokens
+            ).to(self.device)
+            features = self.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
+            embeds, mask = self.input_embeddings(inputs["input_ids"], features), inputs["attention_mask"]
+            # The reply starts at a row's right end, so the padding moves to the left.
+            order = mask.argsort(dim=1, stable=True)
+            embeds = embeds.gather(1, order[..., None].expand_as(embeds))
+            said.append(self._goes_on_to_ret(embeds, mask.gather(1, order), max_new_tokens).cpu())
+        return torch.cat(said) if said else torch.empty(0, dtype=torch.bool)
+
+    def _goes_on_to_ret(self, embeds: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        newline = self.processor.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        said, done = (torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device) for _ in range(2))
+        positions, past = (mask.cumsum(-1) - 1).clamp(min=0), None
+        for step in range(max_new_tokens):
+            outputs = self.language_model.base_model(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
+            )
+            past = outputs.past_key_values
+            logits = self.vocabulary_logits(outputs.last_hidden_state[:, -1])
+            token = logits.argmax(-1)
+            is_ret = token == logits.shape[-1] - 1
+            said |= is_ret & ~done
+            done |= is_ret
+            if step:
+                done |= token == newline
+            if bool(done.all()):
+                break
+            # A row that is done goes on in the batch, unheard.
+            embeds = self.language_model.get_input_embeddings()(token.masked_fill(is_ret, 0))[:, None]
+            mask = F.pad(mask, (0, 1), value=1)
+            positions = mask.sum(-1, keepdim=True) - 1
+        return said
+
+
+class Fromage(Embedder, LanguageSystem):
+    """A [`FromageModel`] as the tasks see it: the model decides by its own words whether a reply holds an image."""
+
+    def __init__(self, model: FromageModel, name: str = "FROMAGe", max_new_tokens: int = MAX_NEW_TOKENS):
+        super().__init__(model, name)
+        self.max_new_tokens = max_new_tokens
+
+    def shows_image(self, dialogues: Sequence[Any]) -> torch.Tensor:
+        """`(n,)` bool: the greedy reply holds a [RET]."""
+        return self.model.says_ret(dialogues, self.max_new_tokens)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.vocabulary_logits(hidden)  # [RET] takes its share of the probability
+
+
+# transformers looks a checkpoint's config up even to load its tokenizer.
+AutoConfig.register(FromageConfig.model_type, FromageConfig, exist_ok=True)

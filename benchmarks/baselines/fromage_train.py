@@ -1,0 +1,141 @@
+"""FROMAGe trained as UniMuR is: by the same trainer, on the miniature's pairs, over the same towers."""
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from benchmarks.baselines.fromage import FromageModel
+from modeling_unimur import UniMuRProcessor
+from modeling_unimur.processing_unimur import IGNORE
+from train.collate import PairCollator, SkipCounter
+from train.features import cache_image_features
+from train.miniature import Miniature
+from train.run import ModelArguments, make_processor
+from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+
+
+class FromageCollator(PairCollator):
+    """
+    Batches of caption pairs for [`FromageModel.forward`].
+
+    With probability `concatenate` a batch's captioning rows are joined two and two: `BOS image caption EOS image
+    caption EOS`, both captions labelled. A last row without a partner, and a pair that together exceed the LLM's
+    positions, stay as they are. The retrieval pass always has a row a caption.
+
+    Args:
+        processor, caption, seed: as [`PairCollator`]'s.
+        concatenate: FROMAGe's own is 0.5, drawn for the batch as a whole.
+
+    Raises:
+        ValueError: `concatenate` is no probability.
+    """
+
+    def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0, concatenate: float = 0.5):
+        super().__init__(processor, caption, seed)
+        if not 0 <= concatenate <= 1:
+            raise ValueError(f"concatenate={concatenate} is no probability")
+        self.concatenate = concatenate
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        # The targets are W_v2m of the features; CLIP's texts, and what was cached of an untrained map, are not needed.
+        for name in ("text_rows", "clip_input_ids", "clip_attention_mask", "image_embeds"):
+            batch.pop(name, None)
+        # A hash rather than a generator, as for the captions: the draw is the same in every worker.
+        drawn = zlib.crc32(f"{self.seed}-{self.epoch}-{'-'.join(str(row['id']) for row in rows)}".encode()) / 2**32
+        if drawn < self.concatenate:
+            batch |= concatenated(batch, self.processor)
+        return batch
+
+
+def concatenated(batch: dict[str, torch.Tensor], processor: UniMuRProcessor) -> dict[str, torch.Tensor]:
+    """
+    Captioning rows joined two and two, the second without its BOS.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels` `(n, length)`, right-padded. `image_indices` need no change: the
+            images keep their order.
+
+    Returns:
+        The same three, `(ceil(n / 2), length')` where every two rows fit together.
+    """
+    sizes = batch["attention_mask"].sum(1).tolist()
+    rows = [
+        (ids[:size].tolist(), labels[:size].tolist())
+        for ids, labels, size in zip(batch["input_ids"], batch["labels"], sizes, strict=True)
+    ]
+    # A row starts with BOS where the tokenizer has one, which is where its first image does not.
+    skip = rows[0][0].index(processor.image_token_id)
+    joined = []
+    for first, second in zip(rows[::2], [*rows[1::2], None], strict=False):
+        if second is None:
+            joined.append(first)
+        elif len(first[0]) + len(second[0]) - skip > processor.max_length:
+            joined += [first, second]
+        else:
+            joined.append((first[0] + second[0][skip:], first[1] + second[1][skip:]))
+    longest = max(len(ids) for ids, _ in joined)
+    padding = processor.tokenizer.pad_token_id or 0
+    return {
+        "input_ids": torch.tensor([ids + [padding] * (longest - len(ids)) for ids, _ in joined]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in joined]),
+        "labels": torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in joined]),
+    }
+
+
+class RescaleRet(TrainerCallback):
+    """After each optimiser step [RET]'s input embedding gets the mean norm of the frozen rows."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        getattr(model, "module", model).rescale_ret()
+
+
+def train_fromage(
+    output_dir: str | Path, miniature: Miniature, seed: int, *, learning_rate: float, max_steps: int = 320,
+    per_device_train_batch_size: int = 64, gradient_accumulation_steps: int = 2, warmup_steps: int = 30,
+    lr_scheduler_type: str = "cosine", ret_init: str | None = "#", n_visual_tokens: int = 6, shared_dim: int = 256,
+    concatenate: float = 0.5, logging_steps: int = 20,
+) -> str:  # fmt: skip
+    """
+    Trains FROMAGe on the miniature's caption pairs.
+
+    The defaults are those of UniMuR's pairs-only variant (train/configs/miniature.yaml), so that two rows differ by the
+    method and the `learning_rate` alone.
+
+    Args:
+        output_dir: gets `checkpoint/`, an adapter over the miniature's towers, and `trainer_state.json` with the losses.
+        seed: of the maps' start and of the order of the pairs.
+
+    Returns:
+        The checkpoint's path.
+    """
+    set_seed(seed)
+    towers = ModelArguments(
+        text_model=miniature.text_model, clip_model=miniature.clip_model, n_visual_tokens=n_visual_tokens
+    )
+    model = FromageModel.from_pretrained_towers(
+        miniature.text_model, miniature.clip_model, make_processor(towers), ret_init=ret_init, shared_dim=shared_dim
+    )
+    skips = SkipCounter()
+    rows = cache_image_features(miniature.pairs, model, skips)
+    args = UniMuRTrainingArguments(
+        output_dir=str(output_dir), seed=seed, learning_rate=learning_rate, max_steps=max_steps,
+        per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps, warmup_steps=warmup_steps,
+        lr_scheduler_type=lr_scheduler_type, logging_steps=logging_steps, save_strategy="no", use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = UniMuRTrainer(
+        model=model, args=args, train_dataset=rows, callbacks=[RescaleRet()],
+        data_collator=FromageCollator(model.processor, seed=seed, concatenate=concatenate),
+    )  # fmt: skip
+    trainer.skips = skips
+    trainer.train()
+    trainer.save_state()
+    checkpoint = str(Path(output_dir) / "checkpoint")
+    model.save_pretrained(checkpoint)
+    return checkpoint

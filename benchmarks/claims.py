@@ -1,0 +1,95 @@
+"""The paper's orderings, each a claim about two rows and a measure, and what the miniature says of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# (what the paper says, its figures, task, variant's beginning, better, worse, measure)
+TASK_CLAIMS = [
+    ("UniMuR's overall R@1 is above FROMAGe's (Table 1)", "32.3 > 15.3", "mmdialog", "UniMuR", "FROMAGe", "overall R@1"),
+    ("UniMuR's overall R@1 is above BLIP-2's (Table 1)", "32.3 > 22.2", "mmdialog", "UniMuR", "BLIP-2", "overall R@1"),
+    ("BLIP-2's image R@1 is above FROMAGe's (Table 1)", "16.8 > 11.0", "mmdialog", "BLIP-2", "FROMAGe", "image R@1"),
+    ("UniMuR shows an image more often where one is due than FROMAGe (Table 1)", "68.3 > 28.2", "mmdialog", "UniMuR",
+     "FROMAGe", "image retrieval rate"),
+    ("UniMuR's text and image belong together more than FROMAGe's (Table 1)", "0.187 > 0.102", "mmdialog", "UniMuR",
+     "FROMAGe", "CLIP-Sim"),
+    ("UniMuR finds more contextual images than FROMAGe (Table 2)", "27.8 > 25.4", "mmdialog_image", "UniMuR", "FROMAGe",
+     "R@1"),
+    ("UniMuR finds more images from dialogues than FROMAGe (Table 3)", "24.7 > 20.8", "visdial", "UniMuR", "FROMAGe",
+     "R@1"),
+    ("FROMAGe finds more images from dialogues than CLIP (Table 3)", "20.8 > 17.7", "visdial", "FROMAGe", "CLIP", "R@1"),
+    ("UniMuR finds more images from dialogues than CLIP (Table 3)", "24.7 > 17.7", "visdial", "UniMuR", "CLIP", "R@1"),
+    ("UniMuR answers better than FROMAGe (Table 7)", "29.8 > 28.5", "vqav2", "UniMuR", "FROMAGe", "accuracy"),
+    ("FROMAGe answers better than Frozen (Table 7)", "28.5 > 25.5", "vqav2", "FROMAGe", "Frozen", "accuracy"),
+]  # fmt: skip
+ABLATION_CLAIMS = [
+    ("DAT's overall R@1 is above VM's (Table 4)", "32.3 > 27.6", "4", "DAT", "VM", "overall R@1"),
+    ("DAT's overall R@1 is above TM's (Table 4)", "32.3 > 22.7", "4", "DAT", "TM", "overall R@1"),
+    ("DAT's text R@1 is above VM's (Table 4)", "36.1 > 29.8", "4", "DAT", "VM", "text R@1"),
+    ("VM shows images more often than DAT (Table 4)", "74.3 > 68.3", "4", "VM", "DAT", "image retrieval rate"),
+    ("TM shows images less often than DAT (Table 4)", "68.3 > 44.1", "4", "DAT", "TM", "image retrieval rate"),
+    ("MSE's overall R@1 is above InfoNCE's (Table 5)", "32.3 > 28.0", "5", "MSE", "InfoNCE", "overall R@1"),
+    ("InfoNCE's overall R@1 is above max-margin's (Table 5)", "28.0 > 26.3", "5", "InfoNCE", "max-margin", "overall R@1"),
+    ("A larger language model finds more images (Table 6)", "24.7 > 16.5", "6", "OPT 128 x 2 layers", "OPT 64 x 1 layer",
+     "dialogue to image R@1"),
+    ("A still larger one finds more yet (Table 6)", "27.8 > 24.7", "6", "OPT 192 x 3 layers", "OPT 128 x 2 layers",
+     "dialogue to image R@1"),
+]  # fmt: skip
+
+
+@dataclass
+class Judged:
+    """A claim, the paper's figures, ours, and whether the order holds on how many seeds."""
+
+    says: str
+    there: str
+    here: str
+    verdict: str
+
+
+def judge(results: list[dict[str, Any]], tables: Mapping[str, Any]) -> list[Judged]:
+    """Every claim that what was measured can speak to."""
+    found = []
+    for says, there, task, better, worse, measure in TASK_CLAIMS:
+        # Both forms of UniMuR are judged: the paper's has caption pairs alone.
+        for system in dict.fromkeys([better, "UniMuR, pairs alone"] if better == "UniMuR" else [better]):
+            name = says + (", pairs alone" if system != better else "")
+            a, b = (_of_task(results, task, s, measure) for s in (system, worse))
+            found += _judged(name, there, a, b, 1 if measure == "CLIP-Sim" else 100)
+    for says, there, table, better, worse, measure in ABLATION_CLAIMS:
+        if table in tables:
+            a, b = (_of_row(tables[table], name, measure) for name in (better, worse))
+            found += _judged(says, there, a, b, 100)
+    return found
+
+
+def _judged(says: str, there: str, a: dict[int, float], b: dict[int, float], scale: int) -> list[Judged]:
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return []
+    ours, theirs = (scale * np.array([x[s] for s in seeds]) for x in (a, b))
+    digits = 3 if scale == 1 else 1
+    holds = int((ours > theirs).sum())
+    verdict = "holds" if holds == len(seeds) else "does not hold" if holds == 0 else "open"
+    sign = ">" if ours.mean() > theirs.mean() else "<" if ours.mean() < theirs.mean() else "="
+    here = f"{ours.mean():.{digits}f} {sign} {theirs.mean():.{digits}f}"
+    return [Judged(says, there, here, f"{verdict}: {holds} of {len(seeds)} seeds")]
+
+
+def _of_task(results: list[dict], task: str, system: str, measure: str) -> dict[int, float]:
+    """seed -> value, by the first variant of the protocol that was run."""
+    mine = [r for r in results if r["task"] == task and r["system"] == system and measure in r["metrics"]]
+    main = [r for r in mine if "," not in r["protocol"]["variant"]]
+    first = main[0]["protocol"]["variant"] if main else None
+    return {
+        r["seed"]: r["metrics"][measure]["value"]
+        for r in main
+        if r["protocol"]["variant"] == first and r["metrics"][measure]["value"] is not None
+    }
+
+
+def _of_row(table: Mapping[str, Any], name: str, measure: str) -> dict[int, float]:
+    row = next(row for row in table["rows"] if row["name"] == name)
+    return {s["seed"]: s["metrics"][measure]["value"] for s in row["seeds"]}

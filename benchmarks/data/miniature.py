@@ -1,0 +1,150 @@
+"""
+The miniature in the place of every data set: dialogues, stories and questions about scenes of validation or of test.
+
+Pictures are drawn here. A scene is the target of one item of a task at most, and every call gives the same.
+"""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+from benchmarks.schema import Dialogues, Questions
+from train.miniature import pictures
+from train.miniature.dialogues import responses
+from train.miniature.dialogues import visdial as say_visdial
+from train.miniature.world import Scene, phrases
+
+from .miniature_language import SEED, read_answers, read_questions, scenes_of
+
+LENGTH = 5  # pictures a story
+FIT = 4  # stories that end with the same words, each about another animal or hat
+
+_FIRST = ("here is my friend.", "look who i met.", "this is my friend.")
+_THEN = ("do you remember this one?", "look who i met again.", "here is my friend again.")
+_LAST = ("now imagine it {v} {p}.", "later i saw it again, {v} {p}.", "think of it {p}, {v}.")
+
+
+def mmdialog(split: str, n: int = 1000) -> Dialogues:
+    """The `n` response dialogues of [`benchmarks.miniature.load_split`], with its pool and its pictures."""
+    said = responses(scenes_of(split), n, SEED)
+    return Dialogues(said.dialogues, said.texts, pictures(said.images, SEED))
+
+
+def mmdialog_image(split: str, n: int = 1000) -> Dialogues:
+    """Those of `n` [`mmdialog`] dialogues whose reply has an image, over the same pool."""
+    said = responses(scenes_of(split), n, SEED)
+    dialogues = [d for d in said.dialogues if d["gold"]["image_ids"]]
+    needed = {e["image_id"] for d in dialogues for turn in d["turns"] for e in turn["elements"]}
+    images = {i: scene for i, scene in said.images.items() if i in needed}
+    return Dialogues(dialogues, said.texts, pictures(images, SEED))
+
+
+def visdial(split: str, n: int = 1000) -> Dialogues:
+    """
+    The `n` question-and-answer dialogues of [`benchmarks.miniature.load_split`], with its pictures; the speakers are
+    `"Q"` and `"A"` as in VisDial, and `"I"` of the target turn, which is the image.
+    """
+    said = say_visdial(scenes_of(split), n, SEED)
+    for dialogue in said.dialogues:
+        for i, turn in enumerate(dialogue["turns"]):
+            turn["speaker"] = "I" if i == dialogue["target_turn"] else "QA"[i % 2]
+    return Dialogues(said.dialogues, said.texts, pictures(said.images, SEED))
+
+
+def visdial_answers(split: str, n: int = 250) -> Dialogues:
+    """`n` questions with 100 answers each: [`miniature_language.read_answers`]."""
+    return read_answers(split, n)
+
+
+def vist(split: str, n: int = 400) -> Dialogues:
+    """
+    Stories of one animal in one hat: four times a caption and its picture, then the fifth caption, whose picture is
+    sought among all pictures of all stories.
+
+    The first captions say little, as many of VIST's do, and the last tells activity and place alone; who it is stands in
+    the pictures. (Where each caption tells an activity and a place of its own, the miniature's language model, which has
+    read no such text, loses the thread.) Stories end in the same activity and place by fours, with an animal or a hat of
+    their own, so that the last caption fits four pictures of the pool at least, and the whole context one. No scene comes
+    twice in a story; one that ends a story is in no other picture, and those within come again in other stories where the
+    split has too few.
+
+    Args:
+        split: `"validation"` or `"test"`.
+        n: of stories, a multiple of 4.
+
+    Returns:
+        Turns of speaker `"A"`, `[text, image]` and last `[text]`; one pool of `5 n` pictures, shuffled.
+
+    Raises:
+        BadDataError: another split.
+        ValueError: `n` is no multiple of 4, or the split has too few scenes.
+    """
+    if n % FIT:
+        raise ValueError(f"{n} stories: expected a multiple of {FIT}, since {FIT} share their last words")
+    rng = random.Random(f"vist-{SEED}")
+    scenes = rng.sample(scenes := scenes_of(split), len(scenes))
+    ends = _ends(scenes, n)
+    rng.shuffle(ends)
+    by_looks = defaultdict(list)
+    for scene in sorted(set(scenes) - set(ends), key=lambda s: s.key):
+        by_looks[scene.animal, scene.hat].append(scene)
+    dialogues, shown, used = [], {}, Counter()
+    pool: dict[str, list[str]] = {"text_ids": [], "image_ids": []}
+    for i, end in enumerate(ends):
+        others = by_looks[end.animal, end.hat]
+        if len(others) < LENGTH - 1:
+            raise ValueError(f"{split} has {len(others)} scenes for a story that ends in {end.key}, expected 4")
+        rng.shuffle(others)
+        # Those that were shown least, in random order.
+        story = [*sorted(others, key=used.__getitem__)[: LENGTH - 1], end]
+        used.update(story)
+        ids = [f"vist-{i}-{k}" for k in range(1, LENGTH + 1)]
+        shown |= zip(ids, story, strict=True)
+        captions = [rng.choice(_THEN if k else _FIRST) for k in range(LENGTH - 1)]
+        captions.append(rng.choice(_LAST).format(**phrases(end, rng)))
+        turns = [
+            {"speaker": "A", "elements": [
+                {"type": "text", "text": caption, "image_id": None},
+                {"type": "image", "text": None, "image_id": name}]}
+            for name, caption in zip(ids, captions, strict=True)
+        ]  # fmt: skip
+        turns[-1]["elements"].pop()
+        gold = {"text_ids": [], "image_ids": ids[-1:]}
+        dialogues.append(
+            {"dialogue_id": f"vist-{i}", "turns": turns, "target_turn": LENGTH, "pool": pool, "gold": gold}
+        )
+    pool["image_ids"] += rng.sample(list(shown), len(shown))
+    return Dialogues(dialogues, {}, pictures(shown, SEED))
+
+
+def _ends(scenes: list[Scene], n: int) -> list[Scene]:
+    """`n` scenes in fours that share activity and place; raises [`ValueError`] where there are fewer."""
+    # Of the scenes of one animal in one hat a third at most, so that enough are left to tell the stories with.
+    left = {looks: count // 3 for looks, count in Counter((s.animal, s.hat) for s in scenes).items()}
+    cells, ends = defaultdict(list), []
+    for scene in scenes:
+        cells[scene.verb, scene.object, scene.place].append(scene)
+    for cell in cells.values():
+        # Those with most scenes left first: a rare one is taken where nothing else completes a four.
+        cell = sorted((s for s in cell if left[s.animal, s.hat]), key=lambda s: -left[s.animal, s.hat])
+        taken = cell[: len(cell) // FIT * FIT]
+        left |= {(s.animal, s.hat): left[s.animal, s.hat] - 1 for s in taken}
+        ends += taken
+    if len(ends) < n:
+        raise ValueError(f"{n} stories need scenes that share activity and place in fours, there are {len(ends)}")
+    return ends[:n]
+
+
+def vqav2(split: str, n: int = 600) -> Questions:
+    """`n` questions with ten answers each: [`miniature_language.read_questions`]."""
+    return read_questions(split, n)
+
+
+READERS: dict[str, Callable[[str], Dialogues | Questions]] = {
+    "mmdialog": mmdialog,
+    "mmdialog_image": mmdialog_image,
+    "visdial": visdial,
+    "visdial_answers": visdial_answers,
+    "vist": vist,
+    "vqav2": vqav2,
+}

@@ -1,0 +1,73 @@
+"""The report's pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9b9a97", "#37352f")
+
+
+def systems(results: list[Mapping[str, Any]], path: Path) -> None:
+    """R@1 of every system on every retrieval task: a dot a seed, a bar for their mean."""
+    wanted = [
+        ("mmdialog", "overall R@1", "reply\n(Table 1, overall)"),
+        ("mmdialog_image", "R@1", "image in context\n(Table 2)"),
+        ("visdial", "R@1", "dialogue to image\n(Table 3)"),
+        ("vist", "R@1", "story to image\n(VIST)"),
+    ]
+    names = [n for n in dict.fromkeys(r["system"] for r in results) if "perplexity" not in n and n != "Frozen"]
+    figure, axis = plt.subplots(figsize=(10, 4.2))
+    width = 0.8 / len(names)
+    for place, (task, measure, _) in enumerate(wanted):
+        mine = [r for r in results if r["task"] == task and r["applies"]]
+        first = mine[0]["protocol"]["variant"] if mine else None
+        for i, name in enumerate(names):
+            values = [
+                100 * r["metrics"][measure]["value"]
+                for r in mine
+                if r["system"] == name and r["protocol"]["variant"] == first
+            ]
+            if not values:
+                continue
+            x = place - 0.4 + width * (i + 0.5)
+            axis.bar(x, np.mean(values), width * 0.9, color=COLOURS[i % len(COLOURS)], alpha=0.45,
+                     label=name if place == 0 else None)  # fmt: skip
+            axis.plot([x] * len(values), values, "o", markersize=3.5, color=COLOURS[i % len(COLOURS)])
+    axis.set_xticks(range(len(wanted)), [label for *_, label in wanted])
+    axis.set_ylabel("R@1, %")
+    axis.set_ylim(0, 100)
+    axis.legend(frameon=False, fontsize=9, ncols=2)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def bias(table: Mapping[str, Any], path: Path) -> None:
+    """Image retrieval rate against R@1 of images, texts and both, as the modality bias is turned; a line a row."""
+    shown = ("image R@1", "text R@1", "overall R@1")
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.8))
+    for colour, row in zip(COLOURS, table["rows"], strict=False):
+        curves = [s["bias"] for s in row["seeds"]]
+        mean = {k: 100 * np.mean([[point[k] for point in curve] for curve in curves], axis=0) for k in curves[0][0]}
+        biases = mean["image_bias"] / 100
+        plain = int(np.abs(biases).argmin())
+        for axis, measure in zip(axes, (*shown, "image retrieval rate on text-only turns"), strict=True):
+            axis.plot(mean["image retrieval rate"], mean[measure], color=colour, label=row["name"])
+            axis.plot(mean["image retrieval rate"][plain], mean[measure][plain], "o", color=colour)
+    for axis, measure in zip(axes, (*shown, "rate on text-only turns"), strict=True):
+        axis.set_xlabel("image retrieval rate, %")
+        axis.set_title(f"{measure}, %", fontsize=11)
+        axis.set_xlim(0, 100)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

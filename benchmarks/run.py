@@ -1,0 +1,131 @@
+"""
+Measures a model on one task, beside baselines, on the miniature or on a folder of the real data.
+
+    python -m benchmarks.run --task visdial --model PATH
+    python -m benchmarks.run --task visdial --model PATH --data visdial/ --baseline clip=PATH --limit 100
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .baselines.clip import ClipBaseline
+from .data import load_data
+from .load import KINDS, load
+from .measure import Measure
+from .protocols import TASKS, Protocol, paper, protocols
+from .schema import MAX_MISSING_SHARE, Dialogues, Questions
+from .systems import System
+from .tables import markdown
+from .tasks import answers, image, response, vqa
+
+
+def evaluate(
+    system: System, data: Dialogues | Questions, protocol: Protocol, clip: System | None = None
+) -> dict[str, Measure] | None:
+    """One system on one protocol; `None` where the task does not apply to it (no language model, no embedding)."""
+    try:
+        if protocol.kind == "response":
+            return response.run(system, data, protocol, clip or system)
+        return {"image": image, "answers": answers, "vqa": vqa}[protocol.kind].run(system, data, protocol)
+    except NotImplementedError:
+        return None
+
+
+def compare(
+    systems: Sequence[System], data: Dialogues | Questions, protocol: Protocol, *, clip: System, seed: int = 0,
+    source: str = "miniature",
+) -> list[dict[str, Any]]:  # fmt: skip
+    """
+    Every system on one protocol, each against the first over the same items.
+
+    Returns:
+        A result a system: protocol, data, system, seed, `metrics` (value, 95 % interval, items) and `first_less_this`
+        (the first system's value less this one's, with its paired 95 % interval).
+    """
+    results, first = [], None
+    for system in systems:
+        start = time.perf_counter()
+        print(f"{protocol.label}: {system.name}", flush=True)
+        measures = evaluate(system, data, protocol, clip)
+        result = {
+            "task": protocol.task, "protocol": {"variant": protocol.variant, "version": protocol.version,
+            "miniature": protocol.miniature, "settings": protocol.settings},
+            "data": {"source": source, "items": len(data), "pool": data.pool_hash, "left_out": str(data.missing),
+                     "left_out_by_reason": data.missing.by_reason()},
+            "system": system.name, "revision": system.revision, "seed": seed, "torch": torch.__version__,
+        }  # fmt: skip
+        if measures is None:
+            results.append(result | {"applies": False, "metrics": {}})
+            continue
+        result |= {"applies": True, "metrics": {k: m.summary(seed) for k, m in measures.items()}}
+        if first is None:
+            first = measures
+        else:
+            result["first_less_this"] = {
+                name: first[name].against(m, seed) for name, m in measures.items() if name in first
+            }
+        results.append(result | {"notes": system.notes, "seconds": round(time.perf_counter() - start, 1)})
+    return results
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--model", required=True, help="a UniMuR checkpoint: a folder or a name on the Hub")
+    parser.add_argument(
+        "--baseline", action="append", default=[], metavar="KIND=PATH", help=f"another row; KIND is one of {KINDS}"
+    )
+    parser.add_argument("--data", help="folder of the data set as it is published; by default the miniature")
+    parser.add_argument("--split", help="instead of the protocol's")
+    parser.add_argument("--variant", action="append", help="of the protocol; by default every one")
+    parser.add_argument("--limit", type=int, help="only the first so many items, for a trial")
+    parser.add_argument("--manifest", help="VIST: file of the photo ids that are left")
+    parser.add_argument(
+        "--max_missing_share", type=float, default=MAX_MISSING_SHARE, help="of items that may be left out"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmarks"), help="folder of the json and the table"
+    )
+    arguments = parser.parse_args(argv)
+
+    systems = [load("unimur", arguments.model)]
+    for baseline in arguments.baseline:
+        kind, _, path = baseline.partition("=")
+        systems.append(load(kind, path or arguments.model))
+    for system in systems:
+        system.model.to(arguments.device)
+    clip = ClipBaseline(systems[0].model)
+    results = []
+    for protocol in protocols(arguments.task, miniature=arguments.data is None):
+        if arguments.variant and protocol.variant not in arguments.variant:
+            continue
+        data = load_data(
+            protocol, arguments.data, split=arguments.split, manifest=arguments.manifest,
+            max_missing_share=arguments.max_missing_share,
+        )  # fmt: skip
+        print(data.missing)
+        source = Path(arguments.data).name if arguments.data else "miniature"
+        results += compare(
+            systems, data.first(arguments.limit), protocol, clip=clip, seed=arguments.seed, source=source
+        )
+    if not results:
+        raise ValueError(f"{arguments.task} has no variant {', '.join(arguments.variant)}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    table = markdown(arguments.task, results, paper(arguments.task))
+    (arguments.output / f"{arguments.task}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.output / f"{arguments.task}.md").write_text(table)
+    print("\n" + table)
+    print(f"written: {arguments.output / arguments.task}.json and .md")
+    return results
+
+
+if __name__ == "__main__":
+    main()

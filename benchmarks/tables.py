@@ -1,0 +1,40 @@
+"""Results as markdown: the paper's rows first, then what was measured, each labelled with its protocol."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PLAIN = ("CLIP-Sim", "mean rank")  # not percent
+
+
+def markdown(task: str, results: Sequence[Mapping[str, Any]], published: tuple[list[str], Mapping[str, list]]) -> str:
+    """A table of one task: a row a protocol and system, a column a metric with its 95 % interval."""
+    columns, rows = published
+    names = list(dict.fromkeys([*columns, *(name for r in results for name in r["metrics"])]))
+    lines = [f"| protocol | system | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
+    for system, values in rows.items():
+        known = dict(zip(columns, values, strict=True))
+        cells = [f"{known[n]}" if n in known else "" for n in names]
+        lines.append(f"| the paper | {system} | {' | '.join(cells)} |")
+    for r in results:
+        label = f"{r['protocol']['variant']} v{r['protocol']['version']}"
+        if not r["applies"]:
+            lines.append(f"| {label} | {r['system']} | {' | '.join(['does not apply'] + [''] * (len(names) - 1))} |")
+            continue
+        cells = [cell(n, r["metrics"].get(n)) for n in names]
+        lines.append(f"| {label} | {r['system']} | {' | '.join(cells)} |")
+    notes = [f"- {r['system']}: {note}" for r in results for note in r.get("notes", [])]
+    where = results[0]["data"]
+    head = (
+        f"{task} on {where['source']}, {where['items']} items; {where['left_out']}. "
+        "Percent with 95 % bootstrap intervals (CLIP-Sim a cosine, mean rank a rank)."
+    )
+    return "\n".join([head, "", *lines, *(["", *dict.fromkeys(notes)] if notes else [])]) + "\n"
+
+
+def cell(name: str, metric: Mapping[str, Any] | None) -> str:
+    """One figure with its interval, as it is printed; one item alone has no interval."""
+    if metric is None or metric["value"] is None:
+        return ""
+    scale, digits = (1, 3 if name == "CLIP-Sim" else 1) if name in PLAIN else (100, 1)
+    value, *bounds = (f"{scale * metric[k]:.{digits}f}" for k in ("value", "low", "high") if metric[k] is not None)
+    return f"{value} ({'–'.join(bounds)})" if bounds else value

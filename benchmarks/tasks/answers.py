@@ -1,0 +1,44 @@
+"""VisDial's answer ranking: 100 options after an image, the rounds before and a question."""
+
+import numpy as np
+
+from benchmarks.measure import Measure
+from benchmarks.metrics import visdial_per_item
+from benchmarks.protocols import Protocol
+from benchmarks.schema import Dialogues
+from benchmarks.systems import System
+
+from .candidates import by_pool, embed
+from .contexts import context_of
+
+
+def run(system: System, data: Dialogues, protocol: Protocol) -> dict[str, Measure]:
+    """
+    Ranks each round's options, by likelihood or by embedding.
+
+    Returns:
+        `R@1`, `R@5`, `R@10`, `MRR`, `mean rank` (a number) over all rounds, `NDCG` over those with dense relevances.
+
+    Raises:
+        NotImplementedError: by likelihood, for a system without a language model.
+    """
+    contexts = [context_of(d, data.images, protocol["serialisation"]) for d in data.dialogues]
+    if protocol["by"] == "likelihood":
+        options = [
+            [protocol["option"].format(text=data.texts[i]) for i in d["pool"]["text_ids"]] for d in data.dialogues
+        ]
+        how = {name: protocol[name] for name in ("own_bos", "shift", "reduction", "scope")}
+        scores = [s.numpy() for s in system.log_likelihoods(contexts, options, show_progress_bar=True, **how)]
+    else:
+        embedded = embed(system, data, contexts, template=protocol["option"])
+        scores = [None] * len(contexts)
+        for pool, rows in by_pool(data.dialogues):
+            found = system.similarity(embedded.queries[rows], embedded.texts[embedded.rows(pool)[0]])
+            for row, values in zip(rows, found.numpy(), strict=True):
+                scores[row] = values
+    items = [
+        visdial_per_item(s, d["pool"]["text_ids"].index(d["gold"]["text_ids"][0]), d.get("relevance"))
+        for s, d in zip(scores, data.dialogues, strict=True)
+    ]
+    columns = {name: np.array([item[name] for item in items], dtype=float) for name in items[0]}
+    return {name: Measure(values, percent=name != "mean rank") for name, values in columns.items()}

@@ -1,0 +1,82 @@
+"""A dialogue's context as a protocol writes it, and pictures as it shows them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from modeling_unimur.images_unimur import decode_image
+
+
+def context_of(
+    dialogue: Mapping[str, Any],
+    images: Mapping[str, Any],
+    serialisation: str | Mapping[str, str] = "turns",
+    context: str = "all",
+) -> list[dict]:
+    """
+    The turns before the target as chat messages, for `embed_dialogues` and `retrieve`.
+
+    Args:
+        serialisation: `"turns"`, the processor's own; or a template for each speaker's texts (`{text}`), `join` between
+            turns and `end` behind the last, all in one message. Images stand where they stood.
+        context: `"all"`, `"text"` (without images) or `"last"` (the last turn's text alone).
+
+    Raises:
+        ValueError: a speaker without a template; nothing is left of a context.
+    """
+    turns = dialogue["turns"][: dialogue["target_turn"]]
+    turns = turns[-1:] if context == "last" else turns
+    parts = []
+    for turn in turns:
+        elements = [e for e in turn["elements"] if context == "all" or e["type"] == "text"]
+        content = []
+        for e in elements:
+            if e["type"] == "image":
+                content.append({"type": "image", "image": images[e["image_id"]]})
+                continue
+            text = e["text"]
+            if serialisation != "turns":
+                if turn["speaker"] not in serialisation:
+                    raise ValueError(f"dialogue {dialogue['dialogue_id']!r}: no template for {turn['speaker']!r}")
+                text = serialisation[turn["speaker"]].format(text=text, image="")
+            content.append({"type": "text", "text": text})
+        if content:
+            parts.append({"role": turn["speaker"], "content": content})
+    if not parts:
+        raise ValueError(f"dialogue {dialogue['dialogue_id']!r} has no context")
+    if serialisation == "turns":
+        return parts
+    joined: list[dict] = []
+    between = {"type": "text", "text": serialisation.get("join", "\n")}
+    for i, part in enumerate(parts):
+        joined += [*([between] if i else []), *part["content"]]
+    if serialisation.get("end"):
+        joined.append({"type": "text", "text": serialisation["end"]})
+    return [{"role": "user", "content": _merged(joined)}]
+
+
+def _merged(content: list[dict]) -> list[dict]:
+    """Neighbouring texts as one: a separator is not a text of its own."""
+    merged: list[dict] = []
+    for part in content:
+        if merged and part["type"] == merged[-1]["type"] == "text":
+            merged[-1] = {"type": "text", "text": merged[-1]["text"] + part["text"]}
+        else:
+            merged.append(part)
+    return merged
+
+
+class Squashed(Sequence):
+    """Images resized to `side` x `side` whatever their shape, as FROMAGe does before CLIP's preprocessing."""
+
+    def __init__(self, images: Sequence[Any], side: int):
+        self.images, self.side = images, side
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return decode_image(self.images[index]).resize((self.side, self.side), Image.BICUBIC)

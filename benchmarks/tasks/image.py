@@ -1,0 +1,60 @@
+"""Retrieval of a dialogue's image (Tables 2 and 3, VIST)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.measure import Measure
+from benchmarks.metrics import hit_rate_per_item
+from benchmarks.protocols import Protocol
+from benchmarks.schema import Dialogues
+from benchmarks.systems import System
+
+from .candidates import Embedded, by_pool, embed
+from .contexts import context_of
+
+KS = (1, 5, 10)
+
+
+def run(system: System, data: Dialogues, protocol: Protocol) -> dict[str, Measure]:
+    """R@1/5/10 of the reply's first image among the images of its pool; see `score` for the direction."""
+    contexts = [context_of(d, data.images, protocol["serialisation"], protocol["context"]) for d in data.dialogues]
+    embedded = embed(system, data, contexts, texts=False, squash=protocol["squash"])
+    return score(embedded, data, protocol, system.similarity)
+
+
+def score(embedded: Embedded, data: Dialogues, protocol: Protocol, similarity: Any) -> dict[str, Measure]:
+    """
+    `R@1`, `R@5`, `R@10`, an item a dialogue (`"image per dialogue"`) or an image (`"dialogue per image"`).
+
+    Raises:
+        ValueError: `"dialogue per image"` where dialogues have pools of their own.
+    """
+    groups = by_pool(data.dialogues)
+    if protocol["direction"] == "dialogue per image":
+        if len(groups) > 1:
+            raise ValueError(f"{protocol.label}: each image ranks all dialogues, which need one shared pool")
+        return _measures([_dialogues_per_image(embedded, data, groups[0][0], similarity)])
+    found = np.full((len(data.dialogues), len(KS)), np.nan)
+    for pool, rows in groups:
+        scores = similarity(embedded.queries[rows], embedded.images[embedded.rows(pool | {"text_ids": []})[1]])
+        place = {name: i for i, name in enumerate(pool["image_ids"])}
+        right = [[place[g] for g in data.dialogues[i]["gold"]["image_ids"][:1]] for i in rows]
+        found[rows] = hit_rate_per_item(scores.numpy(), right, KS)
+    return _measures([found])
+
+
+def _dialogues_per_image(embedded, data, pool, similarity) -> np.ndarray:
+    """Each gold image ranks all dialogues; a dialogue that speaks of it is right."""
+    about: dict[str, list[int]] = {}
+    for i, dialogue in enumerate(data.dialogues):
+        about.setdefault(dialogue["gold"]["image_ids"][0], []).append(i)
+    images = torch.tensor([embedded.image_rows[i] for i in about])
+    scores = similarity(embedded.queries, embedded.images[images]).T
+    return hit_rate_per_item(scores.numpy(), list(about.values()), KS)
+
+
+def _measures(found: list[np.ndarray]) -> dict[str, Measure]:
+    found = np.concatenate(found)
+    return {f"R@{k}": Measure(found[:, i]) for i, k in enumerate(KS)}

@@ -1,0 +1,98 @@
+"""Multimodal response retrieval (Table 1): the reply's words and its picture out of one pool."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.measure import Measure
+from benchmarks.metrics import cosine_per_item, hit_rate_per_item, shown_per_item
+from benchmarks.protocols import Protocol
+from benchmarks.schema import Dialogues
+from benchmarks.systems import System
+
+from .candidates import Embedded, by_pool, embed
+from .contexts import context_of
+
+
+def run(system: System, data: Dialogues, protocol: Protocol, clip: System) -> dict[str, Measure]:
+    """
+    Asks `system` for every reply (Section 3.4) and scores it; `clip` embeds texts and images for CLIP-Sim.
+
+    Returns: see `score`.
+    """
+    contexts = [context_of(d, data.images, protocol["serialisation"]) for d in data.dialogues]
+    embedded = embed(system, data, contexts)
+    shown = system.shows_image(contexts)
+    words = [system.text_scores([contexts[i] for i in rows], [data.texts[t] for t in pool["text_ids"]])
+             for pool, rows in by_pool(data.dialogues)]  # fmt: skip
+    return score(
+        embedded, data, protocol, clip_embeddings(clip, data, embedded), system.similarity,
+        shown=shown, text_scores=None if words and words[0] is None else words,
+    )  # fmt: skip
+
+
+def clip_embeddings(clip: System, data: Dialogues, like: Embedded) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLIP's embeddings of the same candidate texts and images: what CLIP-Sim compares."""
+    return (
+        clip.embed_texts([data.texts[i] for i in like.text_rows]),
+        clip.embed_images([data.images[i] for i in like.image_rows]),
+    )
+
+
+def score(
+    embedded: Embedded, data: Dialogues, protocol: Protocol, clip: tuple[torch.Tensor, torch.Tensor], similarity: Any,
+    *, shown: torch.Tensor | None = None, text_scores: Sequence[torch.Tensor] | None = None, image_bias: float = 0.0,
+) -> dict[str, Measure]:  # fmt: skip
+    """
+    Args:
+        clip: CLIP's embeddings of `embedded`'s texts and images, row for row.
+        similarity: of queries and candidates.
+        shown: `(n,)` bool where the system itself decides which replies hold an image; else the best text is the
+            utterance, and an image is shown where the best of what remains in the pool is one.
+        text_scores: `(rows, texts)` for each pool, where texts are not ranked by embedding.
+        image_bias: added to every image's cosine.
+
+    Returns:
+        Item by item: `image retrieval rate`, over the turns whose reply has an image, and `… on text-only turns`;
+        `image R@1`, whether the reply's first image is the one shown; `text R@1`; `overall R@1` over all gold texts and
+        images; `CLIP-Sim` of the text and the image returned together (a cosine), over the turns with an image shown.
+    """
+    n = len(data.dialogues)
+    shows, text_hit, image_hit, together = (np.full(n, np.nan) for _ in range(4))
+    for group, (pool, rows) in enumerate(by_pool(data.dialogues)):
+        texts, images = embedded.rows(pool)
+        queries = embedded.queries[rows]
+        by_text = text_scores[group] if text_scores else similarity(queries, embedded.texts[texts])
+        by_image = similarity(queries, embedded.images[images]) + image_bias
+        if shown is not None:
+            shows[rows] = shown[rows].double().numpy()
+        else:
+            second = by_text.topk(2, dim=1).values[:, 1] if by_text.shape[1] > 1 else torch.full((len(rows),), -np.inf)
+            best = by_image.amax(1)
+            # A tie between an image and a text is no reason to prefer either.
+            shows[rows] = ((best > second).double() + (best == second).double() / 2).numpy()
+        golds = [data.dialogues[i]["gold"] for i in rows]
+        text_hit[rows] = _hits(by_text, pool["text_ids"], [g["text_ids"] for g in golds])
+        image_hit[rows] = _hits(by_image, pool["image_ids"], [g["image_ids"][:1] for g in golds])
+        pairs = clip[0][texts[by_text.argmax(1)]], clip[1][images[by_image.argmax(1)]]
+        cosines = cosine_per_item(*(p.numpy() for p in pairs))
+        together[rows] = np.where(shows[rows] > 0, cosines, np.nan)
+    wanted, unwanted = shown_per_item(shows, [bool(d["gold"]["image_ids"]) for d in data.dialogues])
+    image_hit = image_hit * shows
+    hits = np.nan_to_num(text_hit) + np.nan_to_num(image_hit)
+    golds = np.isfinite(text_hit).astype(float) + np.isfinite(image_hit)
+    return {
+        "image retrieval rate": Measure(wanted),
+        "image retrieval rate on text-only turns": Measure(unwanted),
+        "image R@1": Measure(image_hit),
+        "text R@1": Measure(text_hit),
+        "overall R@1": Measure(hits, golds),
+        "CLIP-Sim": Measure(together, percent=False),
+    }
+
+
+def _hits(scores: torch.Tensor, ids: Sequence[str], golds: Sequence[Sequence[str]]) -> np.ndarray:
+    place = {name: i for i, name in enumerate(ids)}
+    return hit_rate_per_item(scores.numpy(), [[place[g] for g in gold] for gold in golds], (1,))[:, 0]

@@ -1,0 +1,277 @@
+"""The tasks on hand-made embeddings, whose right figures follow from the page; and every protocol on tiny models."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.baselines.chance import Chance
+from benchmarks.baselines.clip import ClipBaseline
+from benchmarks.load import UniMuR
+from benchmarks.protocols import TASKS, Protocol, paper, protocols, read
+from benchmarks.run import compare, evaluate
+from benchmarks.schema import BadDataError, Dialogues, Questions
+from benchmarks.systems import System
+from benchmarks.tables import markdown
+from benchmarks.tasks import image, response, vqa
+from benchmarks.tasks.contexts import Squashed, context_of
+from tests.conftest import picture
+
+
+def text(words):
+    return {"type": "text", "text": words, "image_id": None}
+
+
+def shown(name):
+    return {"type": "image", "text": None, "image_id": name}
+
+
+def dialogue(name, words, pool, texts=(), images=()):
+    turns = [{"speaker": "A", "elements": [text(words)]}]
+    return {"dialogue_id": name, "turns": turns, "target_turn": 1, "pool": pool,
+            "gold": {"text_ids": list(texts), "image_ids": list(images)}}  # fmt: skip
+
+
+class Table(System):
+    """Embeddings looked up by what is embedded."""
+
+    name = "table"
+
+    def __init__(self, rows):
+        self.rows = {
+            key: torch.nn.functional.normalize(torch.tensor(v, dtype=torch.float), dim=0) for key, v in rows.items()
+        }
+
+    def _look(self, keys):
+        return torch.stack([self.rows[k] for k in keys])
+
+    def embed_texts(self, texts, **_):
+        return self._look(texts)
+
+    def embed_images(self, images, **_):
+        return self._look(images)
+
+    def embed_dialogues(self, dialogues, **_):
+        return self._look([d[0]["content"][0]["text"] for d in dialogues])
+
+
+POOL = {"text_ids": ["t1", "t2", "t3"], "image_ids": ["i1", "i2"]}
+DATA = Dialogues(
+    [
+        # The best text is right, then the right image comes before the second text.
+        dialogue("both right", "q1", POOL, ["t1"], ["i1"]),
+        # The best text is right; the second best is a text, so no image is shown although the best image is right.
+        dialogue("image not shown", "q2", POOL, ["t2"], ["i2"]),
+        # A text-only reply for which an image is shown, and the text is wrong.
+        dialogue("image unasked", "q3", POOL, ["t3"]),
+        # Only an image is right; the wrong one is shown.
+        dialogue("wrong image", "q4", POOL, [], ["i1", "i2"]),
+    ],
+    {"t1": "T1", "t2": "T2", "t3": "T3"},
+    {"i1": "I1", "i2": "I2"},
+)
+# One axis a candidate; a query's coordinates are then its scores.
+SYSTEM = Table({
+    "T1": [1, 0, 0, 0, 0], "T2": [0, 1, 0, 0, 0], "T3": [0, 0, 1, 0, 0], "I1": [0, 0, 0, 1, 0], "I2": [0, 0, 0, 0, 1],
+    "q1": [9, 1, 1, 8, 2], "q2": [8, 9, 1, 1, 7], "q3": [9, 1, 2, 1, 8], "q4": [9, 1, 1, 2, 8],
+})  # fmt: skip
+# T1 with I1 are alike to this CLIP, T1 with I2 are opposite, and T2 with I2 are at a right angle.
+CLIP = Table({"T1": [1, 0], "T2": [0, 1], "T3": [1, 1], "I1": [1, 0], "I2": [-1, 0]})
+
+
+def protocol(task, **settings):
+    found = protocols(task, miniature=True)[0]
+    return dataclasses.replace(found, settings=found.settings | settings)
+
+
+def test_a_reply_is_scored_as_section_3_4_says():
+    found = {k: m.value for k, m in response.run(SYSTEM, DATA, protocol("mmdialog"), CLIP).items()}
+    assert found["image retrieval rate"] == pytest.approx(2 / 3)  # q1 and q4 of q1, q2, q4
+    assert found["image retrieval rate on text-only turns"] == 1  # q3
+    assert found["image R@1"] == pytest.approx(1 / 3)  # q1; q4's first gold image is i1, i2 was shown
+    assert found["text R@1"] == pytest.approx(2 / 3)  # q1, q2 of q1, q2, q3
+    assert found["overall R@1"] == pytest.approx((1 + 2) / (3 + 3))
+    assert found["CLIP-Sim"] == pytest.approx((1 - 1 - 1) / 3)  # q1: T1 I1; q3: T1 I2; q4: T1 I2
+
+
+def test_a_system_that_decides_itself_shows_what_it_decides():
+    class Decides(Table):
+        def shows_image(self, dialogues):
+            return torch.tensor([False, True, False, False])
+
+    decides = Decides({})
+    decides.rows = SYSTEM.rows
+    found = {k: m.value for k, m in response.run(decides, DATA, protocol("mmdialog"), CLIP).items()}
+    assert found["image retrieval rate"] == pytest.approx(1 / 3) and found["image R@1"] == pytest.approx(1 / 3)
+    assert found["image retrieval rate on text-only turns"] == 0
+    assert found["CLIP-Sim"] == pytest.approx(0)  # q2: T2 I2
+
+
+def test_texts_may_be_ranked_by_other_than_embedding():
+    class Prefers(Table):
+        def text_scores(self, contexts, texts):
+            return torch.tensor([[0.0, 0.0, 1.0]]).repeat(len(contexts), 1)
+
+    prefers = Prefers({})
+    prefers.rows = SYSTEM.rows
+    assert response.run(prefers, DATA, protocol("mmdialog"), CLIP)["text R@1"].value == pytest.approx(1 / 3)  # q3
+
+
+def test_a_bias_towards_images_shows_more_of_them():
+    p = protocol("mmdialog")
+    embedded = response.embed(SYSTEM, DATA, [context_of(d, DATA.images) for d in DATA.dialogues])
+    clip = response.clip_embeddings(CLIP, DATA, embedded)
+    rates = [
+        response.score(embedded, DATA, p, clip, SYSTEM.similarity, image_bias=b)["image retrieval rate"].value
+        for b in (-2, 0, 2)
+    ]
+    assert rates == pytest.approx([0, 2 / 3, 1])
+
+
+def test_pools_of_their_own_are_ranked_apart():
+    few = {"text_ids": ["t1", "t3"], "image_ids": ["i1"]}
+    data = Dialogues([dialogue("a", "q2", few, ["t1"], ["i1"]), DATA.dialogues[1]], DATA.texts, DATA.images)
+    found = response.run(SYSTEM, data, protocol("mmdialog"), CLIP)
+    assert found["text R@1"].values.tolist() == [1, 1]  # without t2 in its pool, q2's best text is t1
+    assert image.run(SYSTEM, data, protocol("mmdialog_image"))["R@1"].values.tolist() == [1, 1]
+
+
+SEEN = Dialogues(
+    [dialogue("d1", "q1", pool := {"text_ids": [], "image_ids": ["i1", "i2"]}, images=["i1"]),
+     dialogue("d2", "q2", pool, images=["i2"])],
+    {}, {"i1": "I1", "i2": "I2"},
+)  # fmt: skip
+# Images per dialogue: q1 takes I1 (right), q2 takes I1 (wrong). Dialogues per image: I1 takes q2 (wrong), I2 takes q2.
+DIRECTED = Table({"I1": [1, 0], "I2": [0, 1], "q1": [1, 0.1], "q2": [1.2, 1]})
+
+
+def test_the_direction_of_ranking_matters():
+    DIRECTED.rows |= {"q1": torch.tensor([1.0, 0.1]), "q2": torch.tensor([1.2, 1.0])}  # not of one length
+    forward, compat = (
+        dataclasses.replace(p, settings=p.settings | {"squash": None}) for p in protocols("visdial", True)
+    )
+    assert (forward["direction"], compat["direction"]) == ("image per dialogue", "dialogue per image")
+    assert image.run(DIRECTED, SEEN, forward)["R@1"].values.tolist() == [1, 0]
+    assert image.run(DIRECTED, SEEN, compat)["R@1"].values.tolist() == [0, 1]
+
+
+def test_ranking_dialogues_per_image_needs_one_pool():
+    apart = Dialogues([{**d, "pool": dict(d["pool"])} for d in SEEN.dialogues], {}, SEEN.images)
+    compat = protocols("visdial", True)[1]
+    with pytest.raises(ValueError, match="one shared pool"):
+        image.run(DIRECTED, apart, dataclasses.replace(compat, settings=compat.settings | {"squash": None}))
+
+
+def test_squashed_images_lose_their_shape():
+    few = Squashed([Image.new("RGB", (40, 10)), Image.new("RGB", (5, 9))], 8)
+    assert [i.size for i in few[0:2]] == [(8, 8), (8, 8)] and len(few) == 2
+
+
+TURNS = {
+    "dialogue_id": "x", "target_turn": 3,
+    "turns": [{"speaker": "I", "elements": [shown("i1")]}, {"speaker": "Q", "elements": [text("is it old")]},
+              {"speaker": "A", "elements": [text("no")]}, {"speaker": "Q", "elements": [text("the target")]}],
+}  # fmt: skip
+
+
+def test_contexts_are_written_as_the_protocol_says():
+    templates = {"I": "{image}", "Q": "Q: {text}?", "A": "A: {text}", "join": "\n", "end": "\nA:"}
+    (message,) = context_of(TURNS, {"i1": "PICTURE"}, templates)
+    assert message["content"] == [
+        {"type": "image", "image": "PICTURE"},
+        {"type": "text", "text": "\nQ: is it old?\nA: no\nA:"},
+    ]
+    assert len(context_of(TURNS, {"i1": "PICTURE"})) == 3
+    words = context_of(TURNS, {"i1": "PICTURE"}, context="text")
+    assert [part["type"] for turn in words for part in turn["content"]] == ["text", "text"]
+    last = context_of(TURNS, {"i1": "PICTURE"}, context="last")
+    assert [turn["content"][0]["text"] for turn in last] == ["no"]
+    with pytest.raises(ValueError, match="'x': no template for 'A'"):
+        context_of(TURNS, {"i1": "PICTURE"}, {"I": "", "Q": "{text}"})
+
+
+def test_fromages_serialisation_of_visdial():
+    found = protocols("visdial")[1]
+    (message,) = context_of(TURNS | {"turns": TURNS["turns"][1:], "target_turn": 2}, {}, found["serialisation"])
+    assert message["content"] == [{"type": "text", "text": "Q: is it old? A: no."}]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_protocol_file_is_complete(task):
+    for miniature in (False, True):
+        found = protocols(task, miniature)
+        assert found and all(p.version >= 1 and p.about and p.miniature == miniature for p in found)
+    columns, rows = paper(task)
+    assert all(len(values) == len(columns) for values in rows.values())
+
+
+def test_an_unknown_field_of_a_protocol_is_named(tmp_path, monkeypatch):
+    import benchmarks.protocols as module
+
+    wrong = (module.FOLDER / "visdial.yaml").read_text().replace("squash: 224", "squash: 224\n    sqash: 1")
+    (tmp_path / "visdial.yaml").write_text(wrong)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match="sqash"):
+        read("visdial")
+    with pytest.raises(ValueError, match="no task 'visdal'"):
+        read("visdal")
+
+
+def every_kind(tiny_images):
+    """A handful of items of each kind of task."""
+    pool = {"text_ids": ["t1", "t2", "t3"], "image_ids": list(tiny_images)}
+    texts = {"t1": "a panda", "t2": "bamboo, of course", "t3": "no"}
+    turns = [{"speaker": "Q", "elements": [text("what is it?"), shown("i0")]}, {"speaker": "A", "elements": [text("a cat")]},
+             {"speaker": "Q", "elements": [text("and where?")]}]  # fmt: skip
+    items = [{"dialogue_id": str(i), "turns": turns, "target_turn": 3, "pool": pool, "relevance": [0.0, 1.0, 0.5],
+              "gold": {"text_ids": ["t1"], "image_ids": [f"i{i}"]}} for i in range(3)]  # fmt: skip
+    questions = [{"question_id": str(i), "image_id": "i1", "question": "what?", "answers": ["a panda"] * 9 + ["no"],
+                  "answer_type": "other", "multiple_choice_answer": "panda"} for i in range(3)]  # fmt: skip
+    return Dialogues(items, texts, tiny_images), Questions(questions, tiny_images)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_protocol_runs_on_every_kind_of_system(tiny, task):
+    model = tiny()
+    dialogues, questions = every_kind({f"i{i}": picture(i) for i in range(3)})
+    data = questions if task == "vqav2" else dialogues
+    systems = [UniMuR(model), ClipBaseline(model), Chance()]
+    for p in protocols(task, miniature=True):
+        if "serialisation" in p.settings:
+            p = dataclasses.replace(p, settings=p.settings | {"serialisation": "turns"})
+        results = compare(systems, data, p, clip=systems[1], seed=3)
+        for r in results:
+            language = p.settings.get("by") in ("likelihood", "generation")
+            assert r["applies"] == (r["system"] == "UniMuR" or not language)
+            assert r["data"]["pool"] == data.pool_hash and r["seed"] == 3 and r["protocol"]["version"] == p.version
+            for value in r["metrics"].values():
+                assert value["value"] is None or value["low"] <= value["value"] <= value["high"]
+        assert results[0]["metrics"] and "first_less_this" not in results[0]
+        table = markdown(task, results, paper(task))
+        assert all(f"| {s.name} |" in table for s in systems) and p.variant in table
+
+
+def test_questions_without_answers_are_said(tiny):
+    _, questions = every_kind({"i1": picture(1)})
+    bare = Questions([q | {"answers": []} for q in questions.questions], questions.images)
+    with pytest.raises(BadDataError, match="have no answers"):
+        vqa.run(UniMuR(tiny()), bare, protocols("vqav2", True)[0])
+
+
+def test_no_gold_at_all_is_not_a_number():
+    data = Dialogues([dialogue("a", "q1", POOL)], DATA.texts, DATA.images)
+    found = response.run(SYSTEM, data, protocol("mmdialog"), CLIP)
+    assert all(math.isnan(found[name].value) for name in ("image R@1", "text R@1", "overall R@1"))
+    assert found["text R@1"].summary() == {"value": None, "low": None, "high": None, "n": 0}
+
+
+def test_a_task_that_does_not_apply_is_none(tiny):
+    dialogues, _ = every_kind({f"i{i}": picture(i) for i in range(3)})
+    by_likelihood = protocols("visdial_answers", True)[0]
+    by_likelihood = Protocol(
+        **{**vars(by_likelihood), "settings": by_likelihood.settings | {"serialisation": "turns"}}
+    )
+    assert evaluate(Chance(), dialogues, by_likelihood) is None
+    assert evaluate(UniMuR(tiny()), dialogues, by_likelihood)["R@1"].n == 3
