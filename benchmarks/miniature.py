@@ -27,7 +27,7 @@ from .systems import System
 from .tasks import image, response
 
 SEED = 7  # of the dialogues that are measured, whatever the model's seed
-FROMAGE_RATE = 1e-2  # of the three that UniMuR's rows were given, the best on validation
+FROMAGE_RATE = 2e-3  # of 1e-3, 2e-3, 5e-3 and 1e-2, the best on seed 0's validation split (dialogue to image R@1)
 PERPLEXITY_LIMIT = 100  # dialogues whose 1,000 texts are ranked by perplexity
 
 

@@ -29,7 +29,11 @@ def plain(model, context, option, own_bos):
     safe = ids[0].masked_fill(~is_word, 0)
     unshifted = F.cross_entropy(logits, safe, reduction="none") * is_word
     shifted = torch.cat([torch.zeros(1), F.cross_entropy(logits[:-1], safe[1:], reduction="none")]) * is_word
-    return {True: (shifted[-n:].sum(), shifted.sum()), False: (unshifted[-n:].sum(), unshifted.sum())}, n, is_word.sum()
+    return (
+        {True: (shifted[-n:].sum(), shifted.sum()), False: (unshifted[-n:].sum(), unshifted.sum())},
+        n,
+        is_word.sum(),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

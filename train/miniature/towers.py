@@ -51,7 +51,7 @@ def clip_tokenizer(corpus: Sequence[str], max_length: int = 40, vocab_size: int 
         show_progress=False,
     )
     learner.train_from_iterator(corpus, trainer)
-    vocab, merges = _bpe_parts(learner)
+    vocab, merges = bpe_parts(learner)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
@@ -66,7 +66,7 @@ def opt_tokenizer(corpus: Sequence[str], max_length: int = 160, vocab_size: int 
         show_progress=False,
     )
     learner.train_from_iterator(corpus, trainer)
-    vocab, merges = _bpe_parts(learner)
+    vocab, merges = bpe_parts(learner)
     return GPT2Tokenizer(
         vocab=vocab,
         merges=merges,
@@ -79,13 +79,13 @@ def opt_tokenizer(corpus: Sequence[str], max_length: int = 160, vocab_size: int 
     )
 
 
-def _bpe_parts(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def bpe_parts(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a trained BPE tokenizer."""
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def _check_reload(saved: Any, folder: Path, sample: str) -> None:
+def check_reload(saved: Any, folder: Path, sample: str) -> None:
     """Refuse a tokenizer that reads `sample` differently once it is loaded again, or reads nothing."""
     before = saved(sample)["input_ids"]
     after = type(saved).from_pretrained(folder)(sample)["input_ids"]
@@ -130,12 +130,12 @@ def pretrain_clip(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPModel(_clip_config(tokenizer, width, layers, patch, dim))
-        pixels = _pictures(scenes, rng, progress)
+        pixels = draw_all(scenes, rng, progress)
         _train_clip(model, pixels, processor, texts, tokenizer, steps, batch_size, lr, progress)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
-    _check_reload(tokenizer, folder, corpus[0])
+    check_reload(tokenizer, folder, corpus[0])
     return folder
 
 
@@ -161,7 +161,7 @@ def _clip_config(tokenizer: CLIPTokenizer, width: int, layers: int, patch: int, 
     )
 
 
-def _pictures(scenes: Sequence[Scene], rng: random.Random, progress: bool) -> torch.Tensor:
+def draw_all(scenes: Sequence[Scene], rng: random.Random, progress: bool) -> torch.Tensor:
     """Pictures of scenes `(n, 3, 64, 64)` uint8: a quarter of the memory of their pixel values."""
     pixels = np.empty((len(scenes), SIZE, SIZE, 3), np.uint8)
     for i, scene in enumerate(tqdm(scenes, desc="drawing", disable=not progress)):
@@ -169,7 +169,7 @@ def _pictures(scenes: Sequence[Scene], rng: random.Random, progress: bool) -> to
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _pixel_values(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
+def pixel_values_of(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
     """`(n, 3, 64, 64)` float32, as the image processor gives them for these pictures."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
     return (pixels.float() * processor.rescale_factor - mean) / std
@@ -190,9 +190,9 @@ def _train_clip(
     n, options = len(texts), len(texts[0])
     flat = tokenizer([t for row in texts for t in row], padding=True, truncation=True, return_tensors="pt")
     ids, mask = (flat[k].view(n, options, -1) for k in ("input_ids", "attention_mask"))
-    optimizer, schedule = _optimizer(model, lr, steps)
+    optimizer, schedule = adamw(model, lr, steps)
     labels = torch.arange(batch_size)
-    order = _batches(n, batch_size, steps)
+    order = batches_of(n, batch_size, steps)
     bar = trange(steps, desc="CLIP", disable=not progress)
     for step in bar:
         rows, which = order[step], torch.randint(options, (batch_size,))
@@ -200,10 +200,10 @@ def _train_clip(
         out = model(
             input_ids=ids[rows, which, :length],
             attention_mask=mask[rows, which, :length],
-            pixel_values=_pixel_values(pixels[rows], processor),
+            pixel_values=pixel_values_of(pixels[rows], processor),
         )
         loss = (F.cross_entropy(out.logits_per_image, labels) + F.cross_entropy(out.logits_per_text, labels)) / 2
-        _step(loss, model, optimizer, schedule)
+        take_step(loss, model, optimizer, schedule)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
 
@@ -325,18 +325,18 @@ def pretrain_opt(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = OPTForCausalLM(config)
-        optimizer, schedule = _optimizer(model, lr, steps)
+        optimizer, schedule = adamw(model, lr, steps)
         bar = tqdm(_document_batches(docs, tokenizer, batch_size, body_weight), "OPT", steps, disable=not progress)
         for step, (ids, mask, weights) in enumerate(bar):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-            _step(loss, model, optimizer, schedule)
+            take_step(loss, model, optimizer, schedule)
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _check_reload(tokenizer, folder, docs[0][0])
+    check_reload(tokenizer, folder, docs[0][0])
     return folder
 
 
@@ -370,7 +370,7 @@ def _document_batches(
 
 
 # --------------------------------------------------------------------------------------------------------- shared
-def _batches(n: int, batch_size: int, steps: int) -> torch.Tensor:
+def batches_of(n: int, batch_size: int, steps: int) -> torch.Tensor:
     """Indices `(steps, batch_size)`: shuffled epochs, one after another."""
     if batch_size > n:
         raise ValueError(f"a batch of {batch_size} needs as many scenes, there are {n}")
@@ -379,7 +379,7 @@ def _batches(n: int, batch_size: int, steps: int) -> torch.Tensor:
     return torch.cat(epochs)[:steps]
 
 
-def _optimizer(
+def adamw(
     model: torch.nn.Module, lr: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with a short warm-up and a cosine down to nothing."""
@@ -388,7 +388,7 @@ def _optimizer(
     return optimizer, schedule
 
 
-def _step(loss: torch.Tensor, model: torch.nn.Module, optimizer: Any, schedule: Any) -> None:
+def take_step(loss: torch.Tensor, model: torch.nn.Module, optimizer: Any, schedule: Any) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

@@ -1,0 +1,117 @@
+"""BLIP-2 (Li et al., ICML 2023): the Q-Former's embeddings of images, texts and dialogues."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForImageTextRetrieval
+
+from benchmarks.systems import System
+from modeling_unimur.dialogues_unimur import parse_dialogue
+from modeling_unimur.images_unimur import decode_image
+
+NAME = "Salesforce/blip2-itm-vit-g"  # the checkpoint with the projections of image-text contrast
+
+
+class Blip2Baseline(System):
+    """
+    Images are the Q-Former's query outputs, of which the best counts; texts its [CLS] output. A dialogue is its words,
+    and the mean with its images' (each the mean of its queries) where it shows any. The paper does not say how it asks
+    BLIP-2; this is how BLIP-2's own retrieval embeds.
+
+    Words beyond the Q-Former's positions lose their oldest tokens (`truncated` counts those texts).
+    """
+
+    name = "BLIP-2"
+
+    def __init__(self, model: Blip2ForImageTextRetrieval, image_processor: Any, tokenizer: Any):
+        self.model, self.image_processor, self.tokenizer = model.eval(), image_processor, tokenizer
+        self.truncated = 0
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str = NAME, **kwargs) -> "Blip2Baseline":
+        """From a folder or a name on the Hub. Raises `OSError` where it cannot be loaded."""
+        return cls(
+            Blip2ForImageTextRetrieval.from_pretrained(name_or_path, **kwargs),
+            AutoImageProcessor.from_pretrained(name_or_path),
+            AutoTokenizer.from_pretrained(name_or_path),
+        )
+
+    @property
+    def revision(self) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            "name": config.name_or_path.rsplit("/", 1)[-1],
+            "commit": getattr(config, "_commit_hash", None),
+            "dimension": config.image_text_hidden_size,
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        limit = self.model.config.qformer_config.max_position_embeddings
+        cut = f"{self.truncated} texts exceeded the Q-Former's {limit} positions and lost their oldest tokens"
+        return [cut] if self.truncated else []
+
+    @torch.no_grad()
+    def embed_images(
+        self, images: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False
+    ) -> torch.Tensor:
+        """`(n, queries, q)` float32, L2-normalised. Raises `ValueError` naming a bad image."""
+        parts = []
+        for start in tqdm(range(0, len(images), batch_size), "embedding images", disable=not show_progress_bar):
+            decoded = []
+            for i, image in enumerate(images[start : start + batch_size], start):
+                try:
+                    decoded.append(decode_image(image))
+                except ValueError as error:
+                    raise ValueError(f"image {i}: {error}") from error
+            pixels = self.image_processor(decoded, return_tensors="pt")["pixel_values"].to(self.model.device)
+            parts.append(F.normalize(image_queries(self.model, pixels).float(), dim=-1).cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 64, show_progress_bar: bool = False) -> torch.Tensor:
+        """`(n, q)` float32, L2-normalised."""
+        limit, parts = self.model.config.qformer_config.max_position_embeddings, []
+        for start in tqdm(range(0, len(texts), batch_size), "embedding texts", disable=not show_progress_bar):
+            rows = self.tokenizer(list(texts[start : start + batch_size]))["input_ids"]
+            self.truncated += sum(len(row) > limit for row in rows)
+            rows = [row if len(row) <= limit else row[:1] + row[1 - limit :] for row in rows]
+            batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
+            embeds = text_outputs(self.model, batch["input_ids"], batch["attention_mask"])
+            parts.append(F.normalize(embeds.float(), dim=-1).cpu())
+        return torch.cat(parts)
+
+    def embed_dialogues(self, dialogues: Sequence[Any], **kwargs) -> torch.Tensor:
+        """`(n, q)` float32, L2-normalised."""
+        flat = [[element for turn in parse_dialogue(dialogue) for element in turn] for dialogue in dialogues]
+        texts = [" ".join(element for element in elements if isinstance(element, str)) for elements in flat]
+        sums = torch.zeros(len(flat), self.model.config.image_text_hidden_size)
+        spoken = [i for i, text in enumerate(texts) if text]
+        if spoken:
+            sums[spoken] = self.embed_texts([texts[i] for i in spoken], **kwargs)
+        shown = [(i, e) for i, elements in enumerate(flat) for e in elements if not isinstance(e, str)]
+        if shown:
+            rows = torch.tensor([i for i, _ in shown])
+            images = F.normalize(self.embed_images([image for _, image in shown], **kwargs).mean(1), dim=-1)
+            sums += F.normalize(torch.zeros_like(sums).index_add_(0, rows, images), dim=-1)
+        return F.normalize(sums, dim=-1)
+
+
+def image_queries(model: Blip2ForImageTextRetrieval, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The projected outputs of the Q-Former's queries, `(n, queries, q)`, not normalised."""
+    seen = model.vision_model(pixel_values=pixel_values.to(model.vision_model.dtype)).last_hidden_state
+    queries = model.query_tokens.expand(len(seen), -1, -1)
+    found = model.qformer(query_embeds=queries, encoder_hidden_states=seen.to(queries.dtype)).last_hidden_state
+    return model.vision_projection(found.to(model.vision_projection.weight.dtype))
+
+
+def text_outputs(
+    model: Blip2ForImageTextRetrieval, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """The projected output at [CLS], `(n, q)`, not normalised."""
+    embeds = model.embeddings(input_ids=input_ids)
+    found = model.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask).last_hidden_state
+    return model.text_projection(found[:, 0].to(model.text_projection.weight.dtype))

@@ -1,0 +1,122 @@
+"""Frozen (Tsimpoukelli et al., NeurIPS 2021): an image encoder trained through the frozen LLM by captioning."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, set_seed
+from transformers.configuration_utils import SubConfigSpec
+
+from benchmarks.language import LanguageSystem
+from modeling_unimur import UniMuRConfig, UniMuRModel
+from train.collate import PairCollator
+from train.miniature.prepare import Miniature
+from train.miniature.world import SIZE
+from train.run import CONFIGS, make_processor, parse
+from train.trainer import UniMuRTrainer
+
+
+@strict
+class FrozenConfig(UniMuRConfig):
+    """
+    Configuration of a [`FrozenModel`].
+
+    Args:
+        vision_config: of the image encoder, a ViT (the paper's is an NF-ResNet-50, which transformers does not have);
+            by default that of CLIP's ViT-B/32, from scratch.
+    """
+
+    model_type = "frozen"
+    _auto_class = None  # a baseline: its code does not travel with its checkpoints
+    sub_configs_defaults = UniMuRConfig.sub_configs_defaults | {"vision_config": SubConfigSpec(CLIPVisionConfig)}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    n_visual_tokens: int = 2  # the paper's
+
+    @property
+    def image_feature_width(self) -> int:
+        """c: width of the encoder's pooled output."""
+        return self.vision_config.hidden_size
+
+
+class FrozenModel(UniMuRModel):
+    """
+    `vision_encoder` and `W_i2t` are trained by eq. 1-2, everything else is frozen. CLIP is there for its preprocessing
+    alone, and there is no embedding: `W_t2m` and the matching losses do not exist.
+    """
+
+    config_class = FrozenConfig
+    own_tensors = ("W_i2t", "vision_encoder", "ret_embedding", "logit_scale")
+    _keep_in_fp32_modules_strict = list(own_tensors)
+
+    def __init__(self, config: FrozenConfig):
+        super().__init__(config)
+        self.vision_encoder = CLIPVisionModel._from_config(config.vision_config)
+        self.post_init()
+        self._freeze()
+
+    @staticmethod
+    def map_widths(config: FrozenConfig) -> dict[str, tuple[int, int]]:
+        return {"W_i2t": (config.image_feature_width, config.n_visual_tokens * config.text_width)}
+
+    def _freeze(self) -> None:
+        super()._freeze()
+        self.logit_scale.requires_grad_(False)
+        self.ret_embedding.requires_grad_(False)
+        if hasattr(self, "vision_encoder"):
+            self.vision_encoder.requires_grad_(True)
+
+    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder's pooled output `(i, c)`, with gradient, in the place of both of CLIP's."""
+        pooled = self.vision_encoder(pixel_values=pixel_values.float()).pooler_output
+        return pooled, pooled
+
+
+class Frozen(LanguageSystem):
+    """What Frozen says about images; it embeds nothing."""
+
+    def __init__(self, model: FrozenModel, name: str = "Frozen"):
+        self.model, self.name = model, name
+
+    @property
+    def revision(self) -> dict[str, Any]:
+        return {name: self.model.fingerprint[name] for name in ("towers", "maps", "preprocessing")}
+
+
+def train_frozen(
+    output_dir: str | Path, miniature: Miniature, seed: int, *, learning_rate: float = 1e-3, max_steps: int = 320,
+    batch_size: int = 64, ret_init: str | None = "#", n_visual_tokens: int = 6, width: int = 96, layers: int = 2,
+    disable_tqdm: bool = False,
+) -> str:  # fmt: skip
+    """
+    Trains the encoder and the map on the miniature's pairs, by the same trainer as UniMuR and with as many visual tokens.
+
+    Args:
+        width, layers: of the image encoder; by default those of the miniature's CLIP.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    model_args, _, args = parse([
+        "--config", str(CONFIGS / "miniature.yaml"), f"--learning_rate={learning_rate}", f"--max_steps={max_steps}",
+        "--schedule=captioning", f"--seed={seed}", f"--output_dir={output_dir}", f"--disable_tqdm={disable_tqdm}",
+        f"--per_device_train_batch_size={batch_size}", "--gradient_accumulation_steps=1",
+        f"--n_visual_tokens={n_visual_tokens}",
+    ])  # fmt: skip
+    model_args.text_model, model_args.clip_model = miniature.text_model, miniature.clip_model
+    vision = CLIPVisionConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=max(1, width // 32),
+        image_size=SIZE, patch_size=16,
+    )  # fmt: skip
+    set_seed(seed)
+    model = FrozenModel.from_pretrained_towers(
+        miniature.text_model, miniature.clip_model, make_processor(model_args), ret_init=ret_init, vision_config=vision
+    )
+    collator = PairCollator(model.processor, seed=seed)
+    trainer = UniMuRTrainer(model=model, args=args, train_dataset=miniature.pairs, data_collator=collator)
+    trainer.train()
+    checkpoint = Path(output_dir) / "checkpoint"
+    model.save_pretrained(checkpoint, with_towers=True)
+    trainer.state.save_to_json(str(Path(output_dir) / "trainer_state.json"))
+    return str(checkpoint)
