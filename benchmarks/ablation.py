@@ -49,17 +49,19 @@ class Row:
         part: what is trained for it: `"matching"` (W_t2m alone, on cached states), `"captioning"` (W_i2t alone),
             `"joint"` or `"alternating"` (everything, the LLM in the loop).
         language_model: one of `SIZES`.
+        steps: instead of the miniature's own.
     """
 
     name: str
     fields: dict = field(default_factory=dict)
     part: str = "matching"
     language_model: str = "opt"
+    steps: int | None = None
 
     @property
     def key(self) -> str:
         """Names what is trained, so that a row that stands in several tables is trained once."""
-        given = {k: v for k, v in asdict(self).items() if k != "name"}
+        given = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
         if "text_candidates" in self.fields:  # a choice of the pool, not of training
             given["fields"] = {k: v for k, v in self.fields.items() if k != "text_candidates"}
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
@@ -121,6 +123,7 @@ class Seed:
         _, _, args = parse([
             "--config", str(CONFIGS / "miniature.yaml"), f"--learning_rate={rate}", f"--schedule={row.part}",
             f"--seed={self.seed}", f"--output_dir={self.runs}", "--disable_tqdm=true", "--logging_steps=1000",
+            *([f"--max_steps={row.steps}"] if row.steps else []),
         ])  # fmt: skip
         if row.part == "matching":
             rows = self.states(row.language_model, model)
