@@ -18,7 +18,7 @@ import numpy as np
 
 from train.parallel import side_by_side
 
-from .ablation import RATES, Row, run_test, run_validation
+from .ablation import Row, run_test, run_validation
 
 BIASES = tuple(round(b, 3) for b in np.linspace(-0.3, 0.3, 25))
 MATCHING = ("image retrieval rate", "image retrieval rate on text-only turns", "image R@1", "text R@1", "overall R@1",
@@ -78,7 +78,7 @@ def ablate(tables: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[st
         chosen[name] = []
         for row in members:
             key = row.key + json.dumps(row.fields.get("text_candidates"))
-            means = {rate: float(np.mean([v[key][f"{rate:g}"][by] for v in validation])) for rate in RATES}
+            means = {rate: float(np.mean([v[key][f"{rate:g}"][by] for v in validation])) for rate in row.rates}
             chosen[name].append({"row": row, "rate": max(means, key=means.get), "validation": means})
     flat = [entry for name in tables for entry in chosen[name]]
     given = {"rows": [e["row"] for e in flat], "rates": [e["rate"] for e in flat]}
@@ -89,12 +89,16 @@ def ablate(tables: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[st
         entry["seeds"] = [result[at] for result in tested]
     results = {}
     for name in tables:
-        asks, by, shown, _ = TABLES[name]
-        results[name] = {"asks": asks, "chosen_by": f"{by} on validation", "shown": list(shown), "rates": list(RATES),
-                         "rows": [{"name": e["row"].name, "fields": e["row"].fields, "part": e["row"].part,
-                                   "language_model": e["row"].language_model, "rate": e["rate"],
-                                   "validation": {f"{r:g}": v for r, v in e["validation"].items()},
-                                   "seeds": e["seeds"]} for e in chosen[name]]}  # fmt: skip
+        asks, by, shown, members = TABLES[name]
+        results[name] = {
+            "asks": asks, "chosen_by": f"{by} on validation", "shown": list(shown), "rates": list(members[0].rates),
+            "rows": [
+                {"name": e["row"].name, "fields": e["row"].fields, "part": e["row"].part, "steps": e["row"].steps,
+                 "language_model": e["row"].language_model, "rate": e["rate"],
+                 "validation": {f"{r:g}": v for r, v in e["validation"].items()}, "seeds": e["seeds"]}
+                for e in chosen[name]
+            ],
+        }  # fmt: skip
     return results
 
 

@@ -94,9 +94,9 @@ def page(folder: Path) -> Path:
     parts.append("![R@1 of every system on every retrieval task](systems.png)")
     if tables:
         parts.append(
-            "## Ablations\n\nPairs alone, as in the paper. Every row has the same steps and the same three learning rates "
+            "## Ablations\n\nPairs alone, as in the paper. Every row has the same steps and the same learning rates "
             "to choose from; the choice was made on validation by the mean over the seeds, and only the chosen rate was "
-            "measured on test. A rate marked *edge* is the smallest or the largest of the three. The first row of a table is "
+            "measured on test. A rate marked *edge* is the smallest or the largest of them. The first row of a table is "
             "the setting of `UniMuRConfig` (of the miniature's configuration in the case of the visual prefix)."
         )
         parts += [ablation(table) for table in sorted(tables.values(), key=lambda t: t["asks"])]

@@ -43,7 +43,6 @@ def bench(folder, tmp_path, monkeypatch):
     config |= {"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
     (tmp_path / "miniature.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(ablation, "CONFIGS", tmp_path)
-    monkeypatch.setattr(ablation, "RATES", (1e-3, 1e-2))
     for name in ("mmdialog", "visdial"):
         plain = getattr(miniature, name)
         monkeypatch.setattr(miniature, name, lambda split, plain=plain: plain(split, 40))
@@ -129,7 +128,7 @@ def test_the_rate_is_chosen_on_validation_and_test_is_measured_once(monkeypatch,
 
     def validation(folder, seed, rows):
         return {
-            r.key + "null": {f"{x:g}": {"overall R@1": float(x == best[r.key]) + seed / 100} for x in ablation.RATES}
+            r.key + "null": {f"{x:g}": {"overall R@1": float(x == best[r.key]) + seed / 100} for x in r.rates}
             for r in rows
         }
 

@@ -121,6 +121,7 @@ def test_towers_reload_and_repeat(parts, tmp_path):
 def test_jobs_run_side_by_side_in_processes_of_their_own():
     import os
 
-    done = side_by_side([(os.getpid, {})] * 2)
-    assert os.getpid() not in {d.result for d in done} and all(d.seconds >= 0 and d.memory > 0 for d in done)
+    done = side_by_side([(os.getpid, {})] * 3 + [(os.getenv, {"key": "OMP_NUM_THREADS"})], workers=2)
+    assert len({os.getpid(), *(d.result for d in done[:3])}) == 4 and done[3].result == "1"
+    assert all(d.seconds >= 0 and d.memory > 0 for d in done)
     assert "TQDM_POSITION" not in os.environ
