@@ -25,7 +25,7 @@ def systems(results: list[Mapping[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(10, 4.2))
     width = 0.8 / len(names)
     for place, (task, measure, _) in enumerate(wanted):
-        mine = [r for r in results if r["task"] == task and r["applies"]]
+        mine = [r for r in results if r["task"] == task and r["applies"] and "," not in r["protocol"]["variant"]]
         first = mine[0]["protocol"]["variant"] if mine else None
         for i, name in enumerate(names):
             values = [

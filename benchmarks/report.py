@@ -124,6 +124,7 @@ def section(task: str, results: list[dict[str, Any]]) -> str:
     lines = [f"## {task}" + (f" (Table {given['table']})" if given["table"] else ""), "", given["about"]]
     about = {p.variant: p for p in protocols(task, miniature=True)}
     variants = list(dict.fromkeys(r["protocol"]["variant"] for r in results))
+    variants.sort(key=lambda name: "," in name)  # parts of a variant come after the whole
     why = next((p.why for p in about.values() if p.why), None)
     if why:
         lines[-1] += f" On the miniature: {why}."
@@ -139,7 +140,7 @@ def section(task: str, results: list[dict[str, Any]]) -> str:
         lines += _head(["here", *columns, f"first less this, {lead}"])
         for system in dict.fromkeys(r["system"] for r in mine):
             lines.append(_row([r for r in mine if r["system"] == system], system, columns, lead))
-    notes = sorted({f"{r['system']}: {n}" for r in results for n in r.get("notes", [])})
+    notes = sorted({f"{r['system']}, {r['protocol']['variant']}: {n}" for r in results for n in r.get("notes", [])})
     return "\n".join([*lines, *(["", *(f"- {note}" for note in notes)] if notes else [])])
 
 

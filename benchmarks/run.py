@@ -51,6 +51,7 @@ def compare(
     results, first = [], None
     for system in systems:
         start = time.perf_counter()
+        system.begin()
         print(f"{protocol.label}: {system.name}", flush=True)
         measures = evaluate(system, data, protocol, clip)
         result = {

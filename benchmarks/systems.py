@@ -28,6 +28,9 @@ class System:
     def notes(self) -> list[str]:
         return []
 
+    def begin(self) -> None:
+        """Forgets what was counted for `notes`: a new task begins."""
+
     def embed_dialogues(self, dialogues: Sequence[Any], **kwargs) -> torch.Tensor:
         """Each as [`parse_dialogue`] takes it -> `(n, q)` float32, L2-normalised."""
         raise NotImplementedError

@@ -48,6 +48,9 @@ class Blip2Baseline(System):
             "dimension": config.image_text_hidden_size,
         }
 
+    def begin(self) -> None:
+        self.truncated = 0
+
     @property
     def notes(self) -> list[str]:
         limit = self.model.config.qformer_config.max_position_embeddings

@@ -29,6 +29,9 @@ class ClipBaseline(System):
     def revision(self) -> dict[str, Any]:
         return {name: self.model.fingerprint[name] for name in ("towers", "preprocessing", "dimension")}
 
+    def begin(self) -> None:
+        self.truncated = 0
+
     @property
     def notes(self) -> list[str]:
         limit = self.model.clip.config.text_config.max_position_embeddings

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, set_seed
+from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, set_seed
 from transformers.configuration_utils import SubConfigSpec
 
 from benchmarks.language import LanguageSystem
@@ -38,6 +38,10 @@ class FrozenConfig(UniMuRConfig):
     def image_feature_width(self) -> int:
         """c: width of the encoder's pooled output."""
         return self.vision_config.hidden_size
+
+
+# transformers looks a checkpoint's config up even to load its tokenizer; unregistered, it would warn.
+AutoConfig.register(FrozenConfig.model_type, FrozenConfig, exist_ok=True)
 
 
 class FrozenModel(UniMuRModel):

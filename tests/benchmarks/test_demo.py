@@ -69,6 +69,8 @@ def test_clip_alone(tiny):
     assert clip.notes == []
     long = clip.embed_texts(["x" * 200 + " a dog"])
     assert clip.truncated == 1 and torch.isfinite(long).all() and "1 texts exceeded" in clip.notes[0]
+    clip.begin()
+    assert clip.notes == []
 
 
 def test_a_constant_model_gains_nothing_from_ties(tiny, split):
