@@ -21,6 +21,9 @@ TASK_CLAIMS = [
      "R@1"),
     ("FROMAGe finds more images from dialogues than CLIP (Table 3)", "20.8 > 17.7", "visdial", "FROMAGe", "CLIP", "R@1"),
     ("UniMuR finds more images from dialogues than CLIP (Table 3)", "24.7 > 17.7", "visdial", "UniMuR", "CLIP", "R@1"),
+    ("UniMuR's overall R@1 is above CLIP's", "-", "mmdialog", "UniMuR", "CLIP", "overall R@1"),
+    ("UniMuR finds more contextual images than CLIP", "-", "mmdialog_image", "UniMuR", "CLIP", "R@1"),
+    ("UniMuR finds more of a story's pictures than CLIP", "-", "vist", "UniMuR", "CLIP", "R@1"),
     ("UniMuR answers better than FROMAGe (Table 7)", "29.8 > 28.5", "vqav2", "UniMuR", "FROMAGe", "accuracy"),
     ("FROMAGe answers better than Frozen (Table 7)", "28.5 > 25.5", "vqav2", "FROMAGe", "Frozen", "accuracy"),
 ]  # fmt: skip

@@ -82,10 +82,12 @@ def page(folder: Path) -> Path:
         "split, in percent (CLIP-Sim is a cosine, mean rank a rank). *First less this* is UniMuR's value less the row's on "
         "the same items, and on how many seeds its paired 95 % bootstrap interval (10,000 samples) lies above zero. A dash "
         "means that the task does not apply. "
-        f"Training and measuring one seed took {_span([s['seconds']['total'] for s in seeds], 0)} s on two cores.",
+        + "".join(f"Making, training and measuring seed {s['seed']} took {s['seconds']['total']:.0f} s on two cores."
+                  for s in seeds if "total" in s["seconds"]),
         "UniMuR is trained on caption pairs and interleaved documents, which go beyond the paper; *pairs alone* on the "
         "paper's caption pairs. FROMAGe has the same towers, pairs, visual tokens, [RET] start and steps as *pairs alone*; its "
-        "learning rate was the best of four on validation (seed 0). Its text and image heads are 256 wide and both trained, "
+        "learning rate was the best of four on validation (seed 0), where *pairs alone* has that of the miniature's "
+        "configuration (the ablations below give UniMuR's rows at their best). Its text and image heads are 256 wide and both trained, "
         "where UniMuR's target is the miniature CLIP's 64. BLIP-2 is a small one, pre-trained on the same pictures and "
         "captions. Frozen trains an image encoder through the frozen language model.",
     ]  # fmt: skip
@@ -178,7 +180,9 @@ def _span(values: list[float], digits: int, scale: float = 1) -> str:
 
 def ablation(table: Mapping[str, Any]) -> str:
     """One ablation's table; its first row is the miniature's setting."""
-    lines = [f"### {table['asks']}", "", f"Learning rate by {table['chosen_by']}.", ""]
+    seeds, steps = len(table["rows"][0]["seeds"]), table["rows"][0].get("steps")
+    about = f"{seeds} seeds" + (f", {steps} steps" if steps else "")
+    lines = [f"### {table['asks']}", "", f"Learning rate by {table['chosen_by']}; {about}.", ""]
     lines += _head(["", "learning rate", *table["shown"]])
     for row in table["rows"]:
         cells = [_span([s["metrics"][c]["value"] for s in row["seeds"]], 1, 100) for c in table["shown"]]
