@@ -85,11 +85,11 @@ def page(folder: Path) -> Path:
         + "".join(f"Making, training and measuring seed {s['seed']} took {s['seconds']['total']:.0f} s on two cores."
                   for s in seeds if "total" in s["seconds"]),
         "UniMuR is trained on caption pairs and interleaved documents, which go beyond the paper; *pairs alone* on the "
-        "paper's caption pairs. FROMAGe has the same towers, pairs, visual tokens, [RET] start and steps as *pairs alone*; its "
-        "learning rate was the best of four on validation (seed 0), where *pairs alone* has that of the miniature's "
-        "configuration (the ablations below give UniMuR's rows at their best). Its text and image heads are 256 wide and both trained, "
-        "where UniMuR's target is the miniature CLIP's 64. BLIP-2 is a small one, pre-trained on the same pictures and "
-        "captions. Frozen trains an image encoder through the frozen language model.",
+        "paper's caption pairs. FROMAGe has the same towers, pairs, visual tokens, [RET] start and steps as *pairs alone*; "
+        "its learning rate was the best of four on validation (seed 0), where *pairs alone* has that of the miniature's "
+        "configuration (the ablations below give UniMuR's rows at their best). Its text and image heads are 256 wide and "
+        "both trained, where UniMuR's target is the miniature CLIP's 64. BLIP-2 is a small one, pre-trained on the same "
+        "pictures and captions. Frozen trains an image encoder through the frozen language model.",
     ]  # fmt: skip
     parts += [section(task, [r for r in results if r["task"] == task]) for task in TASKS]
     plots.systems(results, folder / "systems.png")

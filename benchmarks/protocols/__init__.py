@@ -10,11 +10,12 @@ FOLDER = Path(__file__).parent
 TASKS = ("mmdialog", "mmdialog_image", "visdial", "visdial_answers", "vist", "vqav2")
 _FIELDS = {"name", "version", "task", "data", "table", "about", "settings", "variants", "miniature", "paper"}
 _SETTINGS = {
-    "response": {"split", "serialisation", "first_image", "pool"},
-    "image": {"split", "serialisation", "direction", "squash", "context", "pool", "caption"},
-    "answers": {"split", "serialisation", "by", "option", "own_bos", "shift", "reduction", "scope"},
+    "response": {"split", "serialisation", "pool", "first_image", "ties"},
+    "image": {"split", "serialisation", "pool", "first_image", "ties", "direction", "squash", "context", "caption"},
+    "answers": {"split", "serialisation", "pool", "ties", "by", "option", "own_bos", "shift", "reduction", "scope"},
     "vqa": {"split", "by", "prompt", "max_new_tokens", "cut"},
 }
+TIES = "expected"  # the only rule the metrics have: the expectation over random orders of what ties
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def read(task: str) -> dict[str, Any]:
     unknown |= set(stand_in) - {"settings", *given["variants"]}
     for part in [given["settings"], *given["variants"].values(), *stand_in.values()]:
         unknown |= set(part) - allowed - {"about"}
+    if given["settings"].get("ties", TIES) != TIES:
+        raise ValueError(f"{path.name}: ties are broken by {TIES!r} values only, not {given['settings']['ties']!r}")
     if unknown:
         raise ValueError(f"{path.name}: unknown or absent fields {', '.join(sorted(unknown))}")
     return given
@@ -82,7 +85,7 @@ def protocols(task: str, miniature: bool = False) -> list[Protocol]:
             continue
         settings = given["settings"] | {k: v for k, v in variant.items() if k != "about"}
         settings |= stand_in.get("settings", {}) | stand_in.get(name, {})
-        missing = _SETTINGS[given["task"]] - set(settings) - {"pool", "caption"}
+        missing = _SETTINGS[given["task"]] - set(settings) - {"caption"}
         if settings.get("by") == "embedding":
             missing -= {"own_bos", "shift", "reduction", "scope", "max_new_tokens", "cut"}
         if missing:

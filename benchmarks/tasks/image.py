@@ -37,10 +37,11 @@ def score(embedded: Embedded, data: Dialogues, protocol: Protocol, similarity: A
             raise ValueError(f"{protocol.label}: each image ranks all dialogues, which need one shared pool")
         return _measures([_dialogues_per_image(embedded, data, groups[0][0], similarity)])
     found = np.full((len(data.dialogues), len(KS)), np.nan)
+    counted = slice(1) if protocol["first_image"] else slice(None)
     for pool, rows in groups:
         scores = similarity(embedded.queries[rows], embedded.images[embedded.rows(pool | {"text_ids": []})[1]])
         place = {name: i for i, name in enumerate(pool["image_ids"])}
-        right = [[place[g] for g in data.dialogues[i]["gold"]["image_ids"][:1]] for i in rows]
+        right = [[place[g] for g in data.dialogues[i]["gold"]["image_ids"][counted]] for i in rows]
         found[rows] = hit_rate_per_item(scores.numpy(), right, KS)
     return _measures([found])
 

@@ -56,8 +56,9 @@ def score(
 
     Returns:
         Item by item: `image retrieval rate`, over the turns whose reply has an image, and `… on text-only turns`;
-        `image R@1`, whether the reply's first image is the one shown; `text R@1`; `overall R@1` over all gold texts and
-        images; `CLIP-Sim` of the text and the image returned together (a cosine), over the turns with an image shown.
+        `image R@1`, whether the reply's first image (by another protocol any of its images) is the one shown; `text R@1`;
+        `overall R@1` over all gold texts and images; `CLIP-Sim` of the text and the image returned together (a cosine),
+        over the turns with an image shown.
     """
     n = len(data.dialogues)
     shows, text_hit, image_hit, together = (np.full(n, np.nan) for _ in range(4))
@@ -75,7 +76,8 @@ def score(
             shows[rows] = ((best > second).double() + (best == second).double() / 2).numpy()
         golds = [data.dialogues[i]["gold"] for i in rows]
         text_hit[rows] = _hits(by_text, pool["text_ids"], [g["text_ids"] for g in golds])
-        image_hit[rows] = _hits(by_image, pool["image_ids"], [g["image_ids"][:1] for g in golds])
+        counted = slice(1) if protocol["first_image"] else slice(None)
+        image_hit[rows] = _hits(by_image, pool["image_ids"], [g["image_ids"][counted] for g in golds])
         pairs = clip[0][texts[by_text.argmax(1)]], clip[1][images[by_image.argmax(1)]]
         cosines = cosine_per_item(*(p.numpy() for p in pairs))
         together[rows] = np.where(shows[rows] > 0, cosines, np.nan)

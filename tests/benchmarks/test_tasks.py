@@ -109,6 +109,11 @@ def test_a_system_that_decides_itself_shows_what_it_decides():
     assert found["CLIP-Sim"] == pytest.approx(0)  # q2: T2 I2
 
 
+def test_any_image_of_a_turn_counts_where_the_protocol_says_so():
+    found = response.run(SYSTEM, DATA, protocol("mmdialog", first_image=False), CLIP)
+    assert found["image R@1"].value == pytest.approx(2 / 3)  # q4's second gold image is the one shown
+
+
 def test_texts_may_be_ranked_by_other_than_embedding():
     class Prefers(Table):
         def text_scores(self, contexts, texts):
@@ -214,6 +219,11 @@ def test_an_unknown_field_of_a_protocol_is_named(tmp_path, monkeypatch):
     (tmp_path / "visdial.yaml").write_text(wrong)
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     with pytest.raises(ValueError, match="sqash"):
+        read("visdial")
+    (tmp_path / "visdial.yaml").write_text(
+        wrong.replace("ties: expected", "ties: first").replace("sqash: 1", "squash: 1")
+    )
+    with pytest.raises(ValueError, match="not 'first'"):
         read("visdial")
     with pytest.raises(ValueError, match="no task 'visdal'"):
         read("visdal")
