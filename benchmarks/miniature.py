@@ -22,6 +22,7 @@ from .baselines.clip import ClipBaseline
 from .data import load_data
 from .load import UniMuR, load
 from .protocols import Protocol, protocols
+from .run import compare
 from .schema import Dialogues
 from .systems import System
 from .tasks import image, response
@@ -181,8 +182,6 @@ def _systems(folder: Path) -> dict[str, System]:
 
 
 def _measure_task(folder: Path, seed: int, task: str, split: str) -> list[dict[str, Any]]:
-    from .run import compare
-
     systems = _systems(folder)
     clip, results = systems["CLIP"], []
     for protocol in protocols(task, miniature=True):
@@ -197,7 +196,6 @@ def _measure_task(folder: Path, seed: int, task: str, split: str) -> list[dict[s
 def _measure_perplexity(folder: Path, seed: int, split: str) -> list[dict[str, Any]]:
     """FROMAGe's texts by perplexity in every form of the score, beside UniMuR, on the same first dialogues."""
     from .baselines.perplexity import SCORES, FromagePerplexity
-    from .run import compare
 
     (protocol,) = protocols("mmdialog", miniature=True)
     unimur = UniMuR(UniMuRModel.from_pretrained(checkpoints(folder)["UniMuR"]))

@@ -6,6 +6,7 @@ from benchmarks.protocols import Protocol
 from benchmarks.schema import MAX_MISSING_SHARE, Dialogues, Questions
 
 from . import miniature
+from .broken import leave_out_broken
 from .mmdialog import read_mmdialog
 from .visdial import read_visdial, read_visdial_answers
 from .vist import read_vist
@@ -47,6 +48,8 @@ def load_data(
         data = read_vist(folder, split, manifest)
     else:
         data = read_vqav2(folder, split)
+    data.missing.check(max_missing_share)
+    data = leave_out_broken(data)
     data.missing.check(max_missing_share)
     if not len(data):
         raise ValueError(f"{folder}: no item of {split!r} can be evaluated. {data.missing}")

@@ -144,3 +144,23 @@ def test_the_miniature_stands_in(run, task):
 def test_an_unknown_variant_is_said(run):
     with pytest.raises(ValueError, match="visdial has no variant wrong"):
         run("visdial", None, "--variant", "wrong")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_broken_images_are_counted_not_met_halfway(run, samples, tmp_path):
+    folder = visdial(tmp_path / "visdial", images=(7, 8, 9))
+    stand_ins(samples, folder / "VisualDialog_val2018", [visdial_name(i) for i in (7, 8, 9)])
+    truncated(folder / "VisualDialog_val2018" / visdial_name(8))
+    with pytest.raises(TooMuchMissingError, match=r"1 of 3 items left out .*image truncated: 1 \(such as 8\)"):
+        run("visdial", folder)
+    results = run("visdial", folder, "--max_missing_share", "0.5")
+    assert values(results, "corrected", "UniMuR", "R@1")["n"] == 2
+    assert results[0]["data"]["left_out_by_reason"] == {"image truncated": 1, "candidate: image truncated": 1}
+    folder = vqav2(tmp_path / "vqa")
+    stand_ins(samples, folder / "val2014", [f"COCO_val2014_{i:012d}.jpg" for i in (5, 6, 7)])
+    truncated(folder / "val2014" / f"COCO_val2014_{5:012d}.jpg")
+    results = run("vqav2", folder, "--max_missing_share", "0.7")
+    assert results[0]["data"]["left_out_by_reason"]["image truncated"] == 1
