@@ -6,7 +6,10 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partialmethod
 from typing import Any, NamedTuple
+
+from tqdm.std import tqdm
 
 
 class Done(NamedTuple):
@@ -29,17 +32,25 @@ def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]], workers: int =
         Exception: whatever a job raised.
     """
     context = multiprocessing.get_context("spawn")
-    settle = {"initializer": _settle, "initargs": (context.Value("i", 0), workers)}
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1, **settle) as processes:
-        waiting = [processes.submit(_timed, function, arguments) for function, arguments in jobs]
-        return [future.result() for future in waiting]
+    # A new process imports the main script, and OpenMP with it, before it runs anything of ours: it has to find this set.
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        settle = {"initializer": _settle, "initargs": (context.Value("i", 0), workers)}
+        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1, **settle) as processes:
+            waiting = [processes.submit(_timed, function, arguments) for function, arguments in jobs]
+            return [future.result() for future in waiting]
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _settle(started: Any, workers: int) -> None:
-    # Runs before the job's modules are imported, which is when tqdm and OpenMP read these.
+    """Gives the process's progress bars a line of their own."""
     with started.get_lock():
         line, started.value = started.value % workers, started.value + 1
-    os.environ |= {"TQDM_POSITION": str(line), "OMP_NUM_THREADS": "1"}
+    tqdm.__init__ = partialmethod(tqdm.__init__, position=line)
 
 
 def _timed(function: Callable, arguments: dict[str, Any]) -> Done:
