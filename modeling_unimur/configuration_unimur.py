@@ -39,6 +39,8 @@ class UniMuRConfig(PreTrainedConfig):
         clip_config (`dict` or [`CLIPConfig`]): any CLIP (q = its `projection_dim`).
         text_model_name_or_path, text_model_revision: where the frozen LLM of an adapter checkpoint comes from.
         clip_model_name_or_path, clip_model_revision: the same for CLIP.
+        text_model_source, clip_model_source: where the towers within a full checkpoint came from, for the record.
+        text_adapter (`bool`, defaults to `False`): the LLM carries a LoRA, in `lora/` of the checkpoint.
         ret_token_id, image_token_id (`int`): tokenizer ids of `[RET]` and `<image>`. They never index the LLM's
             embedding table, so they may lie beyond it.
         n_visual_tokens (`int`, defaults to 1): visual tokens an image becomes (FROMAGe 1, GILL 4; the paper is silent).
@@ -73,6 +75,9 @@ class UniMuRConfig(PreTrainedConfig):
     text_model_revision: str | None = None
     clip_model_name_or_path: str | None = None
     clip_model_revision: str | None = None
+    text_model_source: str | None = None
+    clip_model_source: str | None = None
+    text_adapter: bool = False
     ret_token_id: int | None = None
     image_token_id: int | None = None
     n_visual_tokens: int = 1

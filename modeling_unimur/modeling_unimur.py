@@ -1,10 +1,7 @@
-"""UniMuR (Sections 3.1-3.3): a frozen LLM and a frozen CLIP joined by two linear maps. Retrieval: retrieval_unimur."""
+"""UniMuR (Sections 3.1-3.3): a frozen LLM and a frozen CLIP joined by two linear maps. Section 3.4: retrieval_unimur."""
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +10,13 @@ from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .checkpoint_unimur import CheckpointMixin
 from .configuration_unimur import UniMuRConfig
+from .hub_unimur import HubMixin
 from .losses_unimur import caption_loss, text_matching_loss, total_loss, visual_matching_loss
 from .processing_unimur import IGNORE, UniMuRProcessor
 from .retrieval_unimur import RetrievalMixin
-from .towers_unimur import SHARED_ARGUMENTS, TRAINED, check_widths, digest, load_towers
+from .towers_unimur import LORA, TRAINED
 
 
 @dataclass
@@ -40,11 +39,12 @@ class UniMuROutput(ModelOutput):
     text_embeds: torch.Tensor | None = None
 
 
-class UniMuRModel(RetrievalMixin, PreTrainedModel):
+class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
     """
     The model: `language_model` and `clip` frozen; `W_i2t` (image feature to `n_visual_tokens` input embeddings),
     `W_t2m` (last output at [RET] to the unified embedding e), the temperature, and by choice [RET]'s input embedding
-    trained. The trained tensors are float32 whatever the towers' dtype. Its verbs are those of [`RetrievalMixin`].
+    trained. The trained tensors are float32 whatever the towers' dtype. Its verbs are those of [`RetrievalMixin`]; loading
+    and saving are [`CheckpointMixin`]'s.
     """
 
     config_class = UniMuRConfig
@@ -68,7 +68,7 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
             self.language_model = AutoModelForCausalLM.from_config(config.text_config)
             self.clip = CLIPModel._from_config(config.clip_config)
         self._processor: UniMuRProcessor | None = None
-        self._processor_arguments: dict[str, Any] = {}
+        self._source: dict[str, Any] = {}  # the arguments it was loaded by
         self.post_init()
         self._freeze()
 
@@ -96,148 +96,15 @@ class UniMuRModel(RetrievalMixin, PreTrainedModel):
             init.normal_(self.ret_embedding, std=0.02)
             init.constant_(self.logit_scale, math.log(1 / self.config.temperature))
 
-    # Loading and saving
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """
-        Loads an adapter checkpoint (and its towers, from where its config says) or a full one.
-
-        Raises:
-            ValueError: a tensor is missing or unknown, or a tower has another width; the message names it.
-            OSError: a base tower could not be loaded.
-        """
-        shared = {name: kwargs[name] for name in SHARED_ARGUMENTS if name in kwargs}
-        hub = {
-            name: kwargs[name]
-            for name in ("revision", "subfolder", "token", "cache_dir", "local_files_only")
-            if name in kwargs
-        }
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        for problem, meaning in (("missing_keys", "lacks"), ("unexpected_keys", "holds the unknown")):
-            if info[problem]:
-                raise ValueError(
-                    f"the checkpoint {str(pretrained_model_name_or_path)!r} {meaning} tensors: "
-                    f"{', '.join(sorted(map(str, info[problem])))}"
-                )
-        if model.config.is_adapter:
-            model.attach_towers(*load_towers(model.config, **shared))
-        # from_pretrained replaces the parameters, and with them what __init__ froze.
-        model._freeze()
-        model._processor_arguments = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **hub}
-        return (model.eval(), info) if output_loading_info else model.eval()
-
-    @classmethod
-    def from_pretrained_towers(
-        cls, text_model: str, clip_model: str, processor: UniMuRProcessor, *, ret_init: str | None = None,
-        dtype: torch.dtype | str = "auto", **config_fields,
-    ) -> "UniMuRModel":  # fmt: skip
-        """
-        A new, untrained UniMuR over two pre-trained towers (folders or Hub names).
-
-        Args:
-            processor: its `n_visual_tokens` becomes the model's, as do the ids of [RET] and `<image>`.
-            ret_init: a token of the LLM whose input embedding [RET] starts from; the mean row by default.
-            dtype: of the towers.
-            config_fields: fields of [`UniMuRConfig`].
-
-        Raises:
-            ValueError: `ret_init` is not exactly one token.
-        """
-        # A folder is named in full, so that the checkpoint finds it from wherever it is loaded.
-        text_model, clip_model = (
-            str(Path(n).resolve()) if Path(n).is_dir() else str(n) for n in (text_model, clip_model)
-        )
-        base = cls.config_class(
-            text_model_name_or_path=text_model, clip_model_name_or_path=clip_model, **config_fields
-        )
-        text, clip = load_towers(base, dtype=dtype)
-        # Copies: a composite model resets the attention of its sub-configs, which the loaded towers still read.
-        config = cls.config_class(
-            text_config=deepcopy(text.config), clip_config=deepcopy(clip.config), ret_token_id=processor.ret_token_id,
-            image_token_id=processor.image_token_id, n_visual_tokens=processor.n_visual_tokens,
-            text_model_name_or_path=text_model, clip_model_name_or_path=clip_model, **config_fields,
-        )  # fmt: skip
-        model = cls(config)
-        model.attach_towers(text, clip)
-        model.processor = processor
-        table = text.get_input_embeddings().weight.detach().float()
-        row = table.mean(0)
-        if ret_init is not None:
-            ids = processor.tokenizer(ret_init, add_special_tokens=False)["input_ids"]
-            if len(ids) != 1:
-                raise ValueError(f"ret_init={ret_init!r} is {len(ids)} tokens of this LLM's tokenizer, not one")
-            row = table[ids[0]]
-        model.ret_embedding.data.copy_(row)
-        return model
-
-    def attach_towers(self, language_model: PreTrainedModel, clip: CLIPModel) -> None:
-        """Puts frozen towers into an adapter-style model. Raises `ValueError` where their widths do not fit the maps."""
-        self.language_model, self.clip = language_model, clip
-        self.config.text_config, self.config.clip_config = language_model.config, clip.config
-        check_widths(self)
-        towers = {name for name in self.state_dict() if name.split(".")[0] not in self.own_tensors}
-        self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | towers
-        self._freeze()
-
-    def save_pretrained(self, save_directory, *args, with_towers: bool = False, **kwargs):
-        """
-        Saves the model as it was loaded, adapter or full, its processor beside it.
-
-        Args:
-            with_towers: make it a full, self-contained checkpoint although the towers were loaded from elsewhere.
-        """
-        names = ("text_model_name_or_path", "text_model_revision", "clip_model_name_or_path", "clip_model_revision")
-        kept = {name: getattr(self.config, name) for name in names}, self._keys_to_ignore_on_save
-        if with_towers:
-            for name in names:
-                setattr(self.config, name, None)
-            self._keys_to_ignore_on_save = set()
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            fields, self._keys_to_ignore_on_save = kept
-            for name, value in fields.items():
-                setattr(self.config, name, value)
-        if (self._processor or self._processor_arguments) and kwargs.get("is_main_process", True):
-            self.processor.save_pretrained(save_directory)
-
-    @property
-    def processor(self) -> UniMuRProcessor:
-        """The checkpoint's processor, loaded from beside its weights when first needed."""
-        if self._processor is None:
-            if not self._processor_arguments:
-                raise ValueError("this model was not loaded from a checkpoint: set model.processor first")
-            self._processor = UniMuRProcessor.from_pretrained(**self._processor_arguments)
-        return self._processor
-
-    @processor.setter
-    def processor(self, processor: UniMuRProcessor) -> None:
-        self._processor = processor
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What makes two models' embeddings comparable: weights, candidate space, preprocessing, dimension q."""
-        return {
-            "towers": self._towers_digest,
-            "maps": digest((n, p) for n, p in self.named_parameters() if n.split(".")[0] in self.own_tensors),
-            "text_candidates": self.config.text_candidates,
-            "preprocessing": self.processor.fingerprint,
-            "dimension": self.config.embedding_width,
-        }
-
-    @cached_property
-    def _towers_digest(self) -> str:
-        return digest(((n, p) for n, p in self.named_parameters() if n.split(".")[0] not in self.own_tensors), head=64)
-
     def _freeze(self) -> None:
         self.requires_grad_(False)
         for module in self.maps:
             module.requires_grad_(True)
         self.logit_scale.requires_grad_(self.config.learn_temperature)
         self.ret_embedding.requires_grad_(self.config.train_ret_embedding)
+        for name, parameter in self.named_parameters():
+            if LORA in name:
+                parameter.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "UniMuRModel":
         super().train(mode)

@@ -1,11 +1,12 @@
 """Section 3.4: embeddings of dialogues, images and texts, pools of candidates, and replies out of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+from transformers import BatchFeature
 
 from .dialogues_unimur import is_batch
 from .pool_unimur import CandidatePool, Retrieval
@@ -25,57 +26,64 @@ class RetrievalMixin:
         Unified embeddings of dialogues: a list of n, each as [`parse_dialogue`] takes it -> `(n, q)` float32 on CPU,
         L2-normalised. Raises `ValueError` naming the bad item.
         """
-
-        def embed(batch):
-            inputs = self.processor.contexts(batch).to(self.device)
-            features = self.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
-            return self.encode_contexts(inputs["input_ids"], inputs["attention_mask"], features)
-
-        return self._embed(dialogues, embed, "dialogues", batch_size, show_progress_bar)
+        return self._embed("dialogues", dialogues, batch_size, show_progress_bar)
 
     def embed_images(
         self, images: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False
     ) -> torch.Tensor:
         """CLIP embeddings of candidate images (PIL, paths, bytes or datasets' undecoded ones): as `embed_dialogues`."""
-
-        def embed(batch):
-            return self.encode_images(self.processor.pixels(batch).to(self.device))[1]
-
-        return self._embed(images, embed, "images", batch_size, show_progress_bar)
+        return self._embed("images", images, batch_size, show_progress_bar)
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 32, show_progress_bar: bool = False) -> torch.Tensor:
         """Embeddings of candidate texts in the space `config.text_candidates` names: as `embed_dialogues`."""
+        return self._embed("texts", texts, batch_size, show_progress_bar)
+
+    def prepare(self, kind: str, items: Sequence[Any]) -> BatchFeature:
+        """The tensors that `encode` reads of n `"dialogues"`, `"images"` or `"texts"`, on CPU."""
+        if kind == "dialogues":
+            return self.processor.contexts(items)
+        if kind == "images":
+            return BatchFeature({"pixel_values": self.processor.pixels(items)})
         space = self.config.text_candidates
+        return self.processor.clip_texts(items) if space == "clip_text" else self.processor.texts(
+            items, end_with_ret=space == "ret"
+        )  # fmt: skip
 
-        def embed(batch):
-            if space == "clip_text":
-                inputs = self.processor.clip_texts(batch).to(self.device)
-                return self.encode_clip_texts(inputs["clip_input_ids"], inputs["clip_attention_mask"])
-            inputs = self.processor.texts(batch, end_with_ret=space == "ret").to(self.device)
-            if space == "ret":
-                return self.encode_contexts(inputs["input_ids"], inputs["attention_mask"])
-            outputs = self.input_embeddings(inputs["input_ids"])
-            if space == "last_output":
-                outputs = self.last_outputs(outputs, inputs["attention_mask"])
-            mask = inputs["attention_mask"][..., None]
-            return self.W_t2m((outputs.float() * mask).sum(1) / mask.sum(1))
-
-        return self._embed(texts, embed, "texts", batch_size, show_progress_bar)
+    def encode(self, kind: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Embeddings `(n, q)` float32, not normalised, of what `prepare` made of n items of this kind."""
+        if kind == "images":
+            return self.encode_images(inputs["pixel_values"])[1]
+        space = self.config.text_candidates
+        if kind == "texts" and space == "clip_text":
+            return self.encode_clip_texts(inputs["clip_input_ids"], inputs["clip_attention_mask"])
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if kind == "dialogues" or space == "ret":
+            features = self.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
+            return self.encode_contexts(ids, mask, features)
+        outputs = self.input_embeddings(ids)
+        if space == "last_output":
+            outputs = self.last_outputs(outputs, mask)
+        return self.W_t2m((outputs.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
     @torch.no_grad()
-    def _embed(self, items, embed, what: str, batch_size: int, show_progress_bar: bool) -> torch.Tensor:
+    def embed_inputs(self, kind: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """As `embed_dialogues`, `embed_images` or `embed_texts`, of what `prepare` made, on the model's device."""
+        embeds = self.encode(kind, inputs)
+        if not bool(torch.isfinite(embeds).all()):
+            names = non_finite_tensors(self) or ["none: the input overflows the towers' dtype"]
+            raise ValueError(f"the embeddings hold NaN or infinity; weights that do: {', '.join(names[:5])}")
+        return F.normalize(embeds.float(), dim=-1).cpu()
+
+    def _embed(self, kind: str, items: Sequence[Any], batch_size: int, show_progress_bar: bool) -> torch.Tensor:
         if isinstance(items, str):
-            raise ValueError(f"expected a list of {what}, got one string")
+            raise ValueError(f"expected a list of {kind}, got one string")
         parts = []
-        for start in tqdm(range(0, len(items), batch_size), f"embedding {what}", disable=not show_progress_bar):
+        for start in tqdm(range(0, len(items), batch_size), f"embedding {kind}", disable=not show_progress_bar):
             try:
-                embeds = embed(items[start : start + batch_size])
+                inputs = self.prepare(kind, items[start : start + batch_size])
+                parts.append(self.embed_inputs(kind, inputs.to(self.device)))
             except ValueError as error:
-                raise ValueError(f"{error} (counting from {what[:-1]} {start})" if start else str(error)) from error
-            if not bool(torch.isfinite(embeds).all()):
-                names = non_finite_tensors(self) or ["none: the input overflows the towers' dtype"]
-                raise ValueError(f"the embeddings hold NaN or infinity; weights that do: {', '.join(names[:5])}")
-            parts.append(F.normalize(embeds.float(), dim=-1).cpu())
+                raise ValueError(f"{error} (counting from {kind[:-1]} {start})" if start else str(error)) from error
         return torch.cat(parts) if parts else torch.empty(0, self.config.embedding_width)
 
     def build_pool(

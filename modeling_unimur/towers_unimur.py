@@ -5,8 +5,11 @@ import hashlib
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
+from transformers.utils import is_peft_available
 
 TRAINED = ("W_i2t", "W_t2m", "ret_embedding", "logit_scale")
+LORA = ".lora_"  # in the name of every tensor of a LoRA
+LORA_FOLDER = "lora"
 # Of the arguments a user gives for the adapter, those that hold for its towers too. Never revision or subfolder: each
 # tower has its own.
 SHARED_ARGUMENTS = ("dtype", "device_map", "token", "cache_dir", "local_files_only", "force_download", "proxies")
@@ -38,6 +41,28 @@ def load_towers(config, **kwargs) -> tuple[PreTrainedModel, CLIPModel]:
                 f"elsewhere. The cause: {error}"
             ) from error
     return tuple(towers)
+
+
+def load_lora(language_model: PreTrainedModel, name: str, **hub) -> None:
+    """
+    Loads the PEFT adapter in `lora/` of a checkpoint into its LLM.
+
+    Args:
+        name: the checkpoint's folder or Hub name.
+        hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only` that it was loaded by.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    if not is_peft_available():
+        raise ImportError(f"the checkpoint {name!r} has a LoRA, which needs peft: pip install peft")
+    subfolder = "/".join(filter(None, (hub.pop("subfolder", None), LORA_FOLDER)))
+    language_model.load_adapter(name, adapter_kwargs={"subfolder": subfolder, **hub})
+
+
+def plain_name(name: str) -> str:
+    """A tower's own name of a tensor that a LoRA has wrapped."""
+    return name.replace(".base_layer.", ".")
 
 
 def check_widths(model) -> None:

@@ -1,0 +1,243 @@
+"""The model card that a push writes, from what the config knows and what the pusher says."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .configuration_unimur import UniMuRConfig
+
+PIPELINE_TAG = "feature-extraction"
+TAGS = ["multimodal-retrieval", "image-text-retrieval", "unimur", "sentence-transformers", "custom_code"]
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A tower's: the Hub's `identifier`, a `name` for readers, where it stands, and whether it forbids commerce."""
+
+    identifier: str
+    name: str
+    link: str | None = None
+    non_commercial: bool = False
+
+
+# By the beginning of a tower's name.
+LICENCES = {
+    "facebook/opt-": Licence(
+        "other", "OPT-175B License Agreement",
+        "https://github.com/facebookresearch/metaseq/blob/main/projects/OPT/MODEL_LICENSE.md", True,
+    ),
+    "openai/clip-": Licence("mit", "MIT", "https://github.com/openai/CLIP/blob/main/LICENSE"),
+    "openai-community/gpt2": Licence("mit", "MIT", "https://github.com/openai/gpt-2/blob/master/LICENSE"),
+    "Qwen/Qwen2": Licence("other", "as its card says"),
+    "meta-llama/": Licence("other", "Llama Community License Agreement"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured figure: `value` with its 95 % interval `low` to `high` over `n` items, in the unit of `metric`."""
+
+    task: str
+    dataset: str
+    protocol: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A frozen language model reads a conversation of text and images that ends in a `[RET]` token; one linear map takes its last
+output to a unified embedding; cosine similarity against one pool of images and texts returns the words of a reply and its
+picture. An implementation of
+[Unified Embeddings for Multimodal Retrieval via Frozen LLMs](https://aclanthology.org/2024.findings-eacl.105) (UniMuR).
+
+- Language model: {{ text_model }}
+- CLIP: {{ clip_model }}
+- This repository holds {{ holds }}; embeddings have {{ dimension }} dimensions.
+
+## Use
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+pool = model.build_pool(images=["photo-1.jpg", "photo-2.jpg"], texts=["you are welcome.", "what a lovely day!"])
+reply = model.retrieve(["look who i met!", "show me, please."], pool)
+print(reply.text, reply.image, [(c.id, c.modality, c.score) for c in reply.candidates])
+```
+
+A dialogue is a string, a list mixing strings and images (`PIL.Image`, `pathlib.Path` or bytes), or chat messages with image
+parts. `top_k`, `modality`, `exclude`, `image_bias` and `calibrate` narrow and shift a search.
+
+As a pipeline:
+
+```python
+from transformers import pipeline
+
+retrieve = pipeline("multimodal-retrieval", model="{{ repo_id }}", trust_remote_code=True)
+reply = retrieve(["look who i met!"], pool={"images": ["photo-1.jpg"], "texts": ["you are welcome."]})
+print(reply["text"], reply["image"])
+```
+
+With sentence-transformers:
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+encoder = SentenceTransformer("{{ repo_id }}", trust_remote_code=True)
+queries = encoder.encode_query(["show me a photo, please."])
+candidates = encoder.encode_document([Image.open("photo-1.jpg"), "you are welcome."])
+print(encoder.similarity(queries, candidates))
+```
+{% if has_pool %}
+The pool under `pool/` is what an Inference Endpoint of this repository searches (`handler.py`), and what
+`model.packed_pool` opens:
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+print(model.retrieve("hello!", model.packed_pool).text)
+```
+{% endif %}
+## Evaluation
+{% if results %}
+95 % bootstrap intervals over the items are in brackets.
+
+| task | data | protocol | metric | value | items |
+|---|---|---|---|---:|---:|
+{% for r in results -%}
+| {{ r.task }} | {{ r.dataset }} | {{ r.protocol }} | {{ r.metric }} | {{ "%.3f"|format(r.value) }} ({{ "%.3f"|format(r.low) }}-{{ "%.3f"|format(r.high) }}) | {{ r.n }} |
+{% endfor %}
+{% else %}
+No evaluation was given when this card was written.
+{% endif %}
+{{ evaluation_note }}
+
+## Training
+
+{{ training_data }}
+
+The two linear maps{{ also_trained }} were trained by captioning and by alignment to CLIP's image and text embeddings; language
+model and CLIP stayed frozen.
+
+## Intended use and limits
+
+Research on retrieval of text and images for conversations. Whatever it returns stands in the pool it searches: the pool's
+content, and who may see it, are its owner's responsibility. The biases of the frozen language model, of CLIP and of the
+training captions carry over. Scores are cosines, not probabilities, and are not comparable between models. A picture is shown
+when it is the best of what remains beside the best text, whether or not the conversation asks for one.
+
+## Licences
+
+{% for name, licence in licences -%}
+- {{ name }}: {% if licence.link %}[{{ licence.name }}]({{ licence.link }}){% else %}{{ licence.name }}{% endif %}{% if licence.non_commercial %}. **Non-commercial: what is built on this tower, this model included, may not be used commercially.**{% endif %}
+{% endfor %}
+## Citation
+
+```bibtex
+@inproceedings{wang-etal-2024-unified,
+    title = "Unified Embeddings for Multimodal Retrieval via Frozen {LLM}s",
+    booktitle = "Findings of the Association for Computational Linguistics: EACL 2024",
+    year = "2024",
+    url = "https://aclanthology.org/2024.findings-eacl.105",
+}
+```
+"""  # noqa: E501
+
+
+def licence_of(tower: str) -> Licence:
+    """What is known of a tower's licence by its name; otherwise that its own card says it."""
+    return next((l for start, l in LICENCES.items() if tower.startswith(start)), Licence("other", "as its card says"))
+
+
+def model_card(
+    config: UniMuRConfig, repo_id: str, *, license: str | None = None, training_data: str | None = None,
+    datasets: Sequence[str] = (), results: Sequence[Result] = (), evaluation_note: str = "", has_pool: bool = False,
+) -> ModelCard:  # fmt: skip
+    """
+    The card of a checkpoint.
+
+    Args:
+        config: of the model.
+        repo_id: where it will live.
+        license: the Hub's identifier for the trained maps (and a full checkpoint's towers); a non-commercial tower
+            overrules it.
+        training_data: what it was trained on and under which licence, as markdown.
+        datasets: the training sets' names on the Hub.
+        results: measured figures.
+        evaluation_note: what a reader must know of them.
+        has_pool: whether a pool is packed beside the model.
+
+    Raises:
+        ValueError: a figure or its interval is not finite, or the interval does not hold the value.
+    """
+    for result in results:
+        figures = (result.low, result.value, result.high)
+        if not all(map(math.isfinite, figures)) or not figures[0] <= figures[1] <= figures[2]:
+            raise ValueError(
+                f"{result.task}, {result.metric}: {figures[1]} in [{figures[0]}, {figures[2]}] is no figure"
+            )
+    towers = [
+        config.text_model_name_or_path or config.text_model_source,
+        config.clip_model_name_or_path or config.clip_model_source,
+    ]
+    # A folder's name says nothing to others.
+    named = [None if tower is None or Path(tower).is_dir() else tower for tower in towers]
+    licences = [(tower, licence_of(tower)) for tower in named if tower]
+    strict = next((l for _, l in licences if l.non_commercial), None)
+    own = Licence(license or "not stated", license or "not stated by who pushed this")
+    described = [
+        f"[{name}](https://huggingface.co/{name})" if name else f"its own, {tower.model_type} of width {width}"
+        for name, tower, width in zip(
+            named, (config.text_config, config.clip_config), (config.text_width, config.embedding_width), strict=True
+        )
+    ]
+    data = ModelCardData(
+        language="en",
+        license=strict.identifier if strict else license,
+        license_name=strict.name.lower().replace(" ", "-") if strict else None,
+        license_link=strict.link if strict else None,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=TAGS,
+        base_model=[name for name in named if name] or None,
+        datasets=list(datasets) or None,
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=[
+            EvalResult(
+                task_type=PIPELINE_TAG, task_name=r.task, dataset_type=r.dataset.lower().replace(" ", "-"),
+                dataset_name=r.dataset, dataset_args={"protocol": r.protocol, "items": r.n}, metric_type=r.metric.lower(),
+                metric_name=f"{r.metric}, 95 % interval {r.low:.3f} to {r.high:.3f}", metric_value=round(r.value, 6),
+            )
+            for r in results
+        ] or None,
+    )  # fmt: skip
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        text_model=described[0],
+        clip_model=described[1],
+        holds="the trained maps only: the towers are loaded from where they are" if config.is_adapter
+        else "everything: the maps and both towers",
+        dimension=config.embedding_width,
+        results=results,
+        evaluation_note=evaluation_note,
+        has_pool=has_pool,
+        training_data=training_data or "What it was trained on was not stated by who pushed this.",
+        also_trained=" and the input embedding of `[RET]`" if config.train_ret_embedding else "",
+        licences=[("the trained maps" if config.is_adapter else "the checkpoint", own), *licences],
+    )  # fmt: skip
