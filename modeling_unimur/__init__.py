@@ -10,10 +10,6 @@ from .processing_unimur import UniMuRProcessor
 # With this package installed, transformers' Auto classes need no remote code.
 AutoModel.register(UniMuRConfig, UniMuRModel, exist_ok=True)
 AutoProcessor.register(UniMuRConfig, UniMuRProcessor, exist_ok=True)
-# What save_pretrained writes then loads elsewhere with trust_remote_code, without this package.
-UniMuRConfig.register_for_auto_class()
-UniMuRModel.register_for_auto_class("AutoModel")
-UniMuRProcessor.register_for_auto_class()
 
 __all__ = [
     "Candidate",

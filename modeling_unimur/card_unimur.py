@@ -31,7 +31,6 @@ LICENCES = {
     ),
     "openai/clip-": Licence("mit", "MIT", "https://github.com/openai/CLIP/blob/main/LICENSE"),
     "openai-community/gpt2": Licence("mit", "MIT", "https://github.com/openai/gpt-2/blob/master/LICENSE"),
-    "Qwen/Qwen2": Licence("other", "as its card says"),
     "meta-llama/": Licence("other", "Llama Community License Agreement"),
 }  # fmt: skip
 
@@ -159,7 +158,9 @@ when it is the best of what remains beside the best text, whether or not the con
 
 def licence_of(tower: str) -> Licence:
     """What is known of a tower's licence by its name; otherwise that its own card says it."""
-    return next((l for start, l in LICENCES.items() if tower.startswith(start)), Licence("other", "as its card says"))
+    return next(
+        (known for start, known in LICENCES.items() if tower.startswith(start)), Licence("other", "as its card says")
+    )
 
 
 def model_card(
@@ -196,7 +197,7 @@ def model_card(
     # A folder's name says nothing to others.
     named = [None if tower is None or Path(tower).is_dir() else tower for tower in towers]
     licences = [(tower, licence_of(tower)) for tower in named if tower]
-    strict = next((l for _, l in licences if l.non_commercial), None)
+    strict = next((licence for _, licence in licences if licence.non_commercial), None)
     own = Licence(license or "not stated", license or "not stated by who pushed this")
     described = [
         f"[{name}](https://huggingface.co/{name})" if name else f"its own, {tower.model_type} of width {width}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import CLIPModel, PreTrainedModel
+from typing_extensions import Self
 
 from .hub_unimur import CUSTOM_PIPELINES
 from .pool_unimur import CandidatePool
@@ -91,7 +92,7 @@ class CheckpointMixin:
     def from_pretrained_towers(
         cls, text_model: str, clip_model: str, processor: UniMuRProcessor, *, ret_init: str | None = None,
         dtype: torch.dtype | str = "auto", **config_fields,
-    ) -> "UniMuRModel":  # fmt: skip
+    ) -> Self:  # fmt: skip
         """
         A new, untrained UniMuR over two pre-trained towers (folders or Hub names).
 

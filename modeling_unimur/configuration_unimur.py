@@ -143,3 +143,5 @@ class UniMuRConfig(PreTrainedConfig):
 
 # transformers looks a checkpoint's config up even to load its tokenizer; unregistered, it would ask to run remote code.
 AutoConfig.register(UniMuRConfig.model_type, UniMuRConfig, exist_ok=True)
+# What save_pretrained writes then loads elsewhere with trust_remote_code, without this package.
+UniMuRConfig.register_for_auto_class()

@@ -5,7 +5,6 @@ import shutil
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from transformers.utils import cached_file, logging

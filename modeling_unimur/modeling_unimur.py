@@ -235,3 +235,7 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
             loss_cap=loss_cap, loss_vm=loss_vm, loss_tm=loss_tm,
             ret_embeds=ret_embeds, image_embeds=image_embeds, text_embeds=text_embeds,
         )  # fmt: skip
+
+
+# What save_pretrained writes then loads elsewhere with trust_remote_code, without this package.
+UniMuRModel.register_for_auto_class("AutoModel")

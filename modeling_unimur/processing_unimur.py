@@ -66,6 +66,17 @@ class UniMuRProcessor(ProcessorMixin):
         self._prefix = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
         self._separator = "\n"
 
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As transformers', which would go on with defaults where a checkpoint has no `processor_config.json`."""
+        values, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "n_visual_tokens" not in values:
+            raise OSError(
+                f"{str(pretrained_model_name_or_path)!r} holds no processor_config.json of a UniMuR, which says how many "
+                "visual tokens an image becomes: restore that file from the checkpoint"
+            )
+        return values, rest
+
     # What a model reads
 
     def contexts(self, dialogues: Sequence[Any], *, end_with_ret: bool = True, reserve: int = 0) -> BatchFeature:
@@ -281,6 +292,10 @@ class UniMuRProcessor(ProcessorMixin):
         for item, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text {item} is {'empty' if isinstance(text, str) else type(text).__name__}")
+
+
+# What save_pretrained writes then loads elsewhere with trust_remote_code, without this package.
+UniMuRProcessor.register_for_auto_class()
 
 
 class _Image(list):
