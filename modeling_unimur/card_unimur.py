@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -114,10 +115,10 @@ print(model.retrieve("hello!", model.packed_pool).text)
 {% if results %}
 95 % bootstrap intervals over the items are in brackets.
 
-| task | data | protocol | metric | value | items |
-|---|---|---|---|---:|---:|
-{% for r in results -%}
-| {{ r.task }} | {{ r.dataset }} | {{ r.protocol }} | {{ r.metric }} | {{ "%.3f"|format(r.value) }} ({{ "%.3f"|format(r.low) }}-{{ "%.3f"|format(r.high) }}) | {{ r.n }} |
+| task | data | protocol | items | measured |
+|---|---|---|---:|---|
+{% for (task, dataset, protocol), rows in results -%}
+| {{ task }} | {{ dataset }} | {{ protocol }} | {{ rows[0].n }} | {% for r in rows %}{{ r.metric }} {{ "%.3f"|format(r.value) }} ({{ "%.3f"|format(r.low) }}-{{ "%.3f"|format(r.high) }}){% if not loop.last %}, {% endif %}{% endfor %} |
 {% endfor %}
 {% else %}
 No evaluation was given when this card was written.
@@ -177,7 +178,7 @@ def model_card(
             overrules it.
         training_data: what it was trained on and under which licence, as markdown.
         datasets: the training sets' names on the Hub.
-        results: measured figures.
+        results: measured figures, those of a task and protocol beside each other.
         evaluation_note: what a reader must know of them.
         has_pool: whether a pool is packed beside the model.
 
@@ -219,7 +220,7 @@ def model_card(
         eval_results=[
             EvalResult(
                 task_type=PIPELINE_TAG, task_name=r.task, dataset_type=r.dataset.lower().replace(" ", "-"),
-                dataset_name=r.dataset, dataset_args={"protocol": r.protocol, "items": r.n}, metric_type=r.metric.lower(),
+                dataset_name=r.dataset, dataset_config=r.protocol, metric_type=r.metric.lower().replace(" ", "-"),
                 metric_name=f"{r.metric}, 95 % interval {r.low:.3f} to {r.high:.3f}", metric_value=round(r.value, 6),
             )
             for r in results
@@ -235,7 +236,7 @@ def model_card(
         holds="the trained maps only: the towers are loaded from where they are" if config.is_adapter
         else "everything: the maps and both towers",
         dimension=config.embedding_width,
-        results=results,
+        results=[(key, list(rows)) for key, rows in groupby(results, lambda r: (r.task, r.dataset, r.protocol))],
         evaluation_note=evaluation_note,
         has_pool=has_pool,
         training_data=training_data or "What it was trained on was not stated by who pushed this.",

@@ -1,0 +1,1 @@
+"""Publishing: the card's figures, the check of a repository before it is uploaded, the push, the page."""

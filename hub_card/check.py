@@ -1,0 +1,121 @@
+"""Whether a folder is fit to be a Hub repository: everything its users would call is called, in a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import ModelCard
+from huggingface_hub.inference._providers import PROVIDERS
+from PIL import Image
+
+REQUIRED = (
+    "README.md", "config.json", "model.safetensors", "processor_config.json", "clip_tokenizer/tokenizer.json",
+    "modeling_unimur.py", "pipeline_unimur.py", "sentence_unimur.py", "handler.py", "modules.json", "golden.safetensors",
+)  # fmt: skip
+LOADS = """
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+name = {name!r}
+model = AutoModel.from_pretrained(name, trust_remote_code=True, self_check=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert type(AutoProcessor.from_pretrained(name, trust_remote_code=True)).__name__ == "UniMuRProcessor"
+assert AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == "unimur"
+retrieve = pipeline("multimodal-retrieval", model=name, trust_remote_code=True)
+print(retrieve("hello!", pool={{"texts": ["hello there.", "good night."]}})["text"])
+"""
+HANDLER = """
+import sys
+sys.path.insert(0, {name!r})
+from handler import EndpointHandler
+print(EndpointHandler({name!r})({{"inputs": "hello!"}})["text"])
+"""
+
+
+class NotFitError(ValueError):
+    """A folder lacks something its users would call, or a call fails; the message says which."""
+
+
+def python_blocks(markdown: str) -> list[str]:
+    """The Python blocks of a markdown text, in order."""
+    return re.findall(r"^```python\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+
+
+def pipeline_tags() -> set[str]:
+    """The Hub's tasks, as huggingface_hub ships them."""
+    return set(PROVIDERS["hf-inference"])
+
+
+def check_card(card: ModelCard) -> None:
+    """Refuses a pipeline tag that the Hub does not know, missing tags, and figures that are not finite."""
+    if card.data.pipeline_tag not in pipeline_tags():
+        raise NotFitError(f"README.md: pipeline_tag {card.data.pipeline_tag!r} is none of the Hub's tasks")
+    for tag in card.data.tags or ():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.:-]*", tag):
+            raise NotFitError(f"README.md: the tag {tag!r} is not one word")
+    for result in card.data.eval_results or ():
+        if not isinstance(result.metric_value, int | float) or not isfinite(result.metric_value):
+            raise NotFitError(f"README.md: {result.metric_name} is {result.metric_value!r}, not a finite number")
+
+
+def run_python(source: str, folder: Path, environment: dict[str, str] | None = None) -> str:
+    """Runs Python source in a process of its own in `folder`; returns its output, raises [`NotFitError`] where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", source], cwd=folder, env=environment or os.environ.copy(), capture_output=True,
+        text=True, stdin=subprocess.DEVNULL, timeout=1800,
+    )  # fmt: skip
+    if done.returncode:
+        raise NotFitError(f"this fails:\n{source}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def photos(folder: Path) -> None:
+    """The pictures that a card's snippets name."""
+    for at, colour in ((1, "tomato"), (2, "steelblue")):
+        Image.new("RGB", (64, 48), colour).save(folder / f"photo-{at}.jpg")
+
+
+def check_folder(folder: Path, repo_id: str, say: Callable[[str], None] = print) -> None:
+    """
+    Everything below is called as a user would, offline and without this repository's package on the path.
+
+    Args:
+        folder: the repository to be.
+        repo_id: its name on the Hub, which the card's snippets use.
+        say: is told each part that passed.
+
+    Raises:
+        NotFitError: what fails; nothing should be uploaded then.
+    """
+    folder = folder.resolve()
+    absent = [name for name in REQUIRED if not (folder / name).is_file()]
+    if absent:
+        raise NotFitError(f"the folder lacks {', '.join(absent)}")
+    pickled = [p.name for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    if pickled:
+        raise NotFitError(f"the folder holds pickled files: {', '.join(pickled)}")
+    card = ModelCard.load(folder / "README.md")
+    check_card(card)
+    say("card: metadata is well-formed")
+    config = json.loads((folder / "config.json").read_text())
+    if "AutoModel" not in config.get("auto_map", {}) or "multimodal-retrieval" not in config["custom_pipelines"]:
+        raise NotFitError("config.json names no remote code or no pipeline: save the checkpoint again")
+    with TemporaryDirectory() as empty:
+        elsewhere = Path(empty)
+        photos(elsewhere)
+        run_python(LOADS.format(name=str(folder)), elsewhere)
+        say("AutoModel with its self-check, AutoProcessor, AutoConfig and pipeline")
+        if (folder / "pool").is_dir():
+            run_python(HANDLER.format(name=str(folder)), elsewhere)
+            say("endpoint handler")
+        for block in python_blocks(card.text):
+            if "sentence_transformers" in block and find_spec("sentence_transformers") is None:
+                say("NOT checked, sentence-transformers is not installed: the card's snippet for it")
+                continue
+            run_python(block.replace(repo_id, str(folder)), elsewhere)
+        say("every snippet of the card")
