@@ -147,6 +147,9 @@ class CheckpointMixin:
             lora_config: a `peft.LoraConfig`.
         """
         self.language_model.add_adapter(lora_config)
+        for name, parameter in self.language_model.named_parameters():
+            if LORA in name:  # trained, so float32 as the maps
+                parameter.data = parameter.data.float()
         self.config.text_adapter = True
         self._freeze()
 

@@ -222,7 +222,10 @@ class UniMuRProcessor(ProcessorMixin):
     def fingerprint(self) -> str:
         """Hash of what turns candidates into tensors: a pool made by another preprocessing is refused by it."""
         parts = {
-            "image_processor": {k: v for k, v in self.image_processor.to_dict().items() if not k.startswith("_")},
+            # Without what saving adds.
+            "image_processor": {
+                k: v for k, v in self.image_processor.to_dict().items() if not k.startswith("_") and k != "auto_map"
+            },
             "tokenizers": [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.clip_tokenizer)],
             "own": [self.max_length, self.ret_token, self.image_token, self._prefix],
         }

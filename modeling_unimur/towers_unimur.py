@@ -1,8 +1,10 @@
 """The two frozen towers of a UniMuR: how an adapter checkpoint finds them, and what identifies a model."""
 
 import hashlib
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
 from transformers.utils import is_peft_available
@@ -58,6 +60,19 @@ def load_lora(language_model: PreTrainedModel, name: str, **hub) -> None:
         raise ImportError(f"the checkpoint {name!r} has a LoRA, which needs peft: pip install peft")
     subfolder = "/".join(filter(None, (hub.pop("subfolder", None), LORA_FOLDER)))
     language_model.load_adapter(name, adapter_kwargs={"subfolder": subfolder, **hub})
+
+
+def load_lora_weights(language_model: PreTrainedModel, folder: str) -> None:
+    """Puts the weights in `lora/` of a checkpoint's folder into the LoRA that the LLM has already."""
+    weights = load_file(Path(folder) / LORA_FOLDER / "adapter_model.safetensors")
+    own = {name: parameter for name, parameter in language_model.named_parameters() if LORA in name}
+    # A saved adapter's names lead with PEFT's prefix and leave out the adapter's own name.
+    found = {n.removeprefix("base_model.model.").replace(".weight", ".default.weight"): w for n, w in weights.items()}
+    if set(found) != set(own):
+        raise ValueError(f"the LoRA in {folder!r} has other layers: {', '.join(sorted(set(found) ^ set(own))[:5])}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
 
 
 def plain_name(name: str) -> str:

@@ -43,6 +43,13 @@ class ModelArguments:
     ret_init: str | None = field(
         default=None, metadata={"help": "Token that [RET] starts from; the mean row by default."}
     )
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Beyond the paper: also train a LoRA of this rank on the LLM (needs peft); 0: none."},
+    )
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "The LLM's layers that a LoRA wraps."}
+    )
     n_visual_tokens: int = UniMuRConfig.n_visual_tokens
     image_feature: str = UniMuRConfig.image_feature
     text_candidates: str = UniMuRConfig.text_candidates
@@ -57,8 +64,8 @@ class ModelArguments:
     train_ret_embedding: bool = UniMuRConfig.train_ret_embedding
 
     def config_fields(self) -> dict:
-        own = {f.name for f in fields(self)} - {"text_model", "clip_model", "dtype", "ret_init", "n_visual_tokens"}
-        return {name: getattr(self, name) for name in own}
+        own = {f.name for f in fields(self)} & {f.name for f in fields(UniMuRConfig)}
+        return {name: getattr(self, name) for name in own - {"text_model", "clip_model", "n_visual_tokens", "dtype"}}
 
 
 @dataclass
@@ -131,6 +138,15 @@ def make_processor(model_args: ModelArguments) -> UniMuRProcessor:
     )
 
 
+def add_lora(model: UniMuRModel, rank: int, targets: list[str]) -> None:
+    """A trainable LoRA on the LLM, scaled by one. Raises `ImportError` without peft."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("--lora_rank needs peft: pip install 'modeling-unimur[lora]'") from error
+    model.add_lora(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM"))
+
+
 def main(argv: list[str] | None = None) -> dict:
     """
     Trains, saves the checkpoint and measures it.
@@ -170,6 +186,8 @@ def main(argv: list[str] | None = None) -> dict:
         model_args.text_model, model_args.clip_model, make_processor(model_args),
         ret_init=model_args.ret_init, dtype=model_args.dtype, **model_args.config_fields(),
     )  # fmt: skip
+    if model_args.lora_rank:
+        add_lora(model, model_args.lora_rank, model_args.lora_targets)
     skips, rows, groups = SkipCounter(), pairs, None
     if data_args.cache_features:
         if streamed:
@@ -194,7 +212,9 @@ def main(argv: list[str] | None = None) -> dict:
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if resume == "last" else resume)
     checkpoint = str(Path(args.output_dir) / "checkpoint")
     if trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(checkpoint, with_towers=data_args.save_towers)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
+            checkpoint, with_towers=data_args.save_towers, golden=True
+        )
     trainer.accelerator.wait_for_everyone()
 
     summary = {

@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from modeling_unimur.towers_unimur import load_lora_weights
 from train.collate import SkipCounter
 from train.sampler import GroupedSampler
 
@@ -100,6 +101,11 @@ class UniMuRTrainer(Trainer):
             self._parts, self._images, self._since = {}, 0, time.perf_counter()
             self.skips.check(self.args.max_bad_share)
         super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model=model)
+        if self.model.config.text_adapter:
+            load_lora_weights(self.model.language_model, resume_from_checkpoint)
 
     def train(self, *args, **kwargs):
         self._since = time.perf_counter()
