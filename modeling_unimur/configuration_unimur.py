@@ -3,6 +3,16 @@
 import dataclasses
 import difflib
 
+import transformers
+
+OLDEST = "5.20"
+# The first file that is loaded: on an older release the imports below would fail without saying why.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+    raise ImportError(
+        f"UniMuR needs transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
+        f"pip install 'transformers>={OLDEST}'"
+    )
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -66,7 +76,7 @@ class UniMuRConfig(PreTrainedConfig):
     model_type = "unimur"
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt"),
-        "clip_config": CLIPConfig,
+        "clip_config": SubConfigSpec(config_class=CLIPConfig),
     }
 
     text_config: dict | PreTrainedConfig | None = None

@@ -51,7 +51,7 @@ class LoopbackHub:
     Attributes:
         repositories: `("models", "org/name")` -> [`Repository`].
         blobs: sha256 -> content of uploaded large files.
-        break_uploads: how many of the next uploads of a large file lose their connection halfway.
+        break_larger_than: uploads of more bytes than this lose their connection halfway; `None`: none does.
         requests: how often each kind of request came: `("PUT", "blob")`, `("GET", "resolve org/name")`, …
         down: answer nothing, as if the Hub could not be reached.
     """
@@ -59,7 +59,7 @@ class LoopbackHub:
     def __init__(self):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.blobs: dict[str, bytes] = {}
-        self.break_uploads = 0
+        self.break_larger_than: int | None = None
         self.requests: Counter[tuple[str, str]] = Counter()
         self.down = False
         self.lock = threading.Lock()
@@ -203,8 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
     def blob(self, oid: str, length: int) -> None:
         with self.hub.lock:
             self.count("PUT", "blob")
-            broken = self.hub.break_uploads > 0
-            self.hub.break_uploads -= broken
+            broken = self.hub.break_larger_than is not None and length > self.hub.break_larger_than
         if broken:
             self.rfile.read(length // 2)
             self.connection.shutdown(socket.SHUT_RDWR)

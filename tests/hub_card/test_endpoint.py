@@ -1,0 +1,149 @@
+"""The endpoint, driven through a real server by a real client: replies, bounds, errors as JSON, nothing fetched."""
+
+import base64
+import http.client
+import io
+import json
+import threading
+
+import pytest
+from PIL import Image
+
+from hub_card.serve import MAX_BODY_BYTES, load_handler, make_server
+from modeling_unimur import UniMuRModel
+from tests.conftest import picture
+
+
+def base64_of(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("endpoint")
+    tiny().save_pretrained(folder, with_towers=True)
+    model = UniMuRModel.from_pretrained(folder)
+    pool = model.build_pool(
+        images=[picture(1), picture(2)], texts=["you are welcome.", "bye"], show_progress_bar=False
+    )
+    model.save_pretrained(folder, pool=pool)
+    return UniMuRModel.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def ask(model):
+    server = make_server(load_handler_of(model), port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def ask(body, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", "/", body, {"Content-Type": "application/json"} | headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        assert answer.headers["Content-Type"] == "application/json"
+        return answer.status, json.loads(content)
+
+    yield ask
+    server.shutdown()
+    server.server_close()
+
+
+def load_handler_of(model):
+    from pathlib import Path
+
+    return load_handler(Path(model._source["pretrained_model_name_or_path"]))
+
+
+def message(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def image_part(image):
+    return {"type": "image", "image": base64_of(image)}
+
+
+def test_it_answers_as_retrieve_does(ask, model):
+    photo = picture(7)
+    turns = ["hello", message({"type": "text", "text": "look"}, image_part(photo))]
+    status, answer = ask({"inputs": turns})
+    assert status == 200
+    reply = model.retrieve(
+        ["hello", message({"type": "text", "text": "look"}, {"type": "image", "image": photo})], model.packed_pool
+    )
+    assert answer["text"] == reply.text
+    assert (answer["image"] is None) is (reply.image is None)
+    assert [c["id"] for c in answer["candidates"]] == [c.id for c in reply.candidates]
+    assert [c["score"] for c in answer["candidates"]] == pytest.approx([c.score for c in reply.candidates], abs=1e-5)
+    shown = next(c for c in answer["candidates"] if c["modality"] == "image")
+    original = next(c for c in reply.candidates if c.id == shown["id"]).item
+    with Image.open(io.BytesIO(base64.b64decode(shown["image"]))) as sent:
+        assert sent.tobytes() == original.tobytes()
+
+
+def test_parameters_narrow_the_search(ask):
+    status, answer = ask({"inputs": "hello", "parameters": {"modality": "image", "top_k": 1, "exclude": ["image-0"]}})
+    assert status == 200
+    assert [c["id"] for c in answer["candidates"]] == ["image-1"] and answer["text"] is None
+    assert answer["image"] == answer["candidates"][0]["image"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        ({}, "inputs"),
+        ([1], "inputs"),
+        ({"inputs": []}, "1 to 64 turns"),
+        ({"inputs": ["hi"] * 65}, "1 to 64 turns, got 65"),
+        ({"inputs": ""}, "empty text"),
+        ({"inputs": 3}, "turn 0"),
+        ({"inputs": "a" * 20_001}, "20001 characters"),
+        ({"inputs": [message(*[{"type": "image", "image": "aGk="}] * 17)]}, "more than 16 images"),
+        ({"inputs": [message({"type": "image", "image": "http://127.0.0.1/x.png"})]}, "not a URL or a path"),
+        ({"inputs": [message({"type": "image", "image": "/etc/hostname"})]}, "turn 0"),
+        ({"inputs": [message({"type": "image", "path": "/etc/hostname"})]}, "a part is"),
+        ({"inputs": [message({"type": "image_url", "image_url": {"url": "http://127.0.0.1"}})]}, "a part is"),
+        ({"inputs": [message({"type": "image", "image": base64.b64encode(b"no image").decode()})]}, "not an image"),
+        ({"inputs": "hi", "parameters": {"top_n": 3}}, "unknown parameter 'top_n'"),
+        ({"inputs": "hi", "parameters": {"top_k": 0}}, "between 1 and 100"),
+        ({"inputs": "hi", "parameters": {"top_k": True}}, "cannot be bool"),
+        ({"inputs": "hi", "parameters": {"modality": "video"}}, "modality='video'"),
+        ({"inputs": "hi", "parameters": {"exclude": [1]}}, "list of ids"),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(ask, request_, told):
+    status, answer = ask(request_)
+    assert status == 400 and set(answer) == {"error"}
+    assert told in answer["error"]
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(ask):
+    status, answer = ask({"inputs": [message(image_part(Image.new("1", (5000, 5000))))]})
+    assert status == 400 and "16000000 pixels" in answer["error"]
+
+
+def test_a_body_that_is_no_json_or_too_long(ask):
+    status, answer = ask(b"{")
+    assert status == 400 and "error" in answer
+    status, answer = ask(b"", **{"Content-Length": str(MAX_BODY_BYTES + 1)})
+    assert status == 413 and str(MAX_BODY_BYTES) in answer["error"]
+
+
+def test_a_failure_of_the_server_tells_no_internals(caplog):
+    server = make_server(lambda request: {}["missing"], port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection.request("POST", "/", b"{}")
+    answer = connection.getresponse()
+    assert answer.status == 500 and "missing" not in answer.read().decode()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_repository_without_a_pool_says_so(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path, with_towers=True)
+    with pytest.raises(ValueError, match="no pool is packed"):
+        load_handler(tmp_path)
