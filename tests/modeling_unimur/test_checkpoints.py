@@ -108,9 +108,7 @@ def test_an_unknown_tensor_is_named(tiny, tmp_path):
 def test_a_misshapen_tensor_is_an_error(tiny, tmp_path):
     tiny().save_pretrained(tmp_path)
     _edit(tmp_path, lambda tensors: tensors.update({"W_t2m.weight": torch.zeros(24, 5)}))
-    with pytest.raises(
-        ValueError, match=r"another shape than its config says: W_t2m\.weight is \(24, 5\), expected \(24, 32\)"
-    ):
+    with pytest.raises(ValueError, match=r"another shape .*: W_t2m\.weight is \(24, 5\), expected \(24, 32\)"):
         UniMuRModel.from_pretrained(tmp_path)
 
 

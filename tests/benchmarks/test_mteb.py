@@ -1,0 +1,21 @@
+"""mteb's own stand-in tasks for images and texts run through the interface."""
+
+import pytest
+
+from benchmarks.mteb_run import main, wrapped
+
+pytest.importorskip("mteb", reason="mteb is optional: pip install 'modeling-unimur[embed]'")
+
+
+def test_mtebs_mock_tasks_all_run(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path / "model", with_towers=True)
+    found = main(["--model", str(tmp_path / "model"), "--mock", "--output", str(tmp_path / "out")])
+    assert set(found.values()) == {"TaskResult"}
+    needed = {
+        "MockAny2AnyRetrievalT2I",
+        "MockAny2AnyRetrievalI2T",
+        "MockVisionCentricQA",
+        "MockImageTextPairClassification",
+    }
+    assert needed <= set(found) and "MockRetrievalTask" in found
+    assert wrapped(str(tmp_path / "model")).mteb_model_meta.modalities == ["text", "image"]
