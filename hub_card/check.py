@@ -15,6 +15,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.inference._providers import PROVIDERS
 from PIL import Image
 
+from modeling_unimur.hub_unimur import refuse_local_towers
+
 REQUIRED = (
     "README.md", "config.json", "model.safetensors", "processor_config.json", "clip_tokenizer/tokenizer.json",
     "modeling_unimur.py", "pipeline_unimur.py", "sentence_unimur.py", "handler.py", "modules.json", "golden.safetensors",
@@ -103,6 +105,10 @@ def check_folder(folder: Path, repo_id: str, say: Callable[[str], None] = print)
     check_card(card)
     say("card: metadata is well-formed")
     config = json.loads((folder / "config.json").read_text())
+    try:
+        refuse_local_towers(config)
+    except ValueError as error:
+        raise NotFitError(str(error)) from error
     if "AutoModel" not in config.get("auto_map", {}) or "multimodal-retrieval" not in config["custom_pipelines"]:
         raise NotFitError("config.json names no remote code or no pipeline: save the checkpoint again")
     with TemporaryDirectory() as empty:

@@ -18,7 +18,6 @@ from modeling_unimur.card_unimur import model_card
 
 from .check import check_folder
 from .results import eval_results_yaml, read_results
-from .space_folder import make_space
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +34,6 @@ def parser() -> argparse.ArgumentParser:
         help="the Hub's name of a task's benchmark dataset: writes .eval_results/TASK.yaml",
     )  # fmt: skip
     made.add_argument("--pool", type=Path, help="a saved pool to pack beside the model")
-    made.add_argument("--space", help="org/name of a Space to upload the page to")
     made.add_argument("--folder", type=Path, help="where to make the repository; a temporary folder by default")
     made.add_argument("--private", action="store_true")
     made.add_argument("--dry_run", action="store_true", help="make and check, upload nothing")
@@ -58,13 +56,6 @@ def main(argv: list[str] | None = None) -> str | None:
         api.create_repo(arguments.repo_id, private=arguments.private, exist_ok=True)
         commit = api.upload_folder(repo_id=arguments.repo_id, folder_path=folder, commit_message="Upload UniMuR")
         print(f"uploaded: {commit}")
-        if arguments.space:
-            space = Path(temporary) / "space"
-            make_space(space, arguments.repo_id)
-            api.create_repo(
-                arguments.space, repo_type="space", space_sdk="gradio", private=arguments.private, exist_ok=True
-            )
-            print(f"uploaded: {api.upload_folder(repo_id=arguments.space, repo_type='space', folder_path=space)}")
         return str(commit)
 
 

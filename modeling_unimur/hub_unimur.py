@@ -5,6 +5,7 @@ import shutil
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from transformers.utils import cached_file, logging
@@ -29,6 +30,17 @@ SENTENCE_TRANSFORMERS = {
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
 }
 POOL = "pool"
+
+
+def refuse_local_towers(config: dict[str, Any]) -> None:
+    """Refuses an adapter's config that names folders, which nobody else has, with a `ValueError`."""
+    for name in ("text_model_name_or_path", "clip_model_name_or_path"):
+        value = config.get(name)
+        if value is not None and (Path(value).is_absolute() or Path(value).is_dir()):
+            raise ValueError(
+                f"{name} of this adapter is a folder of this machine, which nobody else has: name the tower on the Hub, "
+                "or save a full checkpoint by save_pretrained(..., with_towers=True) and push that"
+            )
 
 
 class HubMixin:
@@ -77,8 +89,9 @@ class HubMixin:
             URL of the commit.
 
         Raises:
-            ValueError: the pool was made by another model.
+            ValueError: the pool was made by another model, or the model is an adapter on towers in local folders.
         """
+        refuse_local_towers(self.config.to_dict())
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:

@@ -59,7 +59,10 @@ def load_lora(language_model: PreTrainedModel, name: str, **hub) -> None:
     if not is_peft_available():
         raise ImportError(f"the checkpoint {name!r} has a LoRA, which needs peft: pip install peft")
     subfolder = "/".join(filter(None, (hub.pop("subfolder", None), LORA_FOLDER)))
-    language_model.load_adapter(name, adapter_kwargs={"subfolder": subfolder, **hub})
+    if Path(name).is_dir():
+        language_model.load_adapter(str(Path(name) / subfolder))
+    else:
+        language_model.load_adapter(name, adapter_kwargs={"subfolder": subfolder, **hub})
 
 
 def load_lora_weights(language_model: PreTrainedModel, folder: str) -> None:

@@ -1,0 +1,142 @@
+"""The card: well-formed for the Hub, honest about licences and figures; every snippet of card and README runs."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+
+from hub_card.check import NotFitError, check_card, photos, pipeline_tags, python_blocks, run_python
+from hub_card.results import eval_results_yaml, read_results
+from modeling_unimur import UniMuRConfig
+from modeling_unimur.card_unimur import PIPELINE_TAG, Result, model_card
+from tests.conftest import picture
+
+ROOT = Path(__file__).parents[2]
+RESULT = Result("visdial", "VisDial v1.0, val split", "corrected, version 1", "R@1", 0.25, 0.2, 0.3, 100)
+
+
+def config(**fields):
+    return UniMuRConfig(**fields)
+
+
+def record(**changes):
+    made = {
+        "task": "visdial", "system": "UniMuR", "applies": True, "revision": {"towers": "t", "maps": "m"},
+        "protocol": {"variant": "corrected", "version": 1, "settings": {"split": "test"}}, "data": {"source": "miniature"},
+        "metrics": {"R@1": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 100}},
+    }  # fmt: skip
+    return made | changes
+
+
+def test_metadata_is_the_hubs(tmp_path):
+    card = model_card(config(), "org/x", license="apache-2.0", results=[RESULT])
+    card.save(tmp_path / "README.md")
+    again = ModelCard.load(tmp_path / "README.md")
+    check_card(again)
+    assert PIPELINE_TAG in pipeline_tags() and {"feature-extraction", "text-classification"} <= pipeline_tags()
+    assert again.data.library_name == "transformers" and "multimodal-retrieval" in again.data.tags
+    assert again.data.license == "apache-2.0"
+    (found,) = again.data.eval_results
+    assert found.metric_value == 0.25 and "0.200 to 0.300" in found.metric_name
+    assert found.dataset_config == "corrected, version 1"
+    assert "| visdial | VisDial v1.0, val split | corrected, version 1 | 100 | R@1 0.250 (0.200-0.300) |" in again.text
+
+
+def test_a_non_commercial_tower_is_said_and_overrules_the_licence():
+    opt = config(text_model_name_or_path="facebook/opt-6.7b", clip_model_name_or_path="openai/clip-vit-large-patch14")
+    for given in (
+        opt,
+        config(text_model_source="facebook/opt-6.7b", clip_model_source="openai/clip-vit-large-patch14"),
+    ):
+        card = model_card(given, "org/x", license="apache-2.0")
+        assert card.data.license == "other" and "opt-175b" in card.data.license_name
+        assert card.data.license_link.endswith("MODEL_LICENSE.md")
+        assert card.data.base_model == ["facebook/opt-6.7b", "openai/clip-vit-large-patch14"]
+        assert "**Non-commercial" in card.text and "[MIT]" in card.text
+    assert "Non-commercial" not in model_card(config(), "org/x", license="apache-2.0").text
+
+
+def test_what_was_not_said_is_said_to_be_unsaid():
+    text = model_card(config(), "org/x").text
+    assert "No evaluation was given" in text and "not stated" in text and "emissions" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    "figures", [(math.nan, 0.0, 1.0), (0.5, math.nan, 1.0), (math.inf, 0.0, math.inf), (0.5, 0.6, 0.7)]
+)
+def test_figures_that_are_none_are_refused(figures):
+    value, low, high = figures
+    with pytest.raises(ValueError, match=r"visdial, R@1: .* is no figure"):
+        model_card(config(), "org/x", results=[Result("visdial", "d", "p", "R@1", value, low, high, 10)])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [("pipeline_tag", "multimodal-telepathy", "none of the Hub's tasks"), ("tags", ["two words"], "not one word")],
+)
+def test_the_check_of_a_card_finds_what_the_hubs_own_lets_pass(field, value, told):
+    card = model_card(config(), "org/x")
+    setattr(card.data, field, value)
+    with pytest.raises(NotFitError, match=told):
+        check_card(card)
+
+
+def test_the_check_of_a_card_finds_nan():
+    card = model_card(config(), "org/x")
+    card.data.eval_results = [EvalResult("t", "d", "D", "m", math.nan, metric_name="R@1")]
+    with pytest.raises(NotFitError, match="R@1 is nan"):
+        check_card(card)
+
+
+def test_results_are_read_from_both_kinds_of_json(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps([record(), record(system="CLIP")]))
+    (tmp_path / "report.json").write_text(json.dumps({"seed": 0, "results": [record(task="vist")]}))
+    found = read_results([tmp_path / "run.json", tmp_path / "report.json"], {"towers": "t", "maps": "m"})
+    assert [(r.task, r.value, r.low, r.high, r.n) for r in found] == [
+        ("visdial", 0.25, 0.2, 0.3, 100), ("vist", 0.25, 0.2, 0.3, 100)]  # fmt: skip
+    assert found[0].protocol == "corrected, version 1" and found[0].dataset == "miniature, test split"
+
+
+def test_results_of_other_weights_or_of_nobody_are_refused(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps([record()]))
+    with pytest.raises(ValueError, match=r"run\.json, visdial: measured on other weights \(maps differ\)"):
+        read_results([tmp_path / "run.json"], {"towers": "t", "maps": "other"})
+    with pytest.raises(ValueError, match=r"no figures of 'GILL': it has \['UniMuR'\]"):
+        read_results([tmp_path / "run.json"], {"towers": "t", "maps": "m"}, system="GILL")
+
+
+def test_evaluation_results_files_are_the_hubs_format():
+    files = eval_results_yaml([RESULT], {"visdial": "org/visdial"})
+    (entry,) = yaml.safe_load(files[".eval_results/visdial.yaml"])
+    assert entry["dataset"] == {"id": "org/visdial", "task_id": "visdial_r@1"} and entry["value"] == 0.25
+    assert "0.2000 to 0.3000 over 100 items" in entry["notes"]
+    with pytest.raises(ValueError, match="no figures of the task 'vist'"):
+        eval_results_yaml([RESULT], {"vist": "org/vist"})
+
+
+def test_every_snippet_of_the_readme_runs(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path / "runs" / "miniature" / "checkpoint", with_towers=True)
+    pictures = tmp_path / "runs" / "miniature" / "photos"
+    pictures.mkdir()
+    for at in range(3):
+        picture(at).save(pictures / f"{at}.png")
+    photos(tmp_path)
+    blocks = python_blocks((ROOT / "README.md").read_text())
+    assert blocks
+    for block in blocks:
+        run_python(block, tmp_path, os.environ | {"HF_HOME": str(tmp_path / "home")})
+
+
+def test_every_command_of_the_readme_is_there():
+    text = (ROOT / "README.md").read_text()
+    for module in set(re.findall(r"python -m ((?:benchmarks|hub_card|train|tests)[\w.]*)", text)):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+    for file in set(re.findall(r"(?:python|launch[^\n]*?) (train/\w+\.py)", text)):
+        assert (ROOT / file).is_file(), file
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make ([\w-]+)`", text)) <= set(targets)

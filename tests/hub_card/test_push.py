@@ -1,0 +1,87 @@
+"""What is pushed has been called as its users would; what is not fit is not uploaded."""
+
+import json
+
+import pytest
+
+from hub_card.check import NotFitError, check_folder
+from hub_card.push import main
+from modeling_unimur import UniMuRModel
+from tests.conftest import picture
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("push")
+    tiny().save_pretrained(folder / "full", with_towers=True)
+    model = UniMuRModel.from_pretrained(folder / "full")
+    model.build_pool(images=[picture(1)], texts=["hi"], show_progress_bar=False).save_to_disk(folder / "pool")
+    fingerprint = {k: model.fingerprint[k] for k in ("towers", "maps")}
+    record = {
+        "task": "visdial", "system": "UniMuR", "applies": True, "revision": fingerprint, "data": {"source": "miniature"},
+        "protocol": {"variant": "corrected", "version": 1, "settings": {"split": "test"}},
+        "metrics": {"R@1": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 100}},
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps([record]))
+    return folder
+
+
+def test_a_dry_run_makes_a_repository_whose_every_part_was_called(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    arguments = [
+        str(checkpoint / "full"), "org/unimur-tiny", "--license", "apache-2.0", "--training_data", "made-up captions",
+        "--results", str(checkpoint / "results.json"), "--eval_dataset", "visdial=org/visdial",
+        "--pool", str(checkpoint / "pool"), "--folder", str(tmp_path / "made"), "--dry_run",
+    ]  # fmt: skip
+    assert main(arguments) is None
+    told = capsys.readouterr().out
+    for part in ("card: metadata", "AutoModel with its self-check", "endpoint handler", "every snippet of the card"):
+        assert part in told
+    assert (tmp_path / "made" / ".eval_results" / "visdial.yaml").is_file()
+    assert "made-up captions" in (tmp_path / "made" / "README.md").read_text()
+
+
+def test_a_dry_run_needs_a_folder(checkpoint):
+    with pytest.raises(ValueError, match="--dry_run needs --folder"):
+        main([str(checkpoint / "full"), "org/x", "--dry_run"])
+
+
+@pytest.fixture
+def made(checkpoint, tmp_path):
+    model = UniMuRModel.from_pretrained(checkpoint / "full")
+    model.save_pretrained(tmp_path / "made", golden=True)
+    from modeling_unimur.card_unimur import model_card
+
+    model_card(model.config, "org/x").save(tmp_path / "made" / "README.md")
+    return tmp_path / "made"
+
+
+def test_a_folder_that_lacks_a_part_is_refused(made):
+    (made / "handler.py").unlink()
+    with pytest.raises(NotFitError, match=r"lacks handler\.py"):
+        check_folder(made, "org/x")
+
+
+def test_a_folder_with_a_pickle_is_refused(made):
+    (made / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(NotFitError, match=r"pickled files: pytorch_model\.bin"):
+        check_folder(made, "org/x")
+
+
+def test_an_adapter_on_towers_of_this_machine_is_refused(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path, golden=True)
+    from modeling_unimur.card_unimur import model_card
+
+    model_card(tiny().config, "org/x").save(tmp_path / "README.md")
+    with pytest.raises(NotFitError, match=r"text_model_name_or_path .*is a folder of this machine.*with_towers=True"):
+        check_folder(tmp_path, "org/x")
+    with pytest.raises(ValueError, match="is a folder of this machine"):
+        tiny().push_to_hub("org/x")
+
+
+def test_a_snippet_that_fails_is_shown(made):
+    readme = made / "README.md"
+    failing = "```python\nraise SystemExit('no such thing')\n```\n\n## Use"
+    readme.write_text(readme.read_text().replace("## Use", failing, 1))
+    with pytest.raises(NotFitError, match="no such thing"):
+        check_folder(made, "org/x", say=lambda part: None)
