@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-from modeling_unimur.card_unimur import Result
+from modeling_unimur.card_unimur import Result, slug
 
 
 def read_results(files: Iterable[Path], fingerprint: Mapping[str, Any], system: str = "UniMuR") -> list[Result]:
@@ -62,7 +62,7 @@ def eval_results_yaml(results: Sequence[Result], datasets: Mapping[str, str]) ->
     for task, dataset in datasets.items():
         entries = [
             EvalResultEntry(
-                dataset_id=dataset, task_id=f"{task}_{r.metric}".lower().replace(" ", "_"), value=round(r.value, 6),
+                dataset_id=dataset, task_id=slug(f"{r.protocol} {r.metric}"), value=round(r.value, 6),
                 notes=f"{r.protocol}; 95 % interval {r.low:.4f} to {r.high:.4f} over {r.n} items",
             )
             for r in results

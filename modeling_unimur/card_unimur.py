@@ -1,6 +1,7 @@
 """The model card that a push writes, from what the config knows and what the pusher says."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -113,12 +114,12 @@ print(model.retrieve("hello!", model.packed_pool).text)
 {% endif %}
 ## Evaluation
 {% if results %}
-95 % bootstrap intervals over the items are in brackets.
+In brackets: the 95 % bootstrap interval over the items, and how many they are.
 
-| task | data | protocol | items | measured |
-|---|---|---|---:|---|
+| task | data | protocol | measured |
+|---|---|---|---|
 {% for (task, dataset, protocol), rows in results -%}
-| {{ task }} | {{ dataset }} | {{ protocol }} | {{ rows[0].n }} | {% for r in rows %}{{ r.metric }} {{ "%.3f"|format(r.value) }} ({{ "%.3f"|format(r.low) }}-{{ "%.3f"|format(r.high) }}){% if not loop.last %}, {% endif %}{% endfor %} |
+| {{ task }} | {{ dataset }} | {{ protocol }} | {% for r in rows %}{{ r.metric }} {{ "%.3f"|format(r.value) }} ({{ "%.3f"|format(r.low) }}-{{ "%.3f"|format(r.high) }}; {{ r.n }}){% if not loop.last %}, {% endif %}{% endfor %} |
 {% endfor %}
 {% else %}
 No evaluation was given when this card was written.
@@ -155,6 +156,11 @@ when it is the best of what remains beside the best text, whether or not the con
 }
 ```
 """  # noqa: E501
+
+
+def slug(name: str) -> str:
+    """A name as identifiers are written: `"image R@1"` -> `"image-r@1"`."""
+    return re.sub(r"[^\w@.]+", "-", name.lower()).strip("-")
 
 
 def licence_of(tower: str) -> Licence:
@@ -219,8 +225,8 @@ def model_card(
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=[
             EvalResult(
-                task_type=PIPELINE_TAG, task_name=r.task, dataset_type=r.dataset.lower().replace(" ", "-"),
-                dataset_name=r.dataset, dataset_config=r.protocol, metric_type=r.metric.lower().replace(" ", "-"),
+                task_type=PIPELINE_TAG, task_name=r.task, dataset_type=slug(r.dataset),
+                dataset_name=r.dataset, dataset_config=r.protocol, metric_type=slug(r.metric),
                 metric_name=f"{r.metric}, 95 % interval {r.low:.3f} to {r.high:.3f}", metric_value=round(r.value, 6),
             )
             for r in results

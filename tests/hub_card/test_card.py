@@ -44,7 +44,7 @@ def test_metadata_is_the_hubs(tmp_path):
     (found,) = again.data.eval_results
     assert found.metric_value == 0.25 and "0.200 to 0.300" in found.metric_name
     assert found.dataset_config == "corrected, version 1"
-    assert "| visdial | VisDial v1.0, val split | corrected, version 1 | 100 | R@1 0.250 (0.200-0.300) |" in again.text
+    assert "| visdial | VisDial v1.0, val split | corrected, version 1 | R@1 0.250 (0.200-0.300; 100) |" in again.text
 
 
 def test_a_non_commercial_tower_is_said_and_overrules_the_licence():
@@ -113,7 +113,7 @@ def test_results_of_other_weights_or_of_nobody_are_refused(tmp_path):
 def test_evaluation_results_files_are_the_hubs_format():
     files = eval_results_yaml([RESULT], {"visdial": "org/visdial"})
     (entry,) = yaml.safe_load(files[".eval_results/visdial.yaml"])
-    assert entry["dataset"] == {"id": "org/visdial", "task_id": "visdial_r@1"} and entry["value"] == 0.25
+    assert entry["dataset"] == {"id": "org/visdial", "task_id": "corrected-version-1-r@1"} and entry["value"] == 0.25
     assert "0.2000 to 0.3000 over 100 items" in entry["notes"]
     with pytest.raises(ValueError, match="no figures of the task 'vist'"):
         eval_results_yaml([RESULT], {"vist": "org/vist"})
