@@ -23,6 +23,54 @@ def caption_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return global_mean(F.cross_entropy(logits.float(), labels, reduction="sum"), labels.numel())
 
 
+def linear_caption_loss(
+    hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, chunk_elements: int = 2**22
+) -> torch.Tensor:
+    """
+    `caption_loss(head(hidden), labels)` without ever holding all logits, for a frozen head.
+
+    Args:
+        hidden: `(m, d)`, the LLM's last outputs at the positions before caption tokens.
+        head: the LLM's vocabulary head, `(vocabulary, d)`; it gets no gradient.
+        labels: `(m,)` int64.
+        chunk_elements: logits held at a time; where all fit, they are computed at once.
+
+    Returns:
+        Scalar float32.
+    """
+    rows = max(1, chunk_elements // head.weight.shape[0])
+    if len(hidden) <= rows:
+        return caption_loss(head(hidden), labels)
+    total = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, labels, rows)
+    return global_mean(total, labels.numel())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The summed loss and, in the same pass, its gradient by `hidden`: (softmax - one-hot) W, a chunk at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, rows):
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), rows):
+            here = slice(start, start + rows)
+            logits = F.linear(hidden[here], weight, bias).float()
+            right = labels[here, None]
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += (log_sum - logits.gather(1, right)).sum()
+            if grad is not None:
+                probabilities = logits.sub_(log_sum).exp_()
+                probabilities.scatter_add_(1, right, torch.full_like(log_sum, -1))
+                grad[here] = probabilities.to(weight.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total.to(grad.dtype), None, None, None, None
+
+
 def visual_matching_loss(
     ret_embeds: torch.Tensor, image_embeds: torch.Tensor, logit_scale: torch.Tensor | float
 ) -> torch.Tensor:

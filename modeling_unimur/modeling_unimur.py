@@ -13,7 +13,8 @@ from transformers.utils import ModelOutput
 from .checkpoint_unimur import CheckpointMixin
 from .configuration_unimur import UniMuRConfig
 from .hub_unimur import HubMixin
-from .losses_unimur import caption_loss, text_matching_loss, total_loss, visual_matching_loss
+from .losses_unimur import linear_caption_loss, text_matching_loss, total_loss, visual_matching_loss
+from .packing_unimur import block_mask, positions
 from .processing_unimur import IGNORE, UniMuRProcessor
 from .retrieval_unimur import RetrievalMixin
 from .towers_unimur import LORA, TRAINED
@@ -52,6 +53,7 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
     main_input_name = "ret_input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
+    supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = list(TRAINED)
     own_tensors = TRAINED  # names that start a tensor of the model's own rather than of a tower
 
@@ -111,6 +113,14 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         for tower in (self.language_model, self.clip):
             if tower is not None:  # frozen: no dropout either
                 tower.eval()
+        if mode and self.language_model is not None:
+            # A layer recomputes its activations only where it believes to be training; nothing below it may drop out.
+            for module in self.language_model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+                    for name, value in vars(module).items():
+                        if "drop" in name and isinstance(value, float):
+                            setattr(module, name, 0.0)
         return self
 
     # Section 3.1-3.3: the pieces
@@ -144,18 +154,32 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
             embeds = embeds.masked_scatter(is_image[..., None], visual)
         return embeds
 
-    def last_outputs(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The LLM's trunk, without its vocabulary head: `(n, length, d)`. Padding on either side gives the same."""
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        return self.language_model.base_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+    def last_outputs(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, packing: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """
+        The LLM's trunk, without its vocabulary head: `(n, length, d)` -> `(n, length, d)`. Padding on either side gives
+        the same; with a `packing` of [`plan_packing`] (right-padded sequences only) it is not computed at all.
+        """
+        trunk = self.language_model.base_model
+        if packing is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            return trunk(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
+        packed = inputs_embeds.flatten(0, 1)[packing["index"]]
+        outputs = trunk(
+            inputs_embeds=packed, attention_mask=block_mask(packing["segments"], packed.dtype),
+            position_ids=positions(packing["segments"]), use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        return outputs.flatten(0, 1)[packing["unpack"]]
 
     def ret_states(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None,
+        packing: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """h([RET]), the LLM's last output at [RET]: contexts `(n, length)` ending in [RET] -> `(n, d)` float32."""
-        hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask)
+        hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask, packing)
         at_ret = (input_ids == self.config.ret_token_id).int().argmax(-1)
         return hidden[torch.arange(len(hidden), device=hidden.device), at_ret].float()
 
@@ -165,23 +189,26 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         """e_t = W_t2m h([RET]): contexts `(n, length)` ending in [RET] -> `(n, q)` float32, not normalised."""
         return self.W_t2m(self.ret_states(input_ids, attention_mask, image_features))
 
-    def caption_logits(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, image_features: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `(m, vocabulary)` at the m labelled positions only, and the shifted labels `(m,)`."""
-        hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask)
-        labelled = labels[:, 1:] != IGNORE
-        return self.language_model.get_output_embeddings()(hidden[:, :-1][labelled]), labels[:, 1:][labelled]
+    def caption_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor,
+        label_positions: torch.Tensor, packing: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Last outputs `(m, d)` from which the m labelled tokens are predicted, the positions before theirs."""
+        hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask, packing)
+        return hidden.flatten(0, 1)[label_positions - 1]
 
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
         image_indices: torch.Tensor | None = None,
+        packing: dict[str, torch.Tensor] | None = None,
         ret_input_ids: torch.Tensor | None = None,
         ret_attention_mask: torch.Tensor | None = None,
         ret_image_indices: torch.Tensor | None = None,
+        ret_packing: dict[str, torch.Tensor] | None = None,
         image_rows: torch.Tensor | None = None,
         target_indices: torch.Tensor | None = None,
         text_rows: torch.Tensor | None = None,
@@ -199,7 +226,8 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         L_cap is computed where `labels` are given, L_vm and L_tm where `ret_input_ids` are; the weights lambda1 and
         lambda2 of zero skip their loss. CLIP runs once per image, for prefix and target both, and not at all where
         `image_features` `(i, c)` and `image_embeds` `(i, q)` are given, or `text_embeds` `(texts, q)`. With [RET] frozen
-        the LLM's output there may be given too: `ret_states` `(n, d)` instead of `ret_input_ids`.
+        the LLM's output there may be given too: `ret_states` `(n, d)` instead of `ret_input_ids`. `packing` and
+        `ret_packing` are [`plan_packing`]'s of the two passes.
 
         Raises:
             ValueError: neither kind of input is given.
@@ -212,11 +240,17 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
 
         loss_cap = loss_vm = loss_tm = ret_embeds = None
         if labels is not None:
-            logits, targets = self.caption_logits(input_ids, attention_mask, labels, image_features[image_indices])
-            loss_cap = caption_loss(logits, targets)  # eq. 1-2
+            if label_positions is None:  # the processor's batches have them, so that no device waits here
+                label_positions = (labels.flatten() != IGNORE).nonzero()[:, 0]
+            hidden = self.caption_states(
+                input_ids, attention_mask, image_features[image_indices], label_positions, packing
+            )
+            loss_cap = linear_caption_loss(  # eq. 1-2
+                hidden, self.language_model.get_output_embeddings(), labels.flatten()[label_positions]
+            )
         if ret_states is None and ret_input_ids is not None:
             shown = None if ret_image_indices is None else image_features[ret_image_indices]
-            ret_states = self.ret_states(ret_input_ids, ret_attention_mask, shown)
+            ret_states = self.ret_states(ret_input_ids, ret_attention_mask, shown, ret_packing)
         if ret_states is not None:
             ret_embeds = self.W_t2m(ret_states)
             scale = self.logit_scale.exp().clamp(max=100)

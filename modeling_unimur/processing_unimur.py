@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .dialogues_unimur import Turn, parse_dialogue
 from .images_unimur import decode_image
+from .packing_unimur import plan_packing
 
 logger = logging.get_logger(__name__)
 
@@ -161,7 +162,7 @@ class UniMuRProcessor(ProcessorMixin):
         ]
         return self.documents(items, images)
 
-    def documents(self, items: Sequence[dict], images: Sequence[Any] | None) -> BatchFeature:
+    def documents(self, items: Sequence[dict], images: Sequence[Any] | None, *, pack: bool = False) -> BatchFeature:
         """
         A training batch, of caption pairs or of interleaved documents.
 
@@ -170,9 +171,11 @@ class UniMuRProcessor(ProcessorMixin):
                 whose elements are texts and, for images, indices; e_t is read at the `[RET]` that ends it. `image`
                 (index or `None`) and `text` (or `None`): what eq. 3-6 align e_t with.
             images: decodable images, each once; `None` where features are cached (the caller adds them).
+            pack: plan the packing of both passes (`packing`, `ret_packing`).
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, `image_indices`: the captions behind their images, where any;
+            `label_positions` `(m,)` int64: where the flattened `labels` are tokens;
             `ret_input_ids`, `ret_attention_mask`, `ret_image_indices`: the contexts; `image_rows`, `target_indices`:
             which contexts have a target image, and which; `text_rows`, `clip_input_ids`, `clip_attention_mask`: the
             same for target texts; `pixel_values`.
@@ -193,7 +196,12 @@ class UniMuRProcessor(ProcessorMixin):
         batch["ret_image_indices"] = torch.tensor(ret_slots, dtype=torch.long)
         if rows:
             batch |= self._pad(rows) | {"labels": _pad(labels, IGNORE)["input_ids"]}
+            batch["label_positions"] = (batch["labels"].flatten() != IGNORE).nonzero()[:, 0]
             batch["image_indices"] = torch.tensor(slots, dtype=torch.long)
+        if pack:
+            batch["ret_packing"] = plan_packing([len(row) for row in ret_rows])
+            if rows:
+                batch["packing"] = plan_packing([len(row) for row in rows])
         with_image = [i for i, item in enumerate(items) if item["image"] is not None]
         with_text = [i for i, item in enumerate(items) if item["text"] is not None]
         batch["image_rows"] = torch.tensor(with_image, dtype=torch.long)

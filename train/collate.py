@@ -72,6 +72,7 @@ class PairCollator:
         processor: the model's.
         caption: `"random"`, one of an image's captions drawn per epoch, or `"first"`.
         seed: of that draw.
+        pack: several sequences share a row of the LLM's input, instead of padding (see [`plan_packing`]).
 
     A row is a caption pair (`id`, `image`, `captions`) or a document (see [`train.documents.InterleavedDocuments`]),
     its images undecoded or given as cached `image_features` (c float32) and `image_embeds` (q float32). A row with a
@@ -86,10 +87,10 @@ class PairCollator:
         ValueError: `caption` is neither of the two.
     """
 
-    def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0):
+    def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0, pack: bool = False):
         if caption not in ("random", "first"):
             raise ValueError(f"caption must be 'random' or 'first', got {caption!r}")
-        self.processor, self.caption, self.seed = processor, caption, seed
+        self.processor, self.caption, self.seed, self.pack = processor, caption, seed, pack
         self.epoch = 0
         self._logged: Counter[str] = Counter()
 
@@ -117,7 +118,7 @@ class PairCollator:
                 f"all {len(rows)} pairs of a batch are broken: {dict(skips.counts)}{skips.details()}"
             )
         cached = bool(images) and isinstance(images[0], tuple)
-        batch = dict(self.processor.documents(items, None if cached else images))
+        batch = dict(self.processor.documents(items, None if cached else images, pack=self.pack))
         if cached:
             for name, values in zip(("image_features", "image_embeds"), zip(*images, strict=True), strict=True):
                 batch[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))

@@ -200,12 +200,15 @@ def main(argv: list[str] | None = None) -> dict:
         groups = [0] * len(rows) + [1 + documents.shows_image(i) for i in range(len(documents))]
         rows = ConcatDataset([rows, documents])
         args.ddp_find_unused_parameters = True  # a batch of documents without images leaves W_i2t out
+    flash = "flash" in (model.language_model.config._attn_implementation or "")
     trainer = UniMuRTrainer(
         model=model,
         args=args,
         train_dataset=rows,
         groups=groups,
-        data_collator=PairCollator(model.processor, caption=data_args.caption, seed=args.seed),
+        data_collator=PairCollator(
+            model.processor, caption=data_args.caption, seed=args.seed, pack=args.packing and not flash
+        ),
     )
     trainer.skips = skips
     resume = args.resume_from_checkpoint

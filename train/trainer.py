@@ -14,9 +14,11 @@ from train.sampler import GroupedSampler
 
 logger = logging.get_logger(__name__)
 
-CAPTIONING = ("input_ids", "attention_mask", "labels", "image_indices")
-MATCHING = ("ret_input_ids", "ret_attention_mask", "ret_image_indices", "image_rows", "target_indices", "text_rows",
-            "clip_input_ids", "clip_attention_mask", "text_embeds", "ret_states")  # fmt: skip
+CAPTIONING = ("input_ids", "attention_mask", "labels", "label_positions", "image_indices", "packing")
+MATCHING = (
+    "ret_input_ids", "ret_attention_mask", "ret_image_indices", "ret_packing", "image_rows", "target_indices",
+    "text_rows", "clip_input_ids", "clip_attention_mask", "text_embeds", "ret_states",
+)  # fmt: skip
 
 
 @dataclass
@@ -37,6 +39,14 @@ class UniMuRTrainingArguments(TrainingArguments):
         metadata={"help": "joint: eq. 7 as one sum. alternating: L_cap and the matching losses in turn, step by step. "
                           "captioning, matching: only the one part.",
                   "choices": ["joint", "alternating", "captioning", "matching"]},
+    )  # fmt: skip
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses from the log, at the price of waiting for every step."}
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Several sequences share a row of the LLM's input instead of padding. Flash attention leaves "
+                          "padding out by itself and does not take this."},
     )  # fmt: skip
     max_bad_share: float = field(
         default=0.05, metadata={"help": "Stop when more than this share of the pairs seen is broken."}

@@ -104,7 +104,7 @@ class FromageModel(UniMuRModel):
         return logits, targets.masked_fill(targets == self.config.ret_token_id, logits.shape[-1] - 1)
 
     def caption_logits(self, input_ids, attention_mask, labels, image_features):
-        """As [`UniMuRModel.caption_logits`], over one output more."""
+        """Logits and labels of the captions, over one output more than the vocabulary."""
         return self.next_token_logits(
             self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask), labels
         )

@@ -43,7 +43,7 @@ class FromageCollator(PairCollator):
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
         # The targets are W_v2m of the features; CLIP's texts, and what was cached of an untrained map, are not needed.
-        for name in ("text_rows", "clip_input_ids", "clip_attention_mask", "image_embeds"):
+        for name in ("text_rows", "clip_input_ids", "clip_attention_mask", "image_embeds", "label_positions"):
             batch.pop(name, None)
         # A hash rather than a generator, as for the captions: the draw is the same in every worker.
         drawn = zlib.crc32(f"{self.seed}-{self.epoch}-{'-'.join(str(row['id']) for row in rows)}".encode()) / 2**32
