@@ -3,6 +3,7 @@
 from transformers import AutoModel, AutoProcessor
 
 from .configuration_unimur import UniMuRConfig
+from .conversation_unimur import Conversation
 from .modeling_unimur import UniMuRModel, UniMuROutput
 from .pool_unimur import Candidate, CandidatePool, Retrieval
 from .processing_unimur import UniMuRProcessor
@@ -14,6 +15,7 @@ AutoProcessor.register(UniMuRConfig, UniMuRProcessor, exist_ok=True)
 __all__ = [
     "Candidate",
     "CandidatePool",
+    "Conversation",
     "Retrieval",
     "UniMuRConfig",
     "UniMuRModel",

@@ -118,6 +118,13 @@ class UniMuRProcessor(ProcessorMixin):
             batch["image_indices"] = torch.arange(len(images))
         return BatchFeature(batch)
 
+    def turn_ids(self, turns: list[Turn]) -> list[int]:
+        """The ids of parsed turns, with BOS and without `[RET]`, however many they are."""
+        ids = list(self._prefix)
+        for unit in self._units(turns):
+            ids += [self.image_token_id] * self.n_visual_tokens if isinstance(unit, list) else [unit]
+        return ids
+
     def texts(self, texts: Sequence[str], *, end_with_ret: bool = True) -> BatchFeature:
         """Candidate texts for the LLM: `input_ids`, `attention_mask` `(n, length)`; with `[RET]` at the end or without."""
         self._check_texts(texts)

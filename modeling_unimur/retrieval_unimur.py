@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
+from .conversation_unimur import Conversation
 from .dialogues_unimur import is_batch
 from .pool_unimur import CandidatePool, Retrieval
 from .towers_unimur import non_finite_tensors
@@ -85,6 +86,10 @@ class RetrievalMixin:
             except ValueError as error:
                 raise ValueError(f"{error} (counting from {kind[:-1]} {start})" if start else str(error)) from error
         return torch.cat(parts) if parts else torch.empty(0, self.config.embedding_width)
+
+    def conversation(self) -> Conversation:
+        """A conversation to which turns are added one by one, each at the cost of its own tokens."""
+        return Conversation(self)
 
     def build_pool(
         self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, *,
