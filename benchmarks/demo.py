@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_unimur import Retrieval, UniMuRModel
+from modeling_unimur import CandidatePool, Retrieval, UniMuRModel
 from train.miniature import encode, prepare
 from train.parallel import side_by_side
 from train.run import CONFIGS
@@ -70,6 +70,8 @@ def main() -> None:
         }
     with stage("pool, replies and gallery"):
         write_photos(split, output / "photos")
+        # What the page, the pipeline and the endpoint search where nothing else is given.
+        model.save_pretrained(trained["checkpoint"], pool=packed(model, split), golden=True)
         draw_gallery(
             replies(model, split), split.responses.texts | split.facts.texts, split.images, output / "gallery.png"
         )
@@ -108,6 +110,16 @@ def replies(model: UniMuRModel, split: Split) -> list[tuple[dict, Retrieval]]:
         )
         rows += zip(dialogues, model.retrieve([context_of(d, split.images) for d in dialogues], pool), strict=True)
     return rows
+
+
+def packed(model: UniMuRModel, split: Split) -> CandidatePool:
+    """One pool of the split's replies, its facts and their pictures."""
+    pools = [(group, group.dialogues[0]["pool"]) for group in (split.responses, split.facts)]
+    images = [i for _, pool in pools for i in pool["image_ids"]]
+    texts = {i: group.texts[i] for group, pool in pools for i in pool["text_ids"]}
+    return model.build_pool(
+        images=[split.images[i] for i in images], texts=list(texts.values()), image_ids=images, text_ids=list(texts)
+    )
 
 
 def write_photos(split: Split, folder: Path, count: int = 60) -> None:

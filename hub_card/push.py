@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         help="the Hub's name of a task's benchmark dataset: writes .eval_results/TASK.yaml",
     )  # fmt: skip
     made.add_argument("--pool", type=Path, help="a saved pool to pack beside the model")
+    made.add_argument("--space", help="org/name of a Space: the page over this model, which must have a pool")
     made.add_argument("--folder", type=Path, help="where to make the repository; a temporary folder by default")
     made.add_argument("--private", action="store_true")
     made.add_argument("--dry_run", action="store_true", help="make and check, upload nothing")
@@ -43,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> str | None:
     """Returns the URL of the commit, or `None` for a dry run."""
     arguments = parser().parse_args(argv)
+    if arguments.space and not arguments.pool:
+        raise ValueError("--space needs --pool: the page searches the pool packed beside the model")
     if arguments.dry_run and arguments.folder is None:
         raise ValueError("--dry_run needs --folder: where the repository is to be left")
     with TemporaryDirectory() as temporary:
@@ -56,7 +59,25 @@ def main(argv: list[str] | None = None) -> str | None:
         api.create_repo(arguments.repo_id, private=arguments.private, exist_ok=True)
         commit = api.upload_folder(repo_id=arguments.repo_id, folder_path=folder, commit_message="Upload UniMuR")
         print(f"uploaded: {commit}")
+        if arguments.space:
+            push_space(api, arguments.space, arguments.repo_id, private=arguments.private)
         return str(commit)
+
+
+def push_space(api: HfApi, space: str, repo_id: str, private: bool = False) -> str:
+    """Uploads the page as a Space that opens `repo_id`; returns the commit's URL."""
+    api.create_repo(
+        space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True,
+        space_variables=[{"key": "UNIMUR_MODEL", "value": repo_id}],
+    )  # fmt: skip
+    commit = api.upload_folder(
+        repo_id=space,
+        repo_type="space",
+        folder_path=Path(__file__).parent / "space",
+        ignore_patterns=["__pycache__/*"],
+    )
+    print(f"uploaded: {commit}")
+    return str(commit)
 
 
 def build(arguments: argparse.Namespace, folder: Path) -> None:

@@ -131,6 +131,12 @@ class HubMixin:
             )
         return CandidatePool.load_from_disk(folder / POOL)
 
+    def open_pool(self, path: str | Path) -> CandidatePool:
+        """A saved pool. Raises `FileNotFoundError` where there is none, `ValueError` where another model made it."""
+        pool = CandidatePool.load_from_disk(path)
+        pool.check_made_by(self.fingerprint)
+        return pool
+
     def self_check(self) -> dict[str, float]:
         """
         Compares embeddings of fixed inputs with those saved beside the checkpoint.

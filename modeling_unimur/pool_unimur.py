@@ -80,8 +80,13 @@ class CandidatePool:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many candidates there are of each modality."""
+        return {m: len(self._rows[m]) for m in MODALITIES}
+
     def __repr__(self) -> str:
-        counts = ", ".join(f"{len(self._rows[m])} {m}s" for m in MODALITIES)
+        counts = ", ".join(f"{count} {m}s" for m, count in self.counts.items())
         return f"CandidatePool({counts}, dimension {self.made_by['dimension']})"
 
     def append(

@@ -220,3 +220,24 @@ def test_an_adapter_finds_its_towers_in_two_repositories_at_their_revisions(fold
             textwrap.dedent(script), adapter, tmp_path / "x", home=tmp_path / "other", cwd=tmp_path / "work"
         )
         assert gone.returncode != 0 and "needs its base clip_model 'base/clip'" in gone.stderr
+
+
+def test_the_command_checks_then_uploads_the_model_and_its_space(folder, tmp_path):
+    """In the checkout's own package, as a maintainer runs it; what is checked before is tested in test_push.py."""
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        import hub_card.push as push
+        push.check_folder = lambda made, repo_id: print("checked", repo_id)
+        from modeling_unimur import UniMuRModel
+        model = UniMuRModel.from_pretrained(sys.argv[1])
+        model.build_pool(texts=["hi"], show_progress_bar=False).save_to_disk("pool")
+        push.main([sys.argv[1], "org/unimur-x", "--license", "apache-2.0", "--pool", "pool", "--space", "org/page"])
+    """
+    with loopback_hub() as hub:
+        done = hub.run(textwrap.dedent(script), folder / "full", home=tmp_path / "home", cwd=tmp_path / "work")
+        assert "checked org/unimur-x" in ran(done)
+        assert {"README.md", "handler.py", "pool/pool.json"} <= set(hub.files("org/unimur-x"))
+        page = hub.files("org/page", kind="spaces")
+        assert {"app.py", "requirements.txt", "README.md"} <= set(page)
+        assert b"sdk: gradio" in page["README.md"] and not [name for name in page if "__pycache__" in name]
