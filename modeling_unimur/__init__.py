@@ -3,6 +3,7 @@
 from transformers import AutoModel, AutoProcessor
 
 from .configuration_unimur import UniMuRConfig
+from .milvus_unimur import MilvusPool
 from .modeling_unimur import UniMuRModel, UniMuROutput
 from .pool_unimur import Candidate, CandidatePool, Retrieval
 from .processing_unimur import UniMuRProcessor
@@ -18,6 +19,7 @@ UniMuRProcessor.register_for_auto_class()
 __all__ = [
     "Candidate",
     "CandidatePool",
+    "MilvusPool",
     "Retrieval",
     "UniMuRConfig",
     "UniMuRModel",

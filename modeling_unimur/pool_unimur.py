@@ -1,6 +1,5 @@
 """One pool of images and texts (Section 3.4): built, searched by cosine, saved, appended to."""
 
-import io
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils import is_datasets_available, logging
 
 from .exact_unimur import Embeddings
-from .images_unimur import decode_image
+from .images_unimur import decode_image, image_reference
 from .index_unimur import METADATA as INDEX
 from .index_unimur import PoolIndex
 from .milvus_unimur import MilvusPool
@@ -114,7 +113,7 @@ class CandidatePool:
             "id": ids,
             "modality": [modality] * len(ids),
             "text": list(items) if is_text else [None] * len(ids),
-            "image": [None] * len(ids) if is_text else [_reference(image) for image in items],
+            "image": [None] * len(ids) if is_text else [image_reference(image) for image in items],
             "embedding": pa.FixedSizeListArray.from_arrays(
                 pa.array(embeddings.float().numpy().reshape(-1)), embeddings.shape[1]
             ),
@@ -316,19 +315,9 @@ class CandidatePool:
         """Downloads a pool that `push_to_hub` uploaded and opens it. See [`download_pool`]."""
         return cls.load_from_disk(download_pool(repo_id, revision=revision, **arguments))
 
-    def to_milvus(self, uri: str, collection: str = "unimur", **arguments: Any) -> MilvusPool:
-        """The same candidates in a Milvus database, searched there. See [`MilvusPool.create`]."""
-        return MilvusPool.create(uri, collection, self.made_by, **arguments).add(self)
-
-
-def _reference(image: Any) -> dict[str, Any]:
-    """An image as datasets keeps it undecoded."""
-    if isinstance(image, dict):
-        return {"bytes": image.get("bytes"), "path": image.get("path")}
-    if isinstance(image, bytes):
-        return {"bytes": image, "path": None}
-    if isinstance(image, str | PathLike):
-        return {"bytes": None, "path": str(Path(image).absolute())}
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
+    def to_milvus(
+        self, uri: str, collection: str = "unimur", *, show_progress_bar: bool = True, **arguments: Any
+    ) -> MilvusPool:
+        """The same candidates in a new collection of a Milvus database; `arguments` as [`MilvusPool.create`]'s."""
+        pool = MilvusPool.create(uri, collection, self.made_by, **arguments)
+        return pool.add(self, show_progress_bar=show_progress_bar)
