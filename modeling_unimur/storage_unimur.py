@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,19 +66,26 @@ def record_batches(dataset: "datasets.Dataset") -> list[Batch]:
     return batches
 
 
-def write_arrow(dataset: "datasets.Dataset", path: Path, batches: Sequence[Batch] | None = None) -> None:
+def write_arrow(
+    dataset: "datasets.Dataset", path: Path, batches: Sequence[Batch] | None = None, *, copy_images: bool = True
+) -> None:
     """
-    Writes rows as one Arrow file, whole or not at all; images given as paths are copied into it.
+    Writes rows as one Arrow file, whole or not at all.
+
+    Args:
+        batches: of [`record_batches`], by default all.
+        copy_images: copy images given as paths into it.
 
     Raises:
         OSError: the disk is full or the file cannot be written; nothing is left of it.
     """
     part = path.with_name(f".{path.name}.part")
     table = dataset.with_format("arrow")
+    batches = record_batches(dataset) if batches is None else batches
     try:
         with part.open("wb") as file:
-            writer = ArrowWriter(stream=file, features=dataset.features, embed_local_files=True)
-            for start, stop, _ in record_batches(dataset) if batches is None else batches:
+            writer = ArrowWriter(stream=file, features=dataset.features, embed_local_files=copy_images)
+            for start, stop, _ in batches:
                 writer.write_table(table[start:stop], writer_batch_size=stop - start)
             writer.finalize(close_stream=False)
             file.flush()
@@ -106,7 +114,8 @@ def write_state(folder: Path, names: Sequence[str], features: "datasets.Features
     """Makes Arrow files in a folder a saved dataset, without touching them."""
     empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
     with tempfile.TemporaryDirectory() as made:  # datasets says itself what its description holds
-        empty.save_to_disk(made, num_shards=1)
+        with _quiet():
+            empty.save_to_disk(made, num_shards=1)
         state = json.loads((Path(made) / "state.json").read_text())
         info = (Path(made) / "dataset_info.json").read_text()
     sizes = [(folder / name).stat().st_size for name in names]
@@ -124,3 +133,15 @@ def replace(folder: Path, made: Path, patterns: Sequence[str]) -> None:
             file.unlink()
     for file in sorted(made.iterdir(), key=lambda f: f.name == "pool.json"):
         os.replace(file, folder / file.name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without datasets' progress bars."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
