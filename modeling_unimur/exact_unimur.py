@@ -12,8 +12,9 @@ from .replies_unimur import MODALITIES
 if is_datasets_available():
     import pyarrow.compute as pc
 
-BLOCK = 16_384  # rows scored at a time
-SCORES = 2**24  # of a block, at most, whatever the number of queries: 64 MiB
+CHUNK = 16_384  # rows read at a time where they have to be copied
+# Rows and scores of a block of the search, at most: the scores then stay in the processor's cache.
+BLOCK, SCORES = 2**18, 2**20
 # A float32 product of unit vectors errs by less, and not alike for equal rows: what is so near the k-th place is
 # computed again before it is dropped.
 ROUNDING = 1e-5
@@ -76,14 +77,17 @@ class Embeddings:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of some rows, `(m, q)` float32."""
-        chunks = np.searchsorted(self.starts, rows, side="right") - 1
-        places = rows - self.starts[chunks]
         found = np.empty((len(rows), self.dimension), dtype=np.float32)
-        for i, (chunk, place) in enumerate(zip(chunks.tolist(), places.tolist(), strict=True)):
-            found[i] = self.views[chunk][place]
+        order = np.argsort(rows)
+        chunks = np.searchsorted(self.starts, rows[order], side="right") - 1
+        ends = [*(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(rows)] if len(rows) else []
+        start = 0
+        for stop in ends:
+            places, chunk, start = order[start:stop], chunks[start], stop
+            found[places] = self.views[chunk][rows[places] - self.starts[chunk]]
         return found
 
-    def blocks(self, rows: int = BLOCK, kinds: Collection[str] = MODALITIES) -> Iterator[tuple[int, list[np.ndarray]]]:
+    def blocks(self, rows: int, kinds: Collection[str] = MODALITIES) -> Iterator[tuple[int, list[np.ndarray]]]:
         """First row and consecutive views of every block of at most `rows`; one without these `kinds` is left out."""
         views, start, length = [], 0, 0
         for chunk_start, chunk in zip(self.starts.tolist(), self.views, strict=False):
@@ -143,10 +147,13 @@ class Embeddings:
 
     def rescored(self, queries: np.ndarray, rows: np.ndarray) -> Top:
         """Some rows of each query, `(n, m)` and -1 where there are fewer, by their scores."""
-        query, _ = np.nonzero(rows >= 0)
-        best = _Best(self, queries, rows.shape[1])
-        best.query, best.rows = query, rows[rows >= 0]
-        return best.top()
+        top = Top(np.full(rows.shape, -np.inf, dtype=np.float32), np.full_like(rows, -1))
+        for i, (query, mine) in enumerate(zip(queries, rows, strict=True)):
+            mine = mine[mine >= 0]
+            scores = self.scores(query, mine)
+            order = np.lexsort((mine, -scores))
+            top.scores[i, : len(mine)], top.rows[i, : len(mine)] = scores[order], mine[order]
+        return top
 
     def scores(self, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """
@@ -158,7 +165,7 @@ class Embeddings:
     def statistics(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean `(q,)` and covariance `(q, q)` float32 of a modality: every query's score statistics follow from them."""
         total, products = np.zeros(self.dimension), np.zeros((self.dimension, self.dimension))
-        for start, views in self.blocks(BLOCK, (kind,)):
+        for start, views in self.blocks(CHUNK, (kind,)):
             block = np.concatenate(views)
             images = self.is_image[start : start + len(block)]
             block = block[images if kind == "image" else ~images]

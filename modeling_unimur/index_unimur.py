@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers.utils import logging
 
-from .exact_unimur import Embeddings, Top
+from .exact_unimur import CHUNK, Embeddings, Top
 from .replies_unimur import MODALITIES
 
 logger = logging.get_logger(__name__)
@@ -37,7 +37,7 @@ def recipe(kind: str, dimension: int, count: int) -> Recipe:
     """
     lists = max(1, min(4 * int(count**0.5), count // 40))
     known = {
-        "hnsw": Recipe("HNSW16", "efSearch=64", 1),
+        "hnsw": Recipe("HNSW16", "efSearch=48", 1),
         "ivf": Recipe(f"IVF{lists},Flat", f"nprobe={min(32, lists)}", 1),
         "sq8": Recipe("SQ8", "", 4),
         "pq": Recipe(f"PQ{max(1, dimension // 2)}x4fs", "", 20),
@@ -82,7 +82,7 @@ class PoolIndex:
                 rows = embeddings.rows(modality)
                 size = min(count, max(SAMPLE, 40 * getattr(index, "nlist", 0)))
                 index.train(embeddings.take(np.sort(rng.choice(rows, size, replace=False))))
-            for start, views in embeddings.blocks(kinds=(modality,)):
+            for start, views in embeddings.blocks(CHUNK, (modality,)):
                 block = np.concatenate(views)
                 images = embeddings.is_image[start : start + len(block)]
                 index.add(np.ascontiguousarray(block[images if modality == "image" else ~images]))

@@ -70,8 +70,7 @@ class CandidatePool:
     @classmethod
     def empty(cls, made_by: dict[str, Any]) -> "CandidatePool":
         """A pool without candidates."""
-        if not is_datasets_available():
-            raise ImportError("a pool is stored with the datasets library: pip install datasets")
+        _demand_datasets()
         return cls(
             datasets.Dataset.from_dict(
                 {name: [] for name in pool_features(1)}, features=pool_features(made_by["dimension"])
@@ -291,6 +290,7 @@ class CandidatePool:
             FileNotFoundError: there is none.
             ValueError: its index was built over other candidates.
         """
+        _demand_datasets()
         folder = Path(path).resolve()
         if not (folder / METADATA).is_file():
             raise FileNotFoundError(f"{fspath(path)!r} holds no {METADATA}: it is not a pool that save_to_disk wrote")
@@ -321,3 +321,8 @@ class CandidatePool:
         """The same candidates in a new collection of a Milvus database; `arguments` as [`MilvusPool.create`]'s."""
         pool = MilvusPool.create(uri, collection, self.made_by, **arguments)
         return pool.add(self, show_progress_bar=show_progress_bar)
+
+
+def _demand_datasets() -> None:
+    if not is_datasets_available():
+        raise ImportError("a pool is stored with the datasets library: pip install datasets")

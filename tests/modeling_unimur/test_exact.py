@@ -97,7 +97,7 @@ def test_a_sliced_and_a_selected_dataset_are_searched_as_they_are():
 
 
 def test_statistics_are_those_of_the_whole_and_stay_with_the_pool(monkeypatch, tmp_path):
-    monkeypatch.setattr(exact, "BLOCK", 4)
+    monkeypatch.setattr(exact, "CHUNK", 4)
     pool = mixed_pool()
     table = torch.tensor(pool.dataset["embedding"][:])
     images = torch.tensor([m == "image" for m in pool.dataset["modality"][:]])
