@@ -4,6 +4,7 @@ from transformers import AutoModel, AutoProcessor
 
 from .configuration_unimur import UniMuRConfig
 from .conversation_unimur import Conversation
+from .milvus_unimur import MilvusPool
 from .modeling_unimur import UniMuRModel, UniMuROutput
 from .pool_unimur import Candidate, CandidatePool, Retrieval
 from .processing_unimur import UniMuRProcessor
@@ -16,6 +17,7 @@ __all__ = [
     "Candidate",
     "CandidatePool",
     "Conversation",
+    "MilvusPool",
     "Retrieval",
     "UniMuRConfig",
     "UniMuRModel",

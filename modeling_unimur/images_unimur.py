@@ -78,6 +78,19 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
         ) from error
 
 
+def image_reference(image: Any) -> dict[str, Any]:
+    """An image as datasets keeps it undecoded, `{"bytes", "path"}`: a path stays one, a `PIL.Image` becomes a PNG."""
+    if isinstance(image, dict):
+        return {"bytes": image.get("bytes"), "path": image.get("path")}
+    if isinstance(image, bytes):
+        return {"bytes": image, "path": None}
+    if isinstance(image, str | os.PathLike):
+        return {"bytes": None, "path": str(Path(image).absolute())}
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
 def _read(name: str, max_bytes: int) -> bytes:
     if re.match(r"[a-z][a-z0-9+.-]*://|data:", name, re.IGNORECASE):
         raise ValueError(

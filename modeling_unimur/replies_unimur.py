@@ -1,0 +1,94 @@
+"""The reply of Section 3.4 out of ranked hits, whatever pool they come from."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+MODALITIES = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A retrieved candidate: `item` is a text or an RGB `PIL.Image`; `rank` counts from 1; `score` is what it was ranked by."""
+
+    id: str
+    modality: str
+    item: str | Image.Image
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """
+    The reply of Section 3.4: `text`, the best text of the pool; `image`, the best of what remains if that is an image;
+    `candidates`, the best of the pool in order. `text` is `None` where no text was searched.
+    """
+
+    text: str | None
+    image: Image.Image | None
+    candidates: list[Candidate]
+
+
+class Hit(NamedTuple):
+    """A candidate before it is fetched; `key` is how its pool finds it, such as a row."""
+
+    score: float
+    key: Any
+    kind: str
+
+
+def check_search(size: int, top_k: int, modality: str | None) -> None:
+    """Refuses with a `ValueError` what no pool can search."""
+    if not size:
+        raise ValueError("the pool is empty: build it with images, texts or both")
+    if modality not in (None, *MODALITIES):
+        raise ValueError(f"modality={modality!r} is not 'image', 'text' or None")
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1")
+
+
+def differences(made_by: dict[str, Any], fingerprint: dict[str, Any]) -> str:
+    """What differs between the fingerprint of a pool and a model's, in words; empty where nothing does."""
+    return ", ".join(
+        f"{k} ({made_by.get(k)!r} here, {v!r} in the model)" for k, v in fingerprint.items() if made_by.get(k) != v
+    )
+
+
+def replies(
+    ranked: Sequence[Sequence[Hit]], top_k: int, fetch: Callable[[Iterable[Any]], dict[Any, tuple[str, Any]]]
+) -> list[Retrieval]:
+    """
+    Args:
+        ranked: per query its hits, the best first: at least `top_k` where there are so many, the best text and the two
+            best of each modality searched.
+        top_k: how many candidates a reply lists.
+        fetch: keys -> key: (id, item). Called once, with each key that a reply shows.
+
+    Raises:
+        ValueError: a query has no hit.
+    """
+    if not all(ranked):
+        raise ValueError("no candidate remains: modality and exclude leave nothing of the pool")
+    # Places in the ranking: of the best text, and of the best of the rest where that is an image.
+    texts = [next((i for i, hit in enumerate(hits) if hit.kind == "text"), None) for hits in ranked]
+    rests = [next((i for i in range(len(hits)) if i != text), None) for hits, text in zip(ranked, texts, strict=True)]
+    images = [i if i is not None and hits[i].kind == "image" else None for hits, i in zip(ranked, rests, strict=True)]
+    shown = [
+        [*range(min(top_k, len(hits))), *(i for i in (text, image) if i is not None)]
+        for hits, text, image in zip(ranked, texts, images, strict=True)
+    ]
+    items = fetch({hits[i].key for hits, places in zip(ranked, shown, strict=True) for i in places})
+    return [
+        Retrieval(
+            None if text is None else items[hits[text].key][1],
+            None if image is None else items[hits[image].key][1],
+            [
+                Candidate(items[hit.key][0], hit.kind, items[hit.key][1], hit.score, rank)
+                for rank, hit in enumerate(hits[:top_k], 1)
+            ],
+        )
+        for hits, text, image in zip(ranked, texts, images, strict=True)
+    ]

@@ -1,0 +1,162 @@
+"""The pool in Milvus (milvus-lite) answers as the pool on disk does."""
+
+import builtins
+import io
+
+import pytest
+import torch
+
+from modeling_unimur import CandidatePool
+from modeling_unimur.milvus_unimur import MilvusPool
+from tests.conftest import picture
+
+pytest.importorskip("pymilvus")
+pytest.importorskip("milvus_lite")
+Q = 8
+MADE_BY = {"towers": "t", "maps": "m", "dimension": Q}
+STRANGE = ['it\'s "quoted"', "back\\slash", "line\nbreak", "été ü 汉"]
+
+
+def unit(n, seed=0):
+    return torch.nn.functional.normalize(torch.randn(n, Q, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    images = CandidatePool.empty(MADE_BY).append("image", [picture(i) for i in range(30)], unit(30, 1))
+    texts = [*STRANGE, *(f"text {i}" for i in range(36))]
+    return images.append("text", texts, unit(40, 2), ids=[*STRANGE, *(f"t{i}" for i in range(36))])
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return str(tmp_path / "pool.db")
+
+
+def same(mine, other):
+    for a, b in zip(mine, other, strict=True):
+        assert [(c.id, c.modality, c.rank) for c in a.candidates] == [(c.id, c.modality, c.rank) for c in b.candidates]
+        assert [c.score for c in a.candidates] == pytest.approx([c.score for c in b.candidates], abs=1e-4)
+        assert a.text == b.text and (a.image is None) == (b.image is None)
+        assert a.image is None or a.image.tobytes() == b.image.tobytes()
+
+
+def test_it_answers_as_the_pool_on_disk(pool, uri, monkeypatch):
+    monkeypatch.setattr("modeling_unimur.milvus_unimur.BATCH", 16)
+    milvus, queries = pool.to_milvus(uri, show_progress_bar=False), unit(20, 3)
+    assert len(milvus) == 70 and "70 candidates" in repr(milvus)
+    for arguments in (
+        {}, {"top_k": 1}, {"top_k": 100}, {"modality": "image"}, {"modality": "text", "top_k": 3},
+        {"exclude": [*STRANGE, "image-3"]}, {"image_bias": 0.3}, {"calibrate": True}, {"calibrate": True, "image_bias": -1},
+    ):  # fmt: skip
+        same(milvus.search(queries, **arguments), pool.search(queries, **arguments))
+    same(milvus.search(-pool_rows(pool), top_k=2), pool.search(-pool_rows(pool), top_k=2))
+    milvus.close()
+    again = MilvusPool(uri)
+    assert again.made_by == MADE_BY
+    same(again.search(queries), pool.search(queries))
+
+
+def pool_rows(pool):
+    return torch.tensor(pool.dataset["embedding"][:])
+
+
+def test_the_best_text_is_the_reply_however_many_images_are_nearer(uri):
+    near = torch.nn.functional.normalize(unit(1) + 0.01 * unit(12, 5), dim=-1)
+    pool = CandidatePool.empty(MADE_BY).append("image", [picture(i) for i in range(12)], near)
+    pool = pool.append("text", ["far", "farther"], torch.cat([unit(1, 7), -unit(1)]))
+    milvus = pool.to_milvus(uri, show_progress_bar=False)
+    same(milvus.search(unit(1), top_k=3), pool.search(unit(1), top_k=3))
+    assert milvus.search(unit(1), top_k=3)[0].text == "far"
+
+
+def test_statistics_are_estimated_from_a_spread_sample(pool, uri, monkeypatch):
+    milvus = pool.to_milvus(uri, show_progress_bar=False)
+    monkeypatch.setattr("modeling_unimur.milvus_unimur.SAMPLE", 15)
+    mean, _ = milvus._statistics["image"]
+    assert torch.allclose(torch.from_numpy(mean).float(), unit(30, 1)[::2].mean(0), atol=1e-5)
+
+
+def test_an_interrupted_copy_goes_on_and_nothing_is_replaced(pool, uri, monkeypatch):
+    monkeypatch.setattr("modeling_unimur.milvus_unimur.BATCH", 16)
+    milvus = MilvusPool.create(uri, "p", MADE_BY)
+    insert, calls = milvus.client.insert, []
+
+    def failing(*a):
+        calls.append(a)
+        if len(calls) == 3:
+            raise ConnectionError("lost")
+        return insert(*a)
+
+    monkeypatch.setattr(milvus.client, "insert", failing)
+    with pytest.raises(ConnectionError):
+        milvus.add(pool, show_progress_bar=False)
+    assert len(milvus) == 32
+    with pytest.raises(ValueError, match=r"'image-0' stands in the collection 'p' already.*skip_existing"):
+        milvus.add(pool, show_progress_bar=False)
+    milvus.add(pool, skip_existing=True, show_progress_bar=False)
+    same(milvus.search(unit(5)), pool.search(unit(5)))
+
+
+def test_large_images_lie_beside_the_database(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_unimur.milvus_unimur.IMAGE_BYTES", 100)
+    buffer = io.BytesIO()
+    picture(1, (64, 64)).save(buffer, "BMP")
+    (tmp_path / "b.png").write_bytes(buffer.getvalue())
+    images = [buffer.getvalue(), tmp_path / "b.png"]
+    milvus = MilvusPool.create(uri, "p", MADE_BY)
+    with pytest.raises(ValueError, match=r"'image-0' has \d+ bytes.*image_folder"):
+        milvus.append("image", images, unit(2))
+    assert len(milvus) == 0
+    milvus.image_folder = tmp_path / "large"
+    milvus.append("image", images, unit(2), ["large", "by path"])
+    assert len(list((tmp_path / "large").iterdir())) == 1
+    found = {c.id: c.item for c in milvus.search(unit(1))[0].candidates}
+    assert all(found[i].tobytes() == picture(1, (64, 64)).tobytes() for i in ("large", "by path"))
+
+
+def test_the_model_builds_extends_and_retrieves(tiny, fresh, uri):
+    model = tiny()
+    milvus = MilvusPool.create(uri, "p", model.fingerprint)
+    images, texts = [picture(1), picture(2)], ["a dog on the beach", "a panda eats"]
+    assert model.extend_pool(milvus, images, texts, show_progress_bar=False) is milvus
+    pool = model.build_pool(images, texts, show_progress_bar=False)
+    same([model.retrieve(["look", picture(1)], milvus)], [model.retrieve(["look", picture(1)], pool)])
+    other = fresh("opt", seed=1)
+    with pytest.raises(ValueError, match=r"these differ: towers"):
+        other.retrieve("a", milvus)
+    with pytest.raises(ValueError, match=r"these differ: towers"):
+        MilvusPool.create(uri, "q", other.fingerprint).add(pool)
+
+
+def test_bad_requests_are_named(pool, uri, monkeypatch):
+    milvus = MilvusPool.create(uri, "p", MADE_BY)
+    with pytest.raises(ValueError, match="the pool is empty"):
+        milvus.search(unit(1))
+    with pytest.raises(ValueError, match="'p' already"):
+        MilvusPool.create(uri, "p", MADE_BY)
+    with pytest.raises(ValueError, match=r"no collection 'q'.*create"):
+        MilvusPool(uri, "q")
+    with pytest.raises(ValueError, match="'a' stands twice"):
+        milvus.append("text", ["a", "b"], unit(2), ["a", "a"])
+    with pytest.raises(ValueError, match="more than 512 bytes"):
+        milvus.append("text", ["a"], unit(1), ["é" * 300])
+    with pytest.raises(ValueError, match="'long' has more than 65535 bytes"):
+        milvus.append("text", ["é" * 40_000], unit(1), ["long"])
+    with pytest.raises(ValueError, match="do not match"):
+        milvus.append("text", ["a"], unit(2))
+    milvus.append("text", ["a"], unit(1), ["a"])
+    with pytest.raises(ValueError, match="no candidate remains"):
+        milvus.search(unit(1), exclude=["a"])
+    with pytest.raises(ValueError, match="modality='video'"):
+        milvus.search(unit(1), modality="video")
+    real = builtins.__import__
+
+    def without(name, *a, **k):
+        if name == "pymilvus":
+            raise ImportError(name)
+        return real(name, *a, **k)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="pip install pymilvus"):
+        MilvusPool(uri)

@@ -1,0 +1,166 @@
+"""Candidates embedded by one or two processes, interrupted or not, are the same files, and the pool they make is right."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train.embed as embed
+from modeling_unimur import CandidatePool, UniMuRModel
+from tests.conftest import picture
+from tests.tiny import make_model
+from train.collate import TooManyBadPairsError
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = ["a red fox", "two dogs", "the sea", "", "my old hat", "one panda", "sky"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embed")
+    make_model(folder / "towers").save_pretrained(folder / "model", with_towers=True)
+    (folder / "photos" / "more").mkdir(parents=True)
+    for i in range(11):
+        picture(i).save(folder / "photos" / ("more" if i % 2 else "") / f"{i}.png")
+    (folder / "photos" / "bad.jpg").write_bytes(b"\xff\xd8\xff")
+    (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    return folder
+
+
+def flags(data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        f"--model={data}/model", f"--output={out}", f"--images={data}/photos", f"--texts={data}/texts.txt",
+        "--shard_size=4", "--batch_size=3", "--max_bad_share=0.5", *more,
+    ]  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(data):
+    """A run in one go."""
+    embed.main(flags(data, data / "whole"))
+    return data / "whole"
+
+
+def test_the_pool_is_that_of_build_pool(data, whole, capsys):
+    pool = embed.main(flags(data, whole))
+    assert "2 of 19 candidates left out" in capsys.readouterr().out
+    assert [f.stem for f in sorted(whole.glob("*.arrow"))] == [
+        "data-image-00000", "data-image-00001", "data-image-00002", "data-text-00000", "data-text-00001",
+    ]  # fmt: skip
+    left_out = [x for f in sorted((whole / "manifests").glob("*")) for x in json.loads(f.read_text())["left_out"]]
+    assert left_out == [["bad.jpg", "undecodable"], ["text-3", "empty"]]
+    model = UniMuRModel.from_pretrained(data / "model")
+    names = sorted(f.relative_to(data / "photos").as_posix() for f in (data / "photos").rglob("*.png"))
+    texts = [text for text in TEXTS if text]
+    expected = model.build_pool([data / "photos" / n for n in names], texts, image_ids=names, show_progress_bar=False)
+    assert pool.made_by == expected.made_by == model.fingerprint
+    assert pool.dataset["id"][:] == [*names, *(f"text-{i}" for i in range(7) if i != 3)]
+    assert torch.allclose(
+        torch.tensor(pool.dataset["embedding"][:]), torch.tensor(expected.dataset["embedding"][:]), atol=1e-6
+    )
+    assert {Path(f["filename"]).parent for f in pool.dataset.cache_files} == {whole}  # mapped where the shards lie
+    one, other = (model.retrieve(["a fox", picture(3)], p) for p in (pool, expected))
+    assert one.text == other.text and [c.score for c in one.candidates] == pytest.approx(
+        [c.score for c in other.candidates]
+    )
+    assert (
+        CandidatePool.load_from_disk(whole).dataset["image"][0]["bytes"] == (data / "photos" / names[0]).read_bytes()
+    )
+
+
+def test_two_processes_write_the_same_files(data, whole, tmp_path):
+    config = ROOT / "train" / "configs" / "accelerate" / "two_cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "train/embed.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *flags(data, tmp_path / "two")], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "shards of process 0" in done.stderr and "shards of process 1" in done.stderr
+    assert files(tmp_path / "two") == files(whole)
+
+
+def test_a_full_disk_stops_with_the_position_and_the_run_goes_on(data, whole, tmp_path, monkeypatch):
+    sync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 5:  # two shards and their manifests are written
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            OSError, match=r"stopped at shard image-00002 \(images 8 to 11 of 12\).*No space.* 2 shards are complete"
+        ),
+    ):
+        patch.setattr("os.fsync", full)
+        embed.main(flags(data, tmp_path / "out"))
+    assert sorted(files(tmp_path / "out")) == [
+        "data-image-00000.arrow", "data-image-00001.arrow", "manifests/image-00000.json", "manifests/image-00001.json",
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="not a pool"):
+        CandidatePool.load_from_disk(tmp_path / "out")
+    embedded = []
+    run = embed.embed
+    monkeypatch.setattr(embed, "embed", lambda model, shard, *a: embedded.append(shard.name) or run(model, shard, *a))
+    embed.main(flags(data, tmp_path / "out"))
+    assert embedded == ["image-00002", "text-00000", "text-00001"]
+    assert files(tmp_path / "out") == files(whole)
+
+
+def test_a_corrupt_or_foreign_shard_is_named(data, tmp_path):
+    out = tmp_path / "out"
+    embed.main(flags(data, out))
+    path = out / "data-text-00000.arrow"
+    good = path.read_bytes()
+    path.write_bytes(good[:-100] + bytes(100))
+    with pytest.raises(ValueError, match=r"shard text-00000 is corrupt: .*data-text-00000\.arrow"):
+        embed.main(flags(data, out))
+    path.unlink()
+    with pytest.raises(ValueError, match="shard text-00000 is corrupt"):
+        embed.main(flags(data, out))
+    (out / "manifests" / "text-00000.json").unlink()
+    embed.main(flags(data, out))  # as the message says
+    assert path.read_bytes() == good
+    with pytest.raises(ValueError, match=r"image-00000 .* other candidates or with other settings"):
+        embed.main(flags(data, out, "--shard_size=5"))
+    make_model(tmp_path / "towers", seed=1).save_pretrained(tmp_path / "model", with_towers=True)
+    with pytest.raises(ValueError, match=r"image-00000 .* made by another model"):
+        embed.main(flags(data, out, f"--model={tmp_path}/model"))
+
+
+def test_too_many_bad_candidates_stop_the_run(data, tmp_path):
+    with pytest.raises(TooManyBadPairsError, match=r"(?s)1 of 12 .*bad\.jpg"):
+        embed.main(flags(data, tmp_path / "out", "--shard_size=20", "--max_bad_share=0.05"))
+
+
+def test_jsonl_texts_a_saved_dataset_and_paths(data, tmp_path):
+    import datasets
+
+    rows = {"id": ["x", "y"], "image": [str(data / "photos" / "0.png"), str(data / "photos" / "2.png")]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "images")
+    (tmp_path / "t.jsonl").write_text('{"text": "hi", "id": "greeting"}\n{"text": "bye"}\n')
+    inputs = (f"--images={tmp_path}/images", f"--texts={tmp_path}/t.jsonl")
+    pool = embed.main(flags(data, tmp_path / "out", *inputs))
+    assert pool.dataset["id"][:] == ["x", "y", "greeting", "text-1"]
+    by_path = embed.main(flags(data, tmp_path / "paths", f"--texts={tmp_path}/t.jsonl", "--keep_images=path"))
+    image = by_path.dataset[0]["image"]
+    assert image["bytes"] is None and Path(image["path"]) == data / "photos" / "0.png"
+    (tmp_path / "t.jsonl").write_text('{"text": "hi", "id": "x"}\n')
+    with pytest.raises(ValueError, match="'x' stands twice"):
+        embed.main(flags(data, tmp_path / "twice", *inputs))
+    (tmp_path / "t.jsonl").write_text('{"text": "hi"}\n["no"]\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 2"):
+        embed.main(flags(data, tmp_path / "bad", *inputs))
+    with pytest.raises(ValueError, match="no candidates"):
+        embed.main([f"--model={data}/model", f"--output={tmp_path}/none"])

@@ -1,0 +1,314 @@
+"""
+Embeds many candidates on several devices into a pool; an interrupted run goes on where it stopped.
+
+    accelerate launch train/embed.py --model org/unimur --images photos/ --texts replies.txt --output pool
+
+Every process takes its turn at the shards. A shard is written whole or not at all, then its manifest (rows, SHA-256, what
+made it); what has a manifest is verified and not embedded again. At the end the shards, as they lie, become the pool.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a folder of the repository, not a package
+
+import datasets
+import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from modeling_unimur import CandidatePool, UniMuRModel
+from modeling_unimur.images_unimur import BadImageError, decode_image
+from modeling_unimur.storage_unimur import pool_features, write_arrow, write_state
+from train.collate import SkipCounter
+from train.data import IMAGE_ENDINGS
+
+MANIFESTS = "manifests"
+SOURCES = {
+    "image": datasets.Features({"id": datasets.Value("string"), "image": datasets.Image(decode=False)}),
+    "text": datasets.Features({"id": datasets.Value("string"), "text": datasets.Value("string")}),
+}
+
+
+@dataclass
+class EmbedArguments:
+    """What is embedded, by what, and where the pool goes."""
+
+    model: str = field(metadata={"help": "A UniMuR checkpoint: a folder or a Hub name."})
+    output: str = field(metadata={"help": "The pool's folder; a run that was interrupted goes on in it."})
+    images: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder of images (ids: their paths in it) or a saved dataset with 'image' and maybe 'id'."
+        },
+    )
+    texts: str | None = field(
+        default=None, metadata={"help": "A text a line, or a .jsonl with 'text' and maybe 'id' (text-<row> if not)."}
+    )
+    shard_size: int = field(default=10_000, metadata={"help": "Candidates a file."})
+    batch_size: int = field(default=32, metadata={"help": "Candidates a forward pass."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the towers: auto, bfloat16, float16 or float32."})
+    keep_images: str = field(
+        default="bytes",
+        metadata={"help": "Copy the images into the pool, or keep their paths only.", "choices": ["bytes", "path"]},
+    )
+    max_bad_share: float = field(
+        default=0.01,
+        metadata={"help": "Stop where more of the candidates cannot be read; they are left out and listed."},
+    )
+
+
+class Shard(NamedTuple):
+    """Rows `start` to `stop` (exclusive) of one modality."""
+
+    kind: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.number:05d}"
+
+
+def main(argv: list[str] | None = None) -> CandidatePool | None:
+    """
+    Embeds what is not embedded yet and assembles the pool.
+
+    Returns:
+        The pool, memory-mapped; `None` in processes other than the main one.
+
+    Raises:
+        ValueError: nothing to embed, an id twice, a corrupt shard, or one of another model or of other candidates.
+        OSError: the disk is full; the message says where the run stopped.
+        TooManyBadPairsError: more than `--max_bad_share` of a process's candidates were left out.
+    """
+    (args,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    # Devices of unlike speed wait for each other at the end, beyond the half hour that is usual.
+    # Told nothing, accelerate runs each of several CPU processes as if it were alone.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but each sees {accelerator.num_processes}: they would write the same "
+            "shards. On CPUs use train/configs/accelerate/two_cpu.yaml"
+        )
+    sources = read_sources(args)
+    shards = [
+        Shard(kind, number, start, min(start + args.shard_size, len(rows)))
+        for kind, rows in sources.items()
+        for number, start in enumerate(range(0, len(rows), args.shard_size))
+    ]
+    model = UniMuRModel.from_pretrained(args.model, dtype=args.dtype).to(accelerator.device)
+    made_by, folder = model.fingerprint, Path(args.output)
+    (folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
+    (folder / "pool.json").unlink(missing_ok=True)
+    skips = SkipCounter()
+    mine = shards[accelerator.process_index :: accelerator.num_processes]
+    for shard in tqdm(mine, f"shards of process {accelerator.process_index}", position=accelerator.process_index):
+        rows = sources[shard.kind].select(range(shard.start, shard.stop))
+        manifest = verified(folder, shard, rows, made_by, args)
+        if manifest is None:
+            manifest = embed(model, shard, rows, made_by, args, len(sources[shard.kind]))
+        count(skips, manifest, shard)
+        skips.check(args.max_bad_share)
+    accelerator.wait_for_everyone()
+    pool = assemble(folder, shards, made_by) if accelerator.is_main_process else None
+    accelerator.end_training()
+    return pool
+
+
+def read_sources(args: EmbedArguments) -> dict[str, datasets.Dataset]:
+    """The candidates by modality, images undecoded; refuses with a `ValueError` what cannot be embedded."""
+    sources = {}
+    if args.images is not None:
+        sources["image"] = read_images(Path(args.images))
+    if args.texts is not None:
+        sources["text"] = _table("text", _texts(Path(args.texts)))
+    if not any(map(len, sources.values())):
+        raise ValueError("no candidates: give --images, --texts or both, and something in them")
+    ids = datasets.concatenate_datasets([s.select_columns("id") for s in sources.values()]).data.column("id")
+    if pc.count_distinct(ids).as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        raise ValueError(f"the id {twice!r} stands twice; ids must be unique over images and texts")
+    return sources
+
+
+def read_images(path: Path) -> datasets.Dataset:
+    """A saved dataset's images, or a folder's in the order of their names."""
+    if (path / "state.json").is_file():
+        rows = datasets.load_from_disk(str(path))
+        if "image" not in rows.column_names:
+            raise ValueError(
+                f"--images {path}: the dataset has no column 'image'; it has {', '.join(rows.column_names)}"
+            )
+        if "id" not in rows.column_names:
+            rows = rows.add_column("id", [f"image-{i}" for i in range(len(rows))])
+        rows = rows.select_columns(["id", "image"]).cast_column("image", datasets.Image(decode=False))
+        return rows.cast_column("id", datasets.Value("string"))
+    if not path.is_dir():
+        raise ValueError(f"--images {path} is neither a folder of images nor a saved dataset")
+    files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.name.lower().endswith(IMAGE_ENDINGS))
+    root = path.resolve()
+    return _table("image", ((name, {"bytes": None, "path": str(root / name)}) for name in files))
+
+
+def _texts(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        for row, line in enumerate(file):
+            name, text = f"text-{row}", line.rstrip("\n")
+            if path.suffix == ".jsonl":
+                try:
+                    data = json.loads(line)
+                    name, text = str(data.get("id", name)), data["text"]
+                except (ValueError, KeyError, AttributeError) as error:
+                    raise ValueError(
+                        f"{path}, line {row + 1}: expected an object with 'text', got {line[:60]!r}"
+                    ) from error
+            yield name, text
+
+
+def _table(kind: str, pairs: Iterator[tuple[str, Any]]) -> datasets.Dataset:
+    ids, items = [], []
+    for name, item in pairs:
+        ids.append(name)
+        items.append(item)
+    return datasets.Dataset.from_dict({"id": ids, kind: items}, features=SOURCES[kind])
+
+
+def embed(
+    model: UniMuRModel, shard: Shard, rows: datasets.Dataset, made_by: dict[str, Any], args: EmbedArguments, total: int
+) -> dict[str, Any]:
+    """Embeds one shard and writes it with its manifest, which is returned. Raises `OSError` saying where it stopped."""
+    folder, ids, items, parts, left_out = Path(args.output), [], [], [], []
+    for start in range(0, len(rows), args.batch_size):
+        batch, good = rows[start : start + args.batch_size], []
+        for name, item in zip(batch["id"], batch[shard.kind], strict=True):
+            reason, read = readable(shard.kind, item)
+            if reason is not None:
+                left_out.append([name, reason])
+                continue
+            good.append(read)
+            ids.append(name)
+            items.append(item)
+        embed_items = model.embed_images if shard.kind == "image" else model.embed_texts
+        parts.append(embed_items(good, batch_size=args.batch_size))
+    path = folder / f"data-{shard.name}.arrow"
+    manifest = {"file": path.name, "rows": len(ids), "sha256": None, "bytes": 0, "made_by": made_by}
+    manifest |= {"inputs": inputs(rows, args), "left_out": left_out}
+    try:
+        path.unlink(missing_ok=True)
+        if ids:
+            pool = CandidatePool.empty(made_by).append(shard.kind, items, torch.cat(parts), ids)
+            write_arrow(pool.dataset, path, copy_images=args.keep_images == "bytes")
+            manifest |= {"sha256": digest(path), "bytes": path.stat().st_size}
+        _write(folder / MANIFESTS / f"{shard.name}.json", json.dumps(manifest, indent=1) + "\n")
+    except OSError as error:
+        done = len(list((folder / MANIFESTS).glob("*.json")))
+        raise OSError(
+            error.errno,
+            f"stopped at shard {shard.name} ({shard.kind}s {shard.start:,} to {shard.stop - 1:,} of {total:,}), which could "
+            f"not be written: {error.strerror or error}. {done} shards are complete; make room and run the same command "
+            "again",
+        ) from error
+    return manifest
+
+
+def readable(kind: str, item: Any) -> tuple[str | None, Any]:
+    """Why a candidate is left out, if it is, and else what is embedded: a decoded image or the text."""
+    if kind == "text":
+        return ("empty" if not isinstance(item, str) or not item.strip() else None), item
+    try:
+        return None, decode_image(item)
+    except BadImageError as error:
+        return error.reason, None
+
+
+def verified(
+    folder: Path, shard: Shard, rows: datasets.Dataset, made_by: dict[str, Any], args: EmbedArguments
+) -> dict[str, Any] | None:
+    """The manifest of a shard that stands already, `None` where there is none; refuses one that is not what it says."""
+    path = folder / MANIFESTS / f"{shard.name}.json"
+    if not path.is_file():
+        return None
+    manifest = json.loads(path.read_text())
+    again = f"remove {path} and run again to embed it anew"
+    for name, expected, what in (
+        ("made_by", made_by, "made by another model"),
+        ("inputs", inputs(rows, args), "made from other candidates or with other settings"),
+    ):
+        if manifest[name] != expected:
+            raise ValueError(f"shard {shard.name} in {folder} was {what}: give another --output, or {again}")
+    data = folder / manifest["file"]
+    if manifest["rows"] and (not data.is_file() or digest(data) != manifest["sha256"]):
+        raise ValueError(f"shard {shard.name} is corrupt: {data} is not the file that its manifest tells of; {again}")
+    return manifest
+
+
+def inputs(rows: datasets.Dataset, args: EmbedArguments) -> str:
+    """A hash of what a shard is made from: its ids and texts, and the settings that its bytes depend on."""
+    state = hashlib.sha256(json.dumps([args.batch_size, args.dtype, args.keep_images]).encode())
+    for name in (n for n in ("id", "text") if n in rows.column_names):
+        state.update(json.dumps(rows[name][:]).encode())
+    return state.hexdigest()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def count(skips: SkipCounter, manifest: dict[str, Any], shard: Shard) -> None:
+    """Adds what a shard left out."""
+    reasons = [reason for _, reason in manifest["left_out"]]
+    examples = {r: [name for name, why in manifest["left_out"] if why == r] for r in set(reasons)}
+    skips.update({r: reasons.count(r) for r in set(reasons)}, shard.stop - shard.start, examples)
+
+
+def assemble(folder: Path, shards: Sequence[Shard], made_by: dict[str, Any]) -> CandidatePool:
+    """Makes the shards the pool, without reading them."""
+    manifests = [json.loads((folder / MANIFESTS / f"{shard.name}.json").read_text()) for shard in shards]
+    names = [m["file"] for m in manifests if m["rows"]]
+    for stale in folder.glob("data-*.arrow"):
+        if stale.name not in names:
+            raise ValueError(f"{stale} belongs to no shard of this run: give another --output or remove it")
+    write_state(folder, names, pool_features(made_by["dimension"]))
+    _write(folder / "pool.json", json.dumps(made_by, indent=2) + "\n")
+    pool, skips = CandidatePool.load_from_disk(folder), SkipCounter()
+    for manifest, shard in zip(manifests, shards, strict=True):
+        count(skips, manifest, shard)
+    print(f"{folder}: {pool!r}; {skips}{skips.details()}".replace("pairs", "candidates"))
+    return pool
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
