@@ -241,3 +241,24 @@ def test_the_command_checks_then_uploads_the_model_and_its_space(folder, tmp_pat
         page = hub.files("org/page", kind="spaces")
         assert {"app.py", "requirements.txt", "README.md"} <= set(page)
         assert b"sdk: gradio" in page["README.md"] and not [name for name in page if "__pycache__" in name]
+
+
+def test_a_pool_goes_to_the_hub_and_comes_back(hub, folder, tmp_path):
+    push = """
+        import sys
+        from transformers import AutoModel
+        model = AutoModel.from_pretrained("org/unimur-tiny", trust_remote_code=True)
+        print(model.packed_pool.push_to_hub("org/replies"))
+    """
+    fetch = """
+        from transformers import AutoModel
+        model = AutoModel.from_pretrained("org/unimur-tiny", trust_remote_code=True)
+        pool = type(model.packed_pool).from_hub("org/replies")
+        reply = model.retrieve("hello", pool)
+        same = model.retrieve("hello", model.packed_pool)
+        print(len(pool), [c.id for c in reply.candidates] == [c.id for c in same.candidates])
+    """
+    ran(hub.run(textwrap.dedent(push), home=tmp_path / "a", cwd=folder / "work"))
+    files = hub.files("org/replies", kind="datasets")
+    assert {"pool.json", "data-00000-of-00001.arrow", "README.md"} <= set(files)
+    assert ran(hub.run(textwrap.dedent(fetch), home=tmp_path / "b", cwd=folder / "work")).split() == ["3", "True"]
