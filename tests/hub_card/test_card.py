@@ -120,7 +120,7 @@ def test_evaluation_results_files_are_the_hubs_format():
 
 
 def test_every_snippet_of_the_readme_runs(tiny, tmp_path):
-    tiny().save_pretrained(tmp_path / "runs" / "miniature" / "checkpoint", with_towers=True)
+    tiny().save_pretrained(tmp_path / "runs" / "miniature" / "checkpoint", with_towers=True, golden=True)
     pictures = tmp_path / "runs" / "miniature" / "photos"
     pictures.mkdir()
     for at in range(3):
