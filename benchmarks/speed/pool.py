@@ -1,8 +1,8 @@
 """
 What searching a pool costs, against the bare libraries, as ratios measured in interleaved rounds on one core.
 
-    python -m benchmarks.pool_speed --output benchmarks/results
-    python -m benchmarks.pool_speed --size 2000 --rounds 3           a trial of seconds
+    python -m benchmarks.speed.pool --output benchmarks/results
+    python -m benchmarks.speed.pool --size 2000 --rounds 3           a trial of seconds
 
 - *exact*: a saved pool's streamed search, images and texts, against faiss's IndexFlatIP and torch's matmul and topk over
   the same embeddings in memory; random unit vectors, 1 query and 64.
@@ -35,36 +35,11 @@ from modeling_unimur.exact_unimur import CHUNK
 from train.miniature.prepare import encode
 from train.miniature.world import captions, draw, every_scene
 
-from .speed import SHAPES, random_model, sentence
+from .models import SHAPES, random_model, sentence
+from .timing import interleaved, ratio
 
 QUERIES = (1, 64)
 KINDS = ("hnsw", "ivf", "sq8", "pq")
-
-
-def interleaved(ways: dict[str, Callable[[int], Any]], rounds: int, seed: int = 0) -> dict[str, Any]:
-    """
-    Every way once a round, in random order, called with the round's number.
-
-    Returns:
-        way -> its seconds a round, their median, least and most.
-    """
-    rng, seconds = random.Random(seed), {way: [] for way in ways}
-    for way in ways.values():
-        way(0)  # warms up
-    for number in range(rounds):
-        for way in rng.sample(list(ways), len(ways)):
-            start = time.perf_counter()
-            ways[way](number)
-            seconds[way].append(time.perf_counter() - start)
-    return {
-        way: {"median": float(np.median(s)), "low": min(s), "high": max(s), "seconds": s} for way, s in seconds.items()
-    }
-
-
-def ratio(measured: dict[str, Any], above: str, below: str) -> dict[str, float]:
-    """How many times as long `above` takes as `below`: over the rounds, the median, least and most."""
-    values = sorted(a / b for a, b in zip(measured[above]["seconds"], measured[below]["seconds"], strict=True))
-    return {"median": float(np.median(values)), "low": values[0], "high": values[-1]}
 
 
 def random_pool(size: int, made_by: dict[str, Any], folder: Path, seed: int = 0) -> tuple[CandidatePool, np.ndarray]:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.pool_speed import interleaved, main, ratio
+from benchmarks.speed.pool import main
+from benchmarks.speed.timing import interleaved, ratio
 from tests.tiny import make_model
 
 pytest.importorskip("faiss")
