@@ -16,12 +16,21 @@ SHAPES = {
 }
 
 
-def random_model(layers: int, width: int, vocabulary: int, seed: int = 0) -> UniMuRModel:
-    """A full UniMuR of random weights around an OPT of this shape and a small CLIP."""
+def random_model(
+    layers: int, width: int, vocabulary: int, seed: int = 0, *, image: int = 32, vision: dict | None = None,
+    words: dict | None = None,
+) -> UniMuRModel:  # fmt: skip
+    """
+    A full UniMuR of random weights around an OPT of this shape and a small CLIP.
+
+    Args:
+        image: pixels of an image's side.
+        vision, words: fields of CLIP's two towers.
+    """
     torch.manual_seed(seed)
-    words = [f"{a}{b}" for a in "bcdfgklmnprst" for b in "aeiou"]
-    tokenizer = opt_tokenizer(words, max_length=512, vocab_size=400)
-    clip_words = clip_tokenizer(words, vocab_size=600)
+    syllables = [f"{a}{b}" for a in "bcdfgklmnprst" for b in "aeiou"]
+    tokenizer = opt_tokenizer(syllables, max_length=512, vocab_size=400)
+    clip_words = clip_tokenizer(syllables, vocab_size=600)
     processor = UniMuRProcessor(CLIPImageProcessor(), tokenizer, clip_words, max_length=512)
     text = OPTConfig(
         vocab_size=vocabulary, hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, num_hidden_layers=layers,
@@ -29,8 +38,8 @@ def random_model(layers: int, width: int, vocabulary: int, seed: int = 0) -> Uni
     )  # fmt: skip
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 1}
     clip = CLIPConfig(
-        text_config=tower | {"vocab_size": len(clip_words), "eos_token_id": clip_words.eos_token_id},
-        vision_config=tower | {"image_size": 32, "patch_size": 16}, projection_dim=768,
+        text_config=(words or tower) | {"vocab_size": len(clip_words), "eos_token_id": clip_words.eos_token_id},
+        vision_config=(vision or tower | {"patch_size": 16}) | {"image_size": image}, projection_dim=768,
     )  # fmt: skip
     config = UniMuRConfig(
         text_config=text,

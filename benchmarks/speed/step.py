@@ -1,0 +1,210 @@
+"""
+What a training step costs, optimiser included, against one computed as FROMAGe computes it, saving by saving.
+
+    python -m benchmarks.speed.step --output benchmarks/results
+
+Batches of 32 captions of 6 to 14 tokens, float32. V1.6k and V50k are an OPT of 6 layers of width 512 with a vocabulary of
+1,600 (where its head is 3 % of the trunk, as in OPT-6.7B) and of 50,272 (where it is as large as the trunk); CLIP's visual
+tower has 4 layers of width 256 over 65 positions. A cached epoch reads CLIP's features, and [RET]'s states, from before;
+five epochs count the building of that cache.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_unimur import UniMuRModel
+
+from .models import SHAPES, random_model, sentence
+from .reference import ReferenceStep, Savings, padded
+from .timing import interleaved, ratio
+
+BATCH, EPOCHS = 32, 5
+STEP_SHAPES = {"V1.6k": "OPT 6 x 512, vocabulary 1,600", "V50k": "OPT 6 x 512, vocabulary 50,272"}
+REFERENCE = "reference"
+SAVINGS = {
+    REFERENCE: Savings(),
+    "vocabulary frozen": Savings(table_frozen=True),
+    "+ CLIP once, last outputs only, no loops": Savings(True, True),
+    "+ no logits for retrieval": Savings(True, True, True),
+    "+ logits at captions only": Savings(True, True, True, True),
+}
+PADDED, OURS = "+ padded to the longest, chunked cross-entropy", "+ packed (ours)"
+CLIP_CACHED, CACHED = "CLIP cached", "CLIP and [RET] states cached"
+VARIANTS = (*SAVINGS, PADDED, OURS, CLIP_CACHED, CACHED)
+
+
+def make_model(shape: str, seed: int = 0) -> UniMuRModel:
+    """The model of a shape, with a CLIP of about a quarter of a step's work as at the paper's scale."""
+    tower = {"intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 256}
+    return random_model(
+        *SHAPES[STEP_SHAPES[shape]], seed=seed, image=64, vision=tower | {"patch_size": 8}, words=tower
+    )
+
+
+def batches(model: UniMuRModel, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Batches with everything in them: packed plans, CLIP's features, [RET]'s states."""
+    rng, made = random.Random(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        captions = [sentence(model, rng.randint(6, 14), rng) for _ in range(BATCH)]
+        items = [{"caption": (i, c), "context": [[c]], "image": i, "text": c} for i, c in enumerate(captions)]
+        batch = dict(model.processor.documents(items, None, pack=True))
+        size = model.config.clip_config.vision_config.image_size
+        batch["pixel_values"] = torch.randn(BATCH, 3, size, size, generator=generator)
+        with torch.no_grad():
+            batch["image_features"], batch["image_embeds"] = model.encode_images(batch["pixel_values"])
+            batch["text_embeds"] = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
+            batch["ret_states"] = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"])
+        made.append(batch)
+    return made
+
+
+def inputs_of(variant: str, batch: dict[str, Any]) -> dict[str, Any]:
+    """What a variant reads of a batch."""
+    if variant in SAVINGS:
+        return padded(batch)
+    left_out = {"image_features", "image_embeds", "text_embeds", "ret_states"}
+    if variant == PADDED:
+        left_out |= {"packing", "ret_packing"}
+    elif variant in (CLIP_CACHED, CACHED):
+        left_out = {"pixel_values", "clip_input_ids", "clip_attention_mask"} | (
+            {"ret_states"} if variant == CLIP_CACHED else set()
+        )
+        if variant == CACHED:
+            left_out |= {"ret_input_ids", "ret_attention_mask", "ret_image_indices", "ret_packing"}
+    return {name: value for name, value in batch.items() if name not in left_out}
+
+
+def stepper(variant: str, model: UniMuRModel, made: list[dict[str, Any]]) -> Callable[[int], torch.Tensor]:
+    """A function that makes the n-th step of a variant, with Adam, and returns its loss."""
+    ready = [inputs_of(variant, batch) for batch in made]
+    reference = ReferenceStep(model, SAVINGS[variant]) if variant in SAVINGS else None
+    trained = reference.trained() if reference else [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=0.0, weight_decay=0.0
+    )  # steps cost the same, and every variant stays alike
+
+    def step(number: int) -> torch.Tensor:
+        batch = ready[number % len(ready)]
+        loss = reference(batch) if reference else model(**batch).loss
+        loss.backward()
+        if reference:
+            reference.keep_ret_alone()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def gradients(variant: str, model: UniMuRModel, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and the maps' gradients of a variant on a batch."""
+    model.zero_grad(set_to_none=True)
+    inputs = inputs_of(variant, batch)
+    loss = ReferenceStep(model, SAVINGS[variant])(inputs) if variant in SAVINGS else model(**inputs).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and n.startswith("W_")}
+    model.zero_grad(set_to_none=True)
+    return float(loss), found
+
+
+def building(model: UniMuRModel, made: list[dict[str, Any]]) -> Callable[[int], None]:
+    """What an epoch's cache costs, a batch."""
+
+    @torch.no_grad()
+    def build(number: int) -> None:
+        batch = made[number % len(made)]
+        model.encode_images(batch["pixel_values"])
+        model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
+        model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch["ret_packing"])
+
+    return build
+
+
+def measure(shape: str, rounds: int) -> dict[str, Any]:
+    """Every variant's seconds and its ratio to the reference; losses and gradients are compared first."""
+    model = make_model(shape)
+    made = batches(model, 4)
+    loss, expected = gradients(REFERENCE, model, made[0])
+    worst = {"loss": 0.0, "gradients": 0.0}
+    for variant in VARIANTS:
+        other, found = gradients(variant, model, made[0])
+        worst["loss"] = max(worst["loss"], abs(other - loss))
+        difference = max(float((found[n] - g).abs().max() / g.abs().max()) for n, g in expected.items())
+        worst["gradients"] = max(worst["gradients"], difference)
+    if worst["loss"] > 1e-4 or worst["gradients"] > 1e-3:
+        raise AssertionError(f"{shape}: the variants do not compute the same: {worst}")
+    ways = {variant: stepper(variant, model, made) for variant in VARIANTS} | {"building": building(model, made)}
+    measured = interleaved(ways, rounds)
+    ratios = {variant: ratio(measured, REFERENCE, variant) for variant in VARIANTS}
+    five = sorted(
+        EPOCHS * a / (EPOCHS * b + c)
+        for a, b, c in zip(*(measured[w]["seconds"] for w in (REFERENCE, CACHED, "building")), strict=True)
+    )
+    ratios[f"{EPOCHS} epochs, cached, with the building"] = {
+        "median": five[len(five) // 2], "low": five[0], "high": five[-1],
+    }  # fmt: skip
+    memory = {variant: peak_memory(variant, shape) for variant in (REFERENCE, OURS, CACHED)}
+    return {"shape": shape, "largest_differences": worst, "seconds": measured, "ratios": ratios, "peak_bytes": memory}
+
+
+def peak_memory(variant: str, shape: str) -> int:
+    """Bytes that two steps of a variant take above the loaded model, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.speed.step", "--one", variant, "--shape", shape]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def one(variant: str, shape: str) -> int:
+    """`peak_memory` of this process."""
+    model = make_model(shape)
+    made = batches(model, 1)
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the highest mark so far
+    before = _status("VmRSS")
+    step = stepper(variant, model, made)
+    step(0), step(1)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shape", choices=STEP_SHAPES, action="append", help="by default all")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--one", choices=VARIANTS, help="only print the bytes that this variant takes")
+    parser.add_argument("--output", type=Path, default=Path("runs/report"))
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    if arguments.one:
+        print(one(arguments.one, arguments.shape[0]))
+        return {}
+    shapes = arguments.shape or list(STEP_SHAPES)
+    result = {
+        "rounds": arguments.rounds, "threads": arguments.threads, "torch": torch.__version__, "batch": BATCH,
+        "shapes": [measure(shape, arguments.rounds) for shape in shapes],
+    }  # fmt: skip
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "step-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    for found in result["shapes"]:
+        print(f"{found['shape']}; largest differences {found['largest_differences']}")
+        for name, value in found["ratios"].items():
+            print(f"  {name}: {value['median']:.2f}x ({value['low']:.2f}-{value['high']:.2f})")
+        print("  peak MiB: " + ", ".join(f"{name} {size / 2**20:.0f}" for name, size in found["peak_bytes"].items()))
+    return result
+
+
+if __name__ == "__main__":
+    main()
