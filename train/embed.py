@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,11 +183,12 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _table(kind: str, pairs: Iterator[tuple[str, Any]]) -> datasets.Dataset:
-    ids, items = [], []
-    for name, item in pairs:
-        ids.append(name)
-        items.append(item)
-    return datasets.Dataset.from_dict({"id": ids, kind: items}, features=SOURCES[kind])
+    chunks = []  # millions of Python objects weigh several times their Arrow table
+    while chunk := list(islice(pairs, 10_000)):
+        ids, items = zip(*chunk, strict=True)
+        chunks.append(datasets.Dataset.from_dict({"id": ids, kind: items}, features=SOURCES[kind]))
+    empty = datasets.Dataset.from_dict({"id": [], kind: []}, features=SOURCES[kind])
+    return datasets.concatenate_datasets(chunks) if chunks else empty
 
 
 def embed(
