@@ -221,7 +221,7 @@ class _Best:
             self.embeddings.scores(query, self.rows[start:stop])
             for query, start, stop in zip(self.queries, ends, ends[1:], strict=False)
         ]
-        self.scores = np.concatenate(parts)
+        self.scores = np.concatenate([self.scores[:0], *parts])
         rank = self._sort()
         self._keep(rank < self.k)
         return rank[rank < self.k]

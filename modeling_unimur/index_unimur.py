@@ -52,7 +52,7 @@ class PoolIndex:
     Args:
         embeddings: of the pool.
         indexes: a faiss index a modality, over its rows in order.
-        about: what `index.json` says: kind, search, oversample, made_by, content, recall_at_10, recall_queries.
+        about: what `index.json` says: kind, search, oversample, made_by, content, bytes, recall_at_10, recall_queries.
     """
 
     def __init__(self, embeddings: Embeddings, indexes: dict[str, Any], about: dict[str, Any]):
@@ -94,7 +94,7 @@ class PoolIndex:
             "oversample": some.oversample if oversample is None else oversample,
             "made_by": made_by,
             "content": content(embeddings),
-            "bytes": {m: int(faiss.serialize_index(i).nbytes) for m, i in indexes.items()},
+            "bytes": {m: _bytes(i) + 4 * embeddings.counts[m] for m, i in indexes.items()},  # and which row it is
         }
         self = cls(embeddings, indexes, about)
         self._set_search()
@@ -195,6 +195,13 @@ def content(embeddings: Embeddings) -> str:
     rows = np.linspace(0, len(embeddings) - 1, min(64, len(embeddings)), dtype=np.int64)
     state.update(embeddings.take(rows).tobytes())
     return state.hexdigest()[:16]
+
+
+def _bytes(index) -> int:
+    """The index's size, by writing it to nowhere: a copy in memory may not fit."""
+    sizes = []
+    _faiss().write_index(index, _faiss().PyCallbackIOWriter(lambda part: sizes.append(len(part))))
+    return sum(sizes)
 
 
 def _faiss():

@@ -125,8 +125,8 @@ class MilvusPool:
         vectors = embeddings.float().numpy()
         for i in range(0, len(ids), BATCH):
             part = slice(i, i + BATCH)
-            self._insert([modality] * len(ids[part]), ids[part], items[part], vectors[part], skip_existing=False)
-        return self
+            self._insert([modality] * len(ids[part]), ids[part], items[part], vectors[part], start + i)
+        return self._settled()
 
     def add(self, pool, *, skip_existing: bool = False, show_progress_bar: bool = True) -> "MilvusPool":
         """
@@ -140,7 +140,7 @@ class MilvusPool:
                 bytes; an image is larger than 48 KiB, has no path and there is no `image_folder`.
         """
         pool.check_made_by(self.made_by)
-        rows = pool.dataset.with_format(None).remove_columns("embedding")
+        rows, row = pool.dataset.with_format(None).remove_columns("embedding"), len(self)
         with tqdm(total=len(pool), desc="candidates to Milvus", disable=not show_progress_bar) as bar:
             for i in range(0, len(pool), BATCH):
                 data = rows[i : i + BATCH]
@@ -148,18 +148,24 @@ class MilvusPool:
                     image if text is None else text for text, image in zip(data["text"], data["image"], strict=True)
                 ]
                 vectors = pool.embeddings.take(np.arange(i, i + len(items)))
-                self._insert(data["modality"], data["id"], items, vectors, skip_existing)
+                row += self._insert(data["modality"], data["id"], items, vectors, row, skip_existing)
                 bar.update(len(items))
+        return self._settled()
+
+    def _settled(self) -> "MilvusPool":
+        self.client.flush(self.collection)  # until then milvus-lite searches ten times as long
+        self.__dict__.pop("_statistics", None)
         return self
 
-    def _insert(self, kinds, ids, items, vectors: np.ndarray, skip_existing: bool) -> None:
+    def _insert(self, kinds, ids, items, vectors: np.ndarray, start: int, skip_existing: bool = False) -> int:
+        """Inserts candidates as rows from `start` on and says how many."""
         there = {row["id"] for row in self._get(ids, [])}  # a second insert would silently replace the first
         if there and not skip_existing:
             raise ValueError(
                 f"the id {min(there)!r} stands in the collection {self.collection!r} already; ids must be unique over "
                 "images and texts (to go on with an interrupted add: skip_existing=True)"
             )
-        start, rows = len(self), []
+        rows = []
         for kind, id_, item, vector in zip(kinds, ids, items, vectors, strict=True):
             if id_ in there:
                 continue
@@ -169,7 +175,7 @@ class MilvusPool:
             rows.append(row | (self._text(id_, item) if kind == "text" else self._image(id_, item)))
         if rows:
             self.client.insert(self.collection, rows)
-            self.__dict__.pop("_statistics", None)
+        return len(rows)
 
     def _text(self, id_: str, text: str) -> dict[str, Any]:
         if len(text.encode()) > TEXT_BYTES:
@@ -210,7 +216,7 @@ class MilvusPool:
         or `image_bias` each modality is asked for; the statistics are estimated once, from at most 20,000 candidates
         of a modality spread over the collection.
         """
-        check_search(len(self), top_k, modality)
+        check_search(1, top_k, modality)
         if isinstance(exclude, str):
             raise ValueError(f"exclude={exclude!r} is one string: give a list of ids")
         searched, k = queries.float().numpy(), max(top_k, 2)
@@ -225,6 +231,8 @@ class MilvusPool:
             for kind in MODALITIES:
                 for mine, hits in zip(ranked, self._hits(searched, k, kind, exclude), strict=True):
                     mine += hits
+        if not all(ranked):
+            check_search(len(self), top_k, modality)  # counting takes longer than searching
         if calibrate or image_bias:
             ranked = self._adjusted(searched, ranked, calibrate, image_bias)
         rows = [sorted(hits, key=lambda h: (-h.score, h.key)) for hits in ranked]

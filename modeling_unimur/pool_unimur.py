@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 METADATA = "pool.json"
 STATISTICS = "statistics.safetensors"
 MOMENTS = ("mean", "covariance")
-# An exact query reads every embedding: a million of 768 dimensions, 3 GB, take a core about a third of a second.
+# An exact query reads every embedding: a million of 768 dimensions, 3 GB, take a core about a quarter of a second.
 ADVISE_INDEX = 1_000_000
 
 

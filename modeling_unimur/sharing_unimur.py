@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub import create_branch, create_repo, snapshot_download, upload_folder
 
 
 def upload_pool(
@@ -16,12 +16,15 @@ def upload_pool(
 
     Args:
         max_shard_size: of an Arrow file, about.
-        private, token, revision, commit_message: as `huggingface_hub`'s.
+        private, token, commit_message: as `huggingface_hub`'s.
+        revision: a branch, made where there is none; by default `main`.
 
     Returns:
         The commit's URL.
     """
     repo_id = create_repo(repo_id, repo_type="dataset", private=private, token=token, exist_ok=True).repo_id
+    if revision is not None:
+        create_branch(repo_id, repo_type="dataset", branch=revision, token=token, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         pool.save_to_disk(folder, max_shard_size=max_shard_size)
         (Path(folder) / "README.md").write_text(pool_card(pool, repo_id))

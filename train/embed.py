@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from transformers import HfArgumentParser
 
 from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.images_unimur import BadImageError, decode_image
-from modeling_unimur.storage_unimur import pool_features, write_arrow, write_state
+from modeling_unimur.storage_unimur import EXTRAS, pool_features, write_arrow, write_state
 from train.collate import SkipCounter
 from train.data import IMAGE_ENDINGS
 
@@ -79,6 +80,10 @@ class Shard(NamedTuple):
     def name(self) -> str:
         return f"{self.kind}-{self.number:05d}"
 
+    @property
+    def file(self) -> str:
+        return f"data-{self.name}.arrow"
+
 
 def main(argv: list[str] | None = None) -> CandidatePool | None:
     """
@@ -113,8 +118,7 @@ def main(argv: list[str] | None = None) -> CandidatePool | None:
     ]
     model = UniMuRModel.from_pretrained(args.model, dtype=args.dtype).to(accelerator.device)
     made_by, folder = model.fingerprint, Path(args.output)
-    (folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
-    (folder / "pool.json").unlink(missing_ok=True)
+    prepare(folder, shards)
     skips = SkipCounter()
     mine = shards[accelerator.process_index :: accelerator.num_processes]
     for shard in tqdm(mine, f"shards of process {accelerator.process_index}", position=accelerator.process_index):
@@ -128,6 +132,25 @@ def main(argv: list[str] | None = None) -> CandidatePool | None:
     pool = assemble(folder, shards, made_by) if accelerator.is_main_process else None
     accelerator.end_training()
     return pool
+
+
+def prepare(folder: Path, shards: Sequence[Shard]) -> None:
+    """
+    Makes the output's folder ready: what an unfinished pool holds beside its shards goes, a finished one stays as it is.
+
+    Raises:
+        ValueError: another pool lies there.
+    """
+    foreign = {f.name for f in folder.glob("data-*.arrow")} - {shard.file for shard in shards}
+    if foreign:
+        raise ValueError(
+            f"{folder / min(foreign)} belongs to no shard of this run: give another --output or remove it"
+        )
+    (folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
+    files = ("pool.json", *(f"{MANIFESTS}/{shard.name}.json" for shard in shards))
+    if not all((folder / file).is_file() for file in files):
+        for file in (file for pattern in EXTRAS for file in folder.glob(pattern)):
+            file.unlink(missing_ok=True)
 
 
 def read_sources(args: EmbedArguments) -> dict[str, datasets.Dataset]:
@@ -182,11 +205,12 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _table(kind: str, pairs: Iterator[tuple[str, Any]]) -> datasets.Dataset:
-    ids, items = [], []
-    for name, item in pairs:
-        ids.append(name)
-        items.append(item)
-    return datasets.Dataset.from_dict({"id": ids, kind: items}, features=SOURCES[kind])
+    chunks = []  # millions of Python objects weigh several times their Arrow table
+    while chunk := list(islice(pairs, 10_000)):
+        ids, items = zip(*chunk, strict=True)
+        chunks.append(datasets.Dataset.from_dict({"id": ids, kind: items}, features=SOURCES[kind]))
+    empty = datasets.Dataset.from_dict({"id": [], kind: []}, features=SOURCES[kind])
+    return datasets.concatenate_datasets(chunks) if chunks else empty
 
 
 def embed(
@@ -206,7 +230,7 @@ def embed(
             items.append(item)
         embed_items = model.embed_images if shard.kind == "image" else model.embed_texts
         parts.append(embed_items(good, batch_size=args.batch_size))
-    path = folder / f"data-{shard.name}.arrow"
+    path = folder / shard.file
     manifest = {"file": path.name, "rows": len(ids), "sha256": None, "bytes": 0, "made_by": made_by}
     manifest |= {"inputs": inputs(rows, args), "left_out": left_out}
     try:
@@ -286,9 +310,6 @@ def assemble(folder: Path, shards: Sequence[Shard], made_by: dict[str, Any]) -> 
     """Makes the shards the pool, without reading them."""
     manifests = [json.loads((folder / MANIFESTS / f"{shard.name}.json").read_text()) for shard in shards]
     names = [m["file"] for m in manifests if m["rows"]]
-    for stale in folder.glob("data-*.arrow"):
-        if stale.name not in names:
-            raise ValueError(f"{stale} belongs to no shard of this run: give another --output or remove it")
     write_state(folder, names, pool_features(made_by["dimension"]))
     _write(folder / "pool.json", json.dumps(made_by, indent=2) + "\n")
     pool, skips = CandidatePool.load_from_disk(folder), SkipCounter()

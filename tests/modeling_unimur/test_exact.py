@@ -78,6 +78,10 @@ def test_the_batch_changes_no_score():
         assert [(c.id, c.score) for c in alone.candidates] == [(c.id, c.score) for c in reply.candidates]
 
 
+def test_no_query_finds_nothing():
+    assert mixed_pool().search(torch.empty(0, 8)) == []
+
+
 def test_embeddings_are_views_on_the_mapped_file(tmp_path):
     mixed_pool().save_to_disk(tmp_path)
     table = CandidatePool.load_from_disk(tmp_path).dataset.data

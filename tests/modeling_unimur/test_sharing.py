@@ -43,6 +43,9 @@ def hub(monkeypatch, tmp_path):
         return str(tmp_path / repo_id)
 
     monkeypatch.setattr(sharing, "create_repo", create)
+    monkeypatch.setattr(
+        sharing, "create_branch", lambda repo_id, **arguments: asked.update(branch=arguments["branch"])
+    )
     monkeypatch.setattr(sharing, "upload_folder", upload)
     monkeypatch.setattr(sharing, "snapshot_download", download)
     return SimpleNamespace(asked=asked, folder=tmp_path)
@@ -54,6 +57,7 @@ def test_a_pool_is_pushed_in_shards_and_opened_again(hub):
     url = pool.push_to_hub("mine", max_shard_size=1, private=True, revision="v1")
     assert url == "https://hub/commit/1"
     assert hub.asked["create"] == {"repo_type": "dataset", "private": True, "token": None, "exist_ok": True}
+    assert hub.asked["branch"] == "v1"
     assert hub.asked["upload"]["repo_type"] == "dataset" and hub.asked["upload"]["revision"] == "v1"
     again = CandidatePool.from_hub("someone/mine", revision="v1", local_files_only=True)
     assert hub.asked["download"] == {"repo_type": "dataset", "revision": "v1", "local_files_only": True}

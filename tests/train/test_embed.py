@@ -139,6 +139,21 @@ def test_a_corrupt_or_foreign_shard_is_named(data, tmp_path):
         embed.main(flags(data, out, f"--model={tmp_path}/model"))
 
 
+def test_another_pool_is_not_touched_and_a_finished_one_keeps_its_index(data, whole, tmp_path):
+    pytest.importorskip("faiss")
+    pool = CandidatePool.load_from_disk(whole)
+    pool.save_to_disk(tmp_path / "other")
+    before = files(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"data-00000-of-00001\.arrow belongs to no shard"):
+        embed.main(flags(data, tmp_path / "other"))
+    assert files(tmp_path / "other") == before and not (tmp_path / "other" / "manifests").exists()
+    embed.main(flags(data, tmp_path / "out"))
+    CandidatePool.load_from_disk(tmp_path / "out").build_index("sq8").save_to_disk(tmp_path / "out")
+    assert embed.main(flags(data, tmp_path / "out")).index is not None
+    (tmp_path / "out" / "manifests" / "text-00001.json").unlink()
+    assert embed.main(flags(data, tmp_path / "out")).index is None
+
+
 def test_too_many_bad_candidates_stop_the_run(data, tmp_path):
     with pytest.raises(TooManyBadPairsError, match=r"(?s)1 of 12 .*bad\.jpg"):
         embed.main(flags(data, tmp_path / "out", "--shard_size=20", "--max_bad_share=0.05"))
