@@ -54,13 +54,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             here = slice(start, start + rows)
-            logits = F.linear(hidden[here], weight, bias).float()
+            log_probabilities = F.log_softmax(F.linear(hidden[here], weight, bias).float(), dim=-1)
             right = labels[here, None]
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, right)).sum()
+            told = log_probabilities.gather(1, right)
+            total -= told.sum()
             if grad is not None:
-                probabilities = logits.sub_(log_sum).exp_()
-                probabilities.scatter_add_(1, right, torch.full_like(log_sum, -1))
+                probabilities = log_probabilities.exp_()
+                probabilities.scatter_add_(1, right, torch.full_like(told, -1))
                 grad[here] = probabilities.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         return total

@@ -75,9 +75,8 @@ class ReferenceStep(nn.Module):
             at_ret = (batch["ret_input_ids"] == config.ret_token_id).int().argmax(-1)
             states = hidden[torch.arange(len(hidden)), at_ret]
         else:
-            states = torch.stack(
-                [row[(ids == config.ret_token_id).nonzero()[0, 0]] for row, ids in zip(hidden, batch["ret_input_ids"], strict=True)]
-            )  # fmt: skip
+            rows = zip(hidden, batch["ret_input_ids"], strict=True)
+            states = torch.stack([row[(ids == config.ret_token_id).nonzero()[0, 0]] for row, ids in rows])
         ret_embeds = model.W_t2m(states.float())
         scale = model.logit_scale.exp().clamp(max=100)
         loss_vm = visual_matching_loss(ret_embeds, embeds[batch["target_indices"]], scale)

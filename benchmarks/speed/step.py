@@ -113,7 +113,7 @@ def gradients(variant: str, model: UniMuRModel, batch: dict[str, Any]) -> tuple[
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and n.startswith("W_")}
     model.zero_grad(set_to_none=True)
-    return float(loss), found
+    return float(loss.detach()), found
 
 
 def building(model: UniMuRModel, made: list[dict[str, Any]]) -> Callable[[int], None]:

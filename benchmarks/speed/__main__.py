@@ -1,0 +1,42 @@
+"""
+Every claim of speed, measured as ratios in interleaved rounds.
+
+    python -m benchmarks.speed --output benchmarks/results             all parts, about half an hour on a quiet machine
+    python -m benchmarks.speed --part step --part embedding            some
+    python -m benchmarks.speed --page --output benchmarks/results      only the page, from the json that is there
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the libraries are imported
+
+from . import embedding, step, texts
+from .page import page
+
+PARTS = ("step", "embedding", "texts", "pool")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, action="append", help="by default all")
+    parser.add_argument("--rounds", type=int, help="by default each part's own")
+    parser.add_argument("--output", type=Path, default=Path("runs/report"))
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    arguments = parser.parse_args(argv)
+    passed = ["--output", str(arguments.output)]
+    passed += [] if arguments.rounds is None else ["--rounds", str(arguments.rounds)]
+    for name in [] if arguments.page else arguments.part or PARTS:
+        print(f"\n== {name}", flush=True)
+        if name == "pool":  # needs faiss, and a checkpoint
+            from . import pool
+
+            pool.main(passed)
+        else:
+            {"step": step, "embedding": embedding, "texts": texts}[name].main(passed)
+    print(f"written: {page(arguments.output)}")
+
+
+if __name__ == "__main__":
+    main()

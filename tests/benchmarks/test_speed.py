@@ -1,0 +1,73 @@
+"""The timed ways compute the same before they are timed; the json and the page say what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.speed import embedding, models, step
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.page import page
+from benchmarks.speed.timing import interleaved, ratio
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Every shape is a tiny one."""
+    monkeypatch.setattr(models, "SHAPES", {"small": (2, 32, 600)})
+    monkeypatch.setattr(step, "SHAPES", models.SHAPES)
+    monkeypatch.setattr(step, "STEP_SHAPES", {"V1.6k": "small"})
+    monkeypatch.setattr(step, "BATCH", 6)
+
+
+def test_every_variant_of_the_step_computes_the_same(small):
+    model = step.make_model("V1.6k")
+    (batch,) = step.batches(model, 1)
+    loss, expected = step.gradients(step.REFERENCE, model, batch)
+    assert set(expected) == {"W_i2t.weight", "W_i2t.bias", "W_t2m.weight", "W_t2m.bias"}
+    for variant in step.VARIANTS:
+        other, found = step.gradients(variant, model, batch)
+        assert other == pytest.approx(loss, abs=1e-5), variant
+        for name, gradient in expected.items():
+            assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), (
+                variant,
+                name,
+            )
+
+
+def test_the_reference_trains_the_whole_matrix_and_keeps_ret_alone(small):
+    model = step.make_model("V1.6k")
+    (batch,) = step.batches(model, 1)
+    reference = step.ReferenceStep(model)
+    reference(step.padded(batch)).backward()
+    assert reference.table.grad[:-1].abs().sum() > 0 and len(reference.table) == 601
+    reference.keep_ret_alone()
+    assert reference.table.grad[:-1].abs().sum() == 0 and reference.table.grad[-1].abs().sum() > 0
+
+
+def test_the_step_and_embedding_parts_write_json_and_the_page(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "peak_memory", lambda variant, shape: 2**20)
+    monkeypatch.setattr(embedding, "make_model", step.make_model)
+    main(["--part", "step", "--part", "embedding", "--rounds", "2", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "step-speed.json").read_text())
+    (shape,) = found["shapes"]
+    assert shape["ratios"][step.REFERENCE] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert all(r["low"] <= r["median"] <= r["high"] for r in shape["ratios"].values())
+    text = page(tmp_path).read_text()
+    assert "+ packed (ours)" in text and "full pass / tenth turn" in text
+    assert "Not measured here: `text-retrieval-speed.json`, `pool-speed.json`" in text
+
+
+def test_ways_are_timed_once_a_round_and_compared_within_it():
+    calls = {"a": 0, "b": 0}
+
+    def way(name):
+        def call(number):
+            calls[name] += 1
+
+        return call
+
+    found = interleaved({"a": way("a"), "b": way("b")}, 5, repeats={"b": 3})
+    assert calls == {"a": 1 + 5, "b": 1 + 15} and len(found["a"]["seconds"]) == 5
+    made = {"x": {"seconds": [2.0, 9.0, 4.0]}, "y": {"seconds": [1.0, 3.0, 4.0]}}
+    assert ratio(made, "x", "y") == {"median": 2.0, "low": 1.0, "high": 3.0}
