@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+SAME_IMAGE = 1 - 1e-5  # a cosine above it is that of an image with itself, to rounding
+
 
 def caption_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
@@ -72,8 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def visual_matching_loss(
-    ret_embeds: torch.Tensor, image_embeds: torch.Tensor, logit_scale: torch.Tensor | float
-) -> torch.Tensor:
+    ret_embeds: torch.Tensor, image_embeds: torch.Tensor, logit_scale: torch.Tensor | float,
+    negatives: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """
     L_vm = L_v2m + L_m2v, eq. 3-5: symmetric InfoNCE over cosines with in-batch negatives.
 
@@ -81,6 +84,8 @@ def visual_matching_loss(
         ret_embeds: `(n, q)`, e_t of the captions; need not be normalised.
         image_embeds: `(n, q)`, CLIP embeddings of the captions' images, row for row.
         logit_scale: 1 / tau.
+        negatives: `(m, q)` L2-normalised, further images that e_t is contrasted with, beyond the paper. One that is the
+            caption's own image counts as none.
 
     Returns:
         Scalar float32: the two directions summed, each a mean over the global batch.
@@ -88,7 +93,16 @@ def visual_matching_loss(
     Raises:
         ValueError: the shapes differ.
     """
-    return info_nce(ret_embeds, image_embeds, logit_scale)
+    if negatives is None or not len(negatives) or not len(ret_embeds):
+        return info_nce(ret_embeds, image_embeds, logit_scale)
+    _check_rows(ret_embeds, image_embeds)
+    texts, images = (gather_rows(F.normalize(x.float(), dim=-1)) for x in (ret_embeds, image_embeds))
+    logits = logit_scale * texts @ images.T
+    further = logit_scale * texts @ negatives.T
+    # Frozen CLIP gives the same image the same embedding, so that equality tells it.
+    further = further.masked_fill(images @ negatives.T > SAME_IMAGE, -torch.inf)
+    right = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(torch.cat([logits, further], dim=1), right) + F.cross_entropy(logits.T, right)
 
 
 def text_matching_loss(

@@ -219,6 +219,7 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         image_embeds: torch.Tensor | None = None,
         text_embeds: torch.Tensor | None = None,
         ret_states: torch.Tensor | None = None,
+        negatives: torch.Tensor | None = None,
     ) -> UniMuROutput:
         """
         The losses of eq. 7 on a batch of [`UniMuRProcessor.documents`] or `pairs`.
@@ -227,7 +228,7 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         lambda2 of zero skip their loss. CLIP runs once per image, for prefix and target both, and not at all where
         `image_features` `(i, c)` and `image_embeds` `(i, q)` are given, or `text_embeds` `(texts, q)`. With [RET] frozen
         the LLM's output there may be given too: `ret_states` `(n, d)` instead of `ret_input_ids`. `packing` and
-        `ret_packing` are [`plan_packing`]'s of the two passes.
+        `ret_packing` are [`plan_packing`]'s of the two passes, `negatives` `(m, q)` further images of eq. 4.
 
         Raises:
             ValueError: neither kind of input is given.
@@ -255,7 +256,9 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
             ret_embeds = self.W_t2m(ret_states)
             scale = self.logit_scale.exp().clamp(max=100)
             if config.lambda1:
-                loss_vm = visual_matching_loss(ret_embeds[image_rows], image_embeds[target_indices], scale)  # eq. 3-5
+                loss_vm = visual_matching_loss(  # eq. 3-5
+                    ret_embeds[image_rows], image_embeds[target_indices], scale, negatives
+                )
             if config.lambda2:
                 if text_embeds is None:
                     text_embeds = self.encode_clip_texts(clip_input_ids, clip_attention_mask)

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from modeling_unimur.towers_unimur import load_lora_weights
+from train.bank import NegativesBank
 from train.collate import SkipCounter
 from train.sampler import GroupedSampler
 
@@ -48,6 +49,12 @@ class UniMuRTrainingArguments(TrainingArguments):
         metadata={"help": "Several sequences share a row of the LLM's input instead of padding. Flash attention leaves "
                           "padding out by itself and does not take this."},
     )  # fmt: skip
+    negatives_bank: int = field(
+        default=0,
+        metadata={
+            "help": "Beyond the paper: past images that eq. 4 also contrasts each caption with; 0: in-batch alone."
+        },
+    )
     max_bad_share: float = field(
         default=0.05, metadata={"help": "Stop when more than this share of the pairs seen is broken."}
     )
@@ -70,6 +77,8 @@ class UniMuRTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.groups = groups
         self.skips = SkipCounter()
+        self.bank = NegativesBank(self.args.negatives_bank) if self.args.negatives_bank else None
+        self._to_bank: torch.Tensor | None = None
         self._parts: dict[str, torch.Tensor] = {}
         self._images, self._since = 0, time.perf_counter()
         # A collator, or the object whose method it is, draws captions by the epoch.
@@ -94,7 +103,14 @@ class UniMuRTrainer(Trainer):
             part = "captioning" if self.state.global_step % 2 == 0 else "matching"
         left_out = {"captioning": MATCHING, "matching": CAPTIONING}.get(part, ())
         inputs = {key: value for key, value in inputs.items() if key not in left_out}
+        banked = self.bank is not None and "image_rows" in inputs
+        if banked:
+            if self._to_bank is not None:  # only now: the last step's backward pass still read the bank
+                self.bank.add(self._to_bank)
+            inputs["negatives"] = self.bank.embeds
         outputs = model(**inputs)
+        if banked:
+            self._to_bank = outputs.image_embeds[inputs["target_indices"]]
         for name, loss in outputs.items():
             if name.startswith("loss_"):
                 # Kept on the device: reading it here would make the host wait for every step.
