@@ -71,3 +71,16 @@ def test_ways_are_timed_once_a_round_and_compared_within_it():
     assert calls == {"a": 1 + 5, "b": 1 + 15} and len(found["a"]["seconds"]) == 5
     made = {"x": {"seconds": [2.0, 9.0, 4.0]}, "y": {"seconds": [1.0, 3.0, 4.0]}}
     assert ratio(made, "x", "y") == {"median": 2.0, "low": 1.0, "high": 3.0}
+
+
+def test_the_gpu_script_works_at_small_shapes_anywhere(tmp_path):
+    from benchmarks.speed import gpu
+
+    found = gpu.main(["--small", "--device", "cpu", "--batch", "8", "--steps", "2", "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "gpu-speed.json").read_text())["ways"].keys() == gpu.WAYS.keys()
+    assert found["losses"]["uncached"] == pytest.approx(found["losses"]["padded"], rel=1e-4)
+    assert all(way["samples_per_second"] > 0 for way in found["ways"].values())
+    model = gpu.make_model(True, torch.device("cpu"), torch.float32)
+    with pytest.raises(AssertionError, match="CLIP cached gives the loss"):
+        batch = gpu.make_batch(model, 4, 0)
+        gpu.check(model, batch | {"image_features": batch["image_features"] + 1}, 1e-4)

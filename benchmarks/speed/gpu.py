@@ -1,0 +1,225 @@
+"""
+The training step at the paper's size on a GPU: OPT-6.7B and CLIP ViT-L/14 shapes, random weights, bf16.
+
+    python -m benchmarks.speed.gpu --output benchmarks/results
+    python -m benchmarks.speed.gpu --small --device cpu          the same at small shapes, anywhere
+
+Checks first that packed, padded and cached batches give the same losses. Then: the rate of a large matrix product, samples
+a second of the step uncached and cached (CLIP's features; CLIP's and [RET]'s states), the share of the measured matrix rate,
+peak memory, and the hours of 5 epochs over 3.3 million pairs that follow, the building of the cache counted. The paper's 16
+hours on four V100 cannot be compared: its epochs are probably FROMAGe's 360,000 samples, which it does not say.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, OPTConfig, OPTForCausalLM
+
+from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
+from train.miniature.towers import clip_tokenizer, opt_tokenizer
+
+from .models import sentence
+
+PAIRS, EPOCHS = 3_300_000, 5
+WAYS = {
+    "uncached": ("image_features", "image_embeds", "text_embeds", "ret_states"),
+    "CLIP cached": ("pixel_values", "clip_input_ids", "clip_attention_mask", "ret_states"),
+    "CLIP and [RET] states cached": ("pixel_values", "clip_input_ids", "clip_attention_mask", "ret_input_ids",
+                                     "ret_attention_mask", "ret_image_indices", "ret_packing"),
+}  # fmt: skip
+
+
+def make_model(small: bool, device: torch.device, dtype: torch.dtype) -> UniMuRModel:
+    """An adapter-style model over random towers of the published shapes, or of small ones."""
+    syllables = [f"{a}{b}" for a in "bcdfgklmnprst" for b in "aeiou"]
+    clip_words = clip_tokenizer(syllables, vocab_size=600)
+    processor = UniMuRProcessor(CLIPImageProcessor(), opt_tokenizer(syllables, 512, 400), clip_words, max_length=512)
+    width, layers = (64, 2) if small else (4096, 32)
+    text = OPTConfig(
+        vocab_size=600 if small else 50_272, hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width,
+        num_hidden_layers=layers, num_attention_heads=width // 32 if small else 32, max_position_embeddings=2048, dropout=0.0,
+    )  # fmt: skip
+    seen, words, patch = ((32, 2), (32, 2), 8) if small else ((1024, 24), (768, 12), 14)
+    clip = CLIPConfig(
+        text_config={
+            "hidden_size": words[0], "intermediate_size": 4 * words[0], "num_hidden_layers": words[1],
+            "num_attention_heads": max(1, words[0] // 64), "vocab_size": len(clip_words),
+            "eos_token_id": clip_words.eos_token_id,
+        },
+        vision_config={
+            "hidden_size": seen[0], "intermediate_size": 4 * seen[0], "num_hidden_layers": seen[1],
+            "num_attention_heads": max(1, seen[0] // 64), "image_size": 32 if small else 224, "patch_size": patch,
+        },
+        projection_dim=24 if small else 768,
+    )  # fmt: skip
+    config = UniMuRConfig(
+        text_config=text, clip_config=clip, ret_token_id=processor.ret_token_id,
+        image_token_id=processor.image_token_id, text_model_name_or_path="random/opt", clip_model_name_or_path="random/clip",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = UniMuRModel(config)
+        model.attach_towers(OPTForCausalLM._from_config(text, dtype=dtype), CLIPModel._from_config(clip, dtype=dtype))
+    model.processor = processor
+    return model.to(device).eval()
+
+
+def make_batch(model: UniMuRModel, size: int, seed: int) -> dict[str, Any]:
+    """A packed batch with everything in it, on the model's device."""
+    rng = random.Random(seed)
+    captions = [sentence(model, rng.randint(6, 16), rng) for _ in range(size)]
+    items = [{"caption": (i, c), "context": [[c]], "image": i, "text": c} for i, c in enumerate(captions)]
+    batch = _moved(dict(model.processor.documents(items, None, pack=True)), model.device)
+    side = model.config.clip_config.vision_config.image_size
+    batch["pixel_values"] = torch.randn(size, 3, side, side, device=model.device)
+    return batch | cached(model, batch)
+
+
+@torch.no_grad()
+def cached(model: UniMuRModel, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the cache holds of a batch."""
+    features, embeds = model.encode_images(batch["pixel_values"])
+    texts = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
+    states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch["ret_packing"])
+    return {"image_features": features, "image_embeds": embeds, "text_embeds": texts, "ret_states": states}
+
+
+def check(model: UniMuRModel, batch: dict[str, Any], tolerance: float) -> dict[str, float]:
+    """Losses of every way on one batch; raises `AssertionError` where they differ by more than the share `tolerance`."""
+    losses = {}
+    with torch.no_grad():
+        for way, left_out in {**WAYS, "padded": (*WAYS["uncached"], "packing", "ret_packing")}.items():
+            losses[way] = float(model(**{k: v for k, v in batch.items() if k not in left_out}).loss)
+    for way, loss in losses.items():
+        if not abs(loss - losses["padded"]) <= tolerance * abs(losses["padded"]):
+            raise AssertionError(f"{way} gives the loss {loss}, padded {losses['padded']}")
+    return losses
+
+
+def flop_per_pair(model: UniMuRModel, batch: dict[str, Any]) -> dict[str, float]:
+    """
+    Floating-point operations of a pair: two a weight and position forward, and in captioning the same again for the
+    gradient by the inputs; no tower's weights have gradients.
+    """
+
+    def weights(module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
+    llm, clip = model.language_model, model.clip
+    table = llm.get_input_embeddings().weight.numel()
+    trunk = weights(llm.base_model) - table
+    pairs = len(batch["ret_states"])
+    caption, labelled = float(batch["attention_mask"].sum()) / pairs, len(batch["label_positions"]) / pairs
+    asked, words = (float(batch[name].sum()) / pairs for name in ("ret_attention_mask", "clip_attention_mask"))
+    vision = model.config.clip_config.vision_config
+    positions = (vision.image_size // vision.patch_size) ** 2 + 1
+    seen = 2 * weights(clip.vision_model) * positions
+    read = 2 * (weights(clip.text_model) - clip.text_model.get_input_embeddings().weight.numel()) * words
+    return {
+        "captioning": 4 * (trunk * caption + table * labelled),
+        "retrieval": 2 * trunk * asked,
+        "CLIP": seen + read,
+    }
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Operations a second of a square matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: a @ b, device, 20)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="small shapes, to see that it works")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=Path("runs/report"))
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU here: give --small --device cpu to see that it works")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = make_model(arguments.small, device, dtype)
+    batches = [make_batch(model, arguments.batch, seed) for seed in range(4)]
+    losses = check(model, batches[0], 1e-4 if dtype == torch.float32 else 2e-2)
+    operations = flop_per_pair(model, batches[0])
+    rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=device.type == "cuda"
+    )
+    model.train()
+    needed = {"uncached": sum(operations.values()), "CLIP cached": operations["captioning"] + operations["retrieval"],
+              "CLIP and [RET] states cached": operations["captioning"]}  # fmt: skip
+    ways = {}
+    for way, left_out in WAYS.items():
+        ready = [{k: v for k, v in batch.items() if k not in left_out} for batch in batches]
+        number = 0
+
+        def step(ready=ready):
+            nonlocal number
+            number += 1
+            model(**ready[number % len(ready)]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        each = arguments.batch / _seconds(step, device, arguments.steps)
+        ways[way] = {
+            "samples_per_second": each, "share_of_matrix_rate": each * needed[way] / rate,
+            "hours": EPOCHS * PAIRS / each / 3600,
+            "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        }  # fmt: skip
+    build = arguments.batch / _seconds(lambda: cached(model, batches[0]), device, arguments.steps)
+    ways["CLIP and [RET] states cached"]["hours_with_building"] = (
+        ways["CLIP and [RET] states cached"]["hours"] + PAIRS / build / 3600
+    )
+    config = model.config
+    floats = config.image_feature_width + 2 * config.embedding_width + config.text_width
+    result = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": str(dtype),
+        "torch": torch.__version__,
+        "small": arguments.small,
+        "batch": arguments.batch,
+        "losses": losses,
+        "gflop_per_pair": {name: value / 1e9 for name, value in operations.items()},
+        "matrix_tflops": rate / 1e12,
+        "cache_samples_per_second": build,
+        "cache_bytes": 4 * PAIRS * floats,
+        "ways": ways,
+        "derived_from": f"{EPOCHS} epochs of {PAIRS:,} pairs, one visual token",
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "gpu-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def _seconds(call, device: torch.device, repeats: int) -> float:
+    for _ in range(3):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {k: _moved(v, device) for k, v in value.items()}
+    return value.to(device)
+
+
+if __name__ == "__main__":
+    main()
