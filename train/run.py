@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a fol
 
 import torch
 import yaml
+from accelerate import PartialState
 from torch.utils.data import ConcatDataset
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -255,3 +256,5 @@ def _steps(pairs: int | None, args: UniMuRTrainingArguments) -> int:
 
 if __name__ == "__main__":
     main()
+    # The backend's threads must end before the interpreter does, or a process may abort after its work is done.
+    PartialState().destroy_process_group()
