@@ -24,7 +24,7 @@ from transformers.utils import logging
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
 from train.collate import PairCollator, SkipCounter
 from train.data import load_pairs, streamed_length
-from train.features import cache_image_features
+from train.features import cache_caption_states, cache_image_features
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
 logger = logging.get_logger("train")
@@ -90,8 +90,19 @@ class DataArguments:
         metadata={"help": "Add interleaved documents to the pairs (beyond the paper; the miniature has them)."},
     )
     cache_features: bool = field(
-        default=False, metadata={"help": "Run CLIP's visual tower once per image, before training."}
+        default=False,
+        metadata={"help": "Run what is frozen once, before training: CLIP on every image and caption and, with [RET] "
+                          "frozen and no LoRA, the LLM on every caption. Kept on disk for later runs; the training's "
+                          "--dataloader_num_workers decode."},
+    )  # fmt: skip
+    cache_captions: bool = field(
+        default=True, metadata={"help": "Of --cache_features the captions' part; without it only the images'."}
     )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where they are kept: output_dir/features by default, and for the miniature, whose data are "
+                          "drawn anew in each run, a temporary folder."},
+    )  # fmt: skip
     save_towers: bool = field(
         default=False, metadata={"help": "Also save the towers: a full, self-contained checkpoint."}
     )
@@ -192,8 +203,15 @@ def main(argv: list[str] | None = None) -> dict:
     if data_args.cache_features:
         if streamed:
             raise ValueError("--cache_features needs data with a length; shards are streamed")
-        rows = cache_image_features(pairs, model.to(args.device), skips)
+        folder = data_args.cache_dir
+        if folder is None and data_args.train_data != "miniature":
+            folder = Path(args.output_dir) / "features"
+        places = [folder and Path(folder) / part for part in ("images", "captions")]
+        model.to(args.device)
+        rows = cache_image_features(pairs, model, skips, folder=places[0], workers=args.dataloader_num_workers)
         skips.check(args.max_bad_share)
+        if data_args.cache_captions:
+            rows = cache_caption_states(rows, model, places[1])
         if documents is not None:
             documents.use_images(rows)
     if documents is not None:
