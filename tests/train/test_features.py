@@ -233,7 +233,8 @@ def test_a_cache_of_other_data_is_refused_and_a_touched_file_is_not(fresh, photo
         both(photos, model, tmp_path / "cache")
 
 
-def test_several_processes_make_a_part_each_and_read_all(tmp_path):
+def test_several_processes_make_a_part_each_and_read_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_barrier", threading.Barrier(2).wait)
     made, tables = {0: [], 1: []}, {}
 
     def run(rank):
@@ -245,7 +246,7 @@ def test_several_processes_make_a_part_each_and_read_all(tmp_path):
         sources = [{"rows": f"{n}"} for n in range(5)]
         tables[rank] = build_shards(tmp_path, {"of": "test"}, sources, make, rank=rank, world=2)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
