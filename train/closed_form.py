@@ -25,8 +25,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from modeling_unimur import UniMuRModel
+from train.collate import PairCollator
+
+logger = logging.get_logger("train")
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -162,7 +168,7 @@ def solve(batches: Iterable[Batch], ridges: Sequence[float] = RIDGES, powers: Se
     Both maps in one pass over the data.
 
     Args:
-        batches: of `ids` (list of str), `ret_states` `(n, d)`, `image_embeds` `(n, q)` and, for W_i2t, `image_features`
+        batches: of `ids` (a str for each pair), `ret_states` `(n, d)`, `image_embeds` `(n, q)` and, for W_i2t, `image_features`
             `(n, c)` and `caption_means` `(n, d)`, of any float dtype; row i of all is one pair.
         ridges, powers: rho and p to choose from, by R@1 of caption to image over pairs held out by a hash of their id
             (one in ten, at most a thousand). Every pair counts in the maps themselves.
@@ -234,7 +240,7 @@ def batches(model: UniMuRModel, collated: Iterable[dict], *, captioning: bool = 
         states = batch.get("ret_states")
         if states is None:
             states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"])
-        found = {"ids": batch.get("ids") or [f"{number}-{i}" for i in range(len(states))]}
+        found = {"ids": [f"{number}-{i}" for i in range(len(states))]}  # the pairs' places, which no run changes
         found |= {"ret_states": states, "image_embeds": embeds[batch["target_indices"]]}
         if captioning:
             found["image_features"] = features[batch["image_indices"]]
@@ -248,6 +254,26 @@ def _caption_means(batch: dict, table: nn.Module, model: UniMuRModel) -> torch.T
     counted = (batch["labels"] >= 0) & (ids != (model.processor.tokenizer.eos_token_id or -1))
     rows = table(ids).float() * counted[..., None]
     return rows.sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
+
+
+def start(
+    model: UniMuRModel, rows: Dataset, collator: PairCollator, *, batch_size: int, workers: int = 0
+) -> ClosedForm:
+    """
+    Puts both maps at their closed form, from one pass over the rows with a caption of each.
+
+    Args:
+        rows: caption pairs, cached or not, streamed or not. Every process reads all of them, which gives all the same
+            maps without any exchange.
+    """
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator, num_workers=workers)
+    found = solve(batches(model, tqdm(loader, desc="closed form")))
+    found.apply(model)
+    logger.info(
+        f"closed form of {found.pairs} pairs: ridge {found.ridge:g} and whitening power {found.power:g} give the best R@1 "
+        f"over pairs held out, {100 * found.recall[found.ridge, found.power]:.1f} %"
+    )
+    return found
 
 
 def _set(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
