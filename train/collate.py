@@ -15,6 +15,7 @@ from modeling_unimur.images_unimur import BadImageError
 logger = logging.get_logger(__name__)
 
 EXAMPLES = 3  # kept for each reason
+CACHED_CAPTIONS = ("text_embeds", "ret_states")
 
 
 class TooManyBadPairsError(RuntimeError):
@@ -77,7 +78,8 @@ class PairCollator:
     A row is a caption pair (`id`, `image`, `captions`) or a document (see [`train.documents.InterleavedDocuments`]),
     its images undecoded or given as cached `image_features` (c float32) and `image_embeds` (q float32). A row with a
     bad image or without a caption is dropped; `skipped` (`dict[str, int]`) counts them by reason and `n_seen` (`int`)
-    all. The first few of each reason are logged by name, in the process that met them.
+    all. The first few of each reason are logged by name, in the process that met them. Pairs that all have cached
+    `text_embeds` (captions, q), and `ret_states` (captions, d), give those of the drawn captions in place of their tokens.
 
     Attributes:
         epoch (`int`): with the seed and the row's id, what the draw of captions goes by; set it before each epoch.
@@ -118,21 +120,35 @@ class PairCollator:
                 f"all {len(rows)} pairs of a batch are broken: {dict(skips.counts)}{skips.details()}"
             )
         cached = bool(images) and isinstance(images[0], tuple)
+        states = self._captions([item.pop("cached", {}) for item in items])
+        if "text_embeds" in states:
+            items = [item | {"text": None} for item in items]
         batch = dict(self.processor.documents(items, None if cached else images, pack=self.pack))
+        if states:
+            batch = {k: v for k, v in batch.items() if "ret_states" not in states or not k.startswith("ret_")}
+            batch |= states | {"text_rows": torch.arange(len(items))}
         if cached:
             for name, values in zip(("image_features", "image_embeds"), zip(*images, strict=True), strict=True):
                 batch[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
         return batch | {"skipped": dict(skips.counts), "n_seen": skips.seen}
 
     def _pair(self, row: dict[str, Any]) -> tuple[dict, list, str | None]:
-        captions = [caption for caption in row["captions"] or () if caption and caption.strip()]
+        captions = usable_captions(row["captions"])
         if not captions:
             return {}, [], "empty_caption"
         at = 0
         if self.caption == "random":
             at = drawn_caption(self.seed, self.epoch, row["id"], len(captions))
-        caption = captions[at].strip()
-        return {"caption": (0, caption), "context": [[caption]], "image": 0, "text": caption}, [row], None
+        caption = captions[at]
+        item = {"caption": (0, caption), "context": [[caption]], "image": 0, "text": caption}
+        item["cached"] = {name: row[name][at] for name in CACHED_CAPTIONS if name in row}
+        return item, [row], None
+
+    @staticmethod
+    def _captions(cached: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """What is cached of the captions of every item."""
+        names = [name for name in CACHED_CAPTIONS if all(name in given for given in cached)]
+        return {name: torch.from_numpy(np.stack([given[name] for given in cached])) for name in names}
 
     def _document(self, row: dict[str, Any]) -> tuple[dict, list, str | None]:
         names = list(row["images"])
@@ -145,6 +161,11 @@ class PairCollator:
         if "image_features" in row:
             return row["image_features"], row["image_embeds"]
         return self.processor.decode(row["image"])
+
+
+def usable_captions(captions: Sequence[str | None] | None) -> list[str]:
+    """A pair's captions, stripped, without the empty ones."""
+    return [caption.strip() for caption in captions or () if caption and caption.strip()]
 
 
 def drawn_caption(seed: int, epoch: int, pair_id: str, count: int) -> int:

@@ -1,106 +1,215 @@
-"""What is frozen, computed once: CLIP's features of a data set's images, and the LLM's output at each caption's [RET]."""
+"""What is frozen, computed once: CLIP's features of a data set's images and captions, and the LLM's output at [RET]."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
 from modeling_unimur import UniMuRModel
-from modeling_unimur.images_unimur import BadImageError
-from train.collate import SkipCounter, drawn_caption
+from modeling_unimur.towers_unimur import digest
+from train.collate import SkipCounter, drawn_caption, usable_captions
+from train.extract import Rates, content_hash, image_hints, image_shards, values_hash
+from train.shards import Shard, ShardedArray, ShardedTable, build_shards
+
+SHARD_ROWS = 4096  # a multiple of the batch sizes below, so that shards do not change the batches
 
 
-@torch.no_grad()
-def cache_image_features(
-    images: datasets.Dataset, model: UniMuRModel, skips: SkipCounter, batch_size: int = 64
-) -> datasets.Dataset:
+class CachedPairs(Dataset):
     """
-    Adds what `W_i2t` reads and what eq. 3-5 align with to each row; bad images lose their row and are counted.
+    Pairs whose images are replaced by memory-mapped features, for [`train.collate.PairCollator`].
+
+    A row has the pair's columns but `image`, with `image_features` (c float32) and `image_embeds` (q float32), and, after
+    [`cache_caption_states`], `text_embeds` (captions, q) and by choice `ret_states` (captions, d) of its captions.
+
+    Attributes:
+        rows (`datasets.Dataset`): the pairs that were kept, without `image`.
+        images, captions: `ShardedArray`s by name.
+        rates: images a second of `decode` alone by all workers and of `encode` alone; empty where all was cached.
+    """
+
+    def __init__(self, rows: datasets.Dataset, table: ShardedTable, temporary: Any = None):
+        self.rows, self.table, self.caption_table, self.starts = rows, table, None, None
+        self.rates: dict[str, float] = {}
+        self._temporary = [temporary]  # a folder nobody named lives as long as what was read from it
+
+    @property
+    def images(self) -> dict[str, ShardedArray]:
+        return self.table.columns
+
+    @property
+    def captions(self) -> dict[str, ShardedArray]:
+        return {} if self.caption_table is None else self.caption_table.columns
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | str) -> Any:
+        if isinstance(index, str):
+            return self.images[index] if index in self.images else self.rows[index]
+        row = self.rows[index] | {name: column[index] for name, column in self.images.items()}
+        if self.caption_table is not None:
+            here = range(self.starts[index], self.starts[index + 1])
+            row |= {name: column[here] for name, column in self.captions.items()}
+        return row
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_temporary": []}
+
+
+def cache_image_features(
+    images: datasets.Dataset, model: UniMuRModel, skips: SkipCounter, batch_size: int = 64,
+    folder: str | Path | None = None, workers: int = 0,
+) -> CachedPairs:  # fmt: skip
+    """
+    What `W_i2t` reads and what eq. 3-5 align with, written once as shards; bad images lose their row and are counted.
 
     Args:
         images: rows with an undecoded `image` and an `id`.
         model: its CLIP and its `image_feature` choice are used.
-        skips: receives the counts.
+        skips: receives the counts, whether they are new or the manifest's.
+        folder: of the shards; a temporary one by default.
+        workers: processes that decode; 0 decodes in this one.
+
+    Raises:
+        StaleCacheError, CorruptShardError, OSError: see [`train.shards.build_shards`].
+    """
+    temporary = tempfile.TemporaryDirectory() if folder is None else None
+    folder = Path(folder or temporary.name)
+    shards = [range(s, min(s + SHARD_ROWS, len(images))) for s in range(0, len(images), SHARD_ROWS)]
+    rates = Rates(workers)
+
+    def make(numbers: list[int]) -> Iterator[Shard]:
+        return image_shards(images, model, [(n, shards[n]) for n in numbers], batch_size, workers, rates)
+
+    def changed(number: int, name: str, record: dict) -> bool:
+        # Where a file lies and when it was written is a hint that is cheap to look at; what counts is its bytes.
+        return (
+            name != "images"
+            or values_hash(content_hash(images[i]["image"]) for i in shards[number]) != record["content"]
+        )
+
+    identity = {
+        "weights of CLIP's visual tower": digest(
+            (n, p) for n, p in model.clip.named_parameters() if n.startswith("vis")
+        ),
+        "dtype of CLIP": str(model.clip.dtype),
+        "preprocessing": model.processor.fingerprint,
+        "max_image_pixels": model.processor.max_image_pixels,
+        "image_feature": model.config.image_feature,
+    }
+    sources = [
+        {
+            "rows": _span(rows),
+            "ids": values_hash(images[rows.start : rows.stop]["id"]),
+            "images": values_hash(image_hints(images, rows)),
+        }
+        for rows in shards
+    ]
+    records = build_shards(folder, identity, sources, make, changed=changed, **_alone(temporary))
+    for record in records:
+        skips.update(record["skipped"], record["seen"], record["examples"])
+    left_out = {i for record in records for i in record["left_out"]}
+    rows = images.remove_columns("image")
+    if left_out:
+        rows = rows.select([i for i in range(len(rows)) if i not in left_out])
+    pairs = CachedPairs(rows, ShardedTable(folder, len(shards)), temporary)
+    pairs.rates = rates.report()
+    return pairs
+
+
+@torch.no_grad()
+def cache_caption_states(
+    pairs: CachedPairs, model: UniMuRModel, folder: str | Path | None = None, batch_size: int = 128
+) -> CachedPairs:
+    """
+    Adds CLIP's embedding of every caption and, with [RET] frozen and no LoRA, the LLM's output at its [RET].
+
+    Args:
+        pairs: of [`cache_image_features`].
+        folder: of the shards; a temporary one by default.
 
     Returns:
-        The rows without `image`, with `image_features` (c float32) and `image_embeds` (q float32).
+        The pairs with them; what was given stays as it is, so that several LLMs can share it.
+
+    Raises:
+        StaleCacheError, CorruptShardError, OSError: see [`train.shards.build_shards`].
     """
+    temporary = tempfile.TemporaryDirectory() if folder is None else None
+    folder = Path(folder or temporary.name)
+    with_states = states_are_frozen(model)
+    shards = [range(s, min(s + SHARD_ROWS, len(pairs))) for s in range(0, len(pairs), SHARD_ROWS)]
+    texts = [[usable_captions(row) for row in pairs.rows[rows.start : rows.stop]["captions"]] for rows in shards]
 
-    def encode(batch):
-        kept, decoded, reasons = [], [], {}
-        for position, image in enumerate(batch["image"]):
-            try:
-                decoded.append(model.processor.decode(image))
-                kept.append(position)
-            except BadImageError as error:
-                reasons[error.reason] = reasons.get(error.reason, 0) + 1
-        skips.update(reasons, len(batch["image"]))
-        columns = {name: [values[i] for i in kept] for name, values in batch.items() if name != "image"}
-        if not kept:
-            return columns | {"image_features": [], "image_embeds": []}
-        features, embeds = model.encode_images(model.processor.pixels(decoded).to(model.device))
-        return columns | {"image_features": features.cpu().numpy(), "image_embeds": embeds.cpu().numpy()}
+    def make(numbers: list[int]) -> Iterator[Shard]:
+        for number in tqdm(numbers, desc="captions"):
+            flat = [caption for row in texts[number] for caption in row]
+            yield number, _encode_captions(flat, model, batch_size, with_states), {}
 
-    widths = {"image_features": model.config.image_feature_width, "image_embeds": model.config.embedding_width}
-    schema = {name: feature for name, feature in images.features.items() if name != "image"}
-    schema |= {n: datasets.List(datasets.Value("float32"), length=width) for n, width in widths.items()}
-    # In memory and unhashed: the model has no stable hash, and a stale cache would be worse than none.
-    return images.map(
-        encode, batched=True, batch_size=batch_size, remove_columns=images.column_names,
-        features=datasets.Features(schema), keep_in_memory=True, load_from_cache_file=False,
-        new_fingerprint=None, desc="CLIP features",
-    )  # fmt: skip
+    identity = {
+        "weights of CLIP's text tower": digest(
+            (n, p) for n, p in model.clip.named_parameters() if n.startswith("text_")
+        ),
+        "dtype of CLIP": str(model.clip.dtype),
+        "preprocessing": model.processor.fingerprint,
+        "states at [RET]": with_states,
+    }
+    if with_states:
+        identity |= {
+            "weights of the LLM": digest(model.language_model.named_parameters()),
+            "dtype of the LLM": str(model.language_model.dtype),
+            "[RET]": digest([("ret_embedding", model.ret_embedding)]),
+        }
+    sources = [{"rows": _span(rows), "captions": values_hash(part)} for rows, part in zip(shards, texts, strict=True)]
+    build_shards(folder, identity, sources, make, **_alone(temporary))
+    found = copy(pairs)
+    found.caption_table = ShardedTable(folder, len(shards))
+    found.starts = [0, *accumulate(len(row) for part in texts for row in part)]
+    found._temporary = [*pairs._temporary, temporary]
+    return found
+
+
+def states_are_frozen(model: UniMuRModel) -> bool:
+    """Whether training leaves the LLM's output at a caption's [RET] as it is."""
+    return not (model.config.train_ret_embedding or model.config.text_adapter)
 
 
 class MatchingStates(Dataset):
     """
-    What eq. 3-6 read of caption pairs when [RET] is frozen, computed once: the LLM's output at [RET] and CLIP's text
-    embedding of every caption, and CLIP's image embedding. A step on them trains W_t2m without running a tower.
+    What eq. 3-6 read of caption pairs when [RET] is frozen. A step on them trains W_t2m without running a tower.
 
     Args:
-        pairs: rows with `captions` and cached `image_embeds` (see `cache_image_features`), without empty captions.
-        model: its LLM and CLIP are run.
+        pairs: of [`cache_image_features`], without empty captions; their captions are cached where they are not yet.
+        model: its LLM and CLIP are run for that.
         seed: of the draw of a caption an epoch.
 
     Attributes:
-        ret_states `(captions, d)`, text_embeds `(captions, q)`, image_embeds `(images, q)`: float32.
+        ret_states `(captions, d)`, text_embeds `(captions, q)`, image_embeds `(images, q)`: [`ShardedArray`]s.
+        starts: the captions of pair i are those from `starts[i]` to before `starts[i + 1]`.
         epoch (`int`): as [`train.collate.PairCollator`]'s; `collate` draws by it.
 
     Raises:
-        ValueError: [RET] is trained, so that its states change; or a pair has no caption.
+        ValueError: [RET] or a LoRA is trained, so that the states change; or a pair has an empty caption or none.
     """
 
-    def __init__(self, pairs: datasets.Dataset, model: UniMuRModel, seed: int = 0, batch_size: int = 128):
-        if model.config.train_ret_embedding:
-            raise ValueError("the states at [RET] cannot be cached while [RET] is trained")
-        self.ids, self.seed, self.epoch = pairs["id"], seed, 0
-        captions = [[caption.strip() for caption in row] for row in pairs["captions"]]
-        for pair_id, row in zip(self.ids, captions, strict=True):
-            if not row or not all(row):
+    def __init__(self, pairs: CachedPairs, model: UniMuRModel, seed: int = 0, batch_size: int = 128):
+        if not states_are_frozen(model):
+            raise ValueError("the states at [RET] cannot be cached while [RET] is trained or the LLM has a LoRA")
+        self.ids, self.seed, self.epoch = list(pairs["id"]), seed, 0
+        for pair_id, row in zip(self.ids, pairs["captions"], strict=True):
+            if not row or len(usable_captions(row)) < len(row):
                 raise ValueError(f"pair {pair_id!r} has an empty caption or none")
-        self.counts = [len(row) for row in captions]
-        self.starts = [0, *accumulate(self.counts)]
-        flat = [caption for row in captions for caption in row]
-        # Captions of one length share a batch, so that little is padded.
-        order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
-        self.image_embeds = torch.from_numpy(np.asarray(pairs.with_format("numpy")["image_embeds"], np.float32))
-        self.ret_states = torch.empty(len(flat), model.config.text_width)
-        self.text_embeds = torch.empty(len(flat), model.config.embedding_width)
-        with torch.no_grad():
-            for start in trange(0, len(flat), batch_size, desc="[RET] states"):
-                rows = order[start : start + batch_size]
-                texts = [flat[i] for i in rows]
-                inputs = model.processor.texts(texts).to(model.device)
-                words = model.processor.clip_texts(texts).to(model.device)
-                self.ret_states[rows] = model.ret_states(inputs["input_ids"], inputs["attention_mask"]).cpu()
-                self.text_embeds[rows] = model.encode_clip_texts(
-                    words["clip_input_ids"], words["clip_attention_mask"]
-                ).cpu()
+        self.pairs = pairs if "ret_states" in pairs.captions else cache_caption_states(pairs, model, None, batch_size)
+        self.starts = pairs.starts
+        self.image_embeds = pairs.images["image_embeds"]
+        self.ret_states, self.text_embeds = pairs.captions["ret_states"], pairs.captions["text_embeds"]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,10 +219,46 @@ class MatchingStates(Dataset):
 
     def collate(self, rows: Sequence[int]) -> dict[str, Any]:
         """A batch for `UniMuRModel.forward`, the caption of each row drawn for the epoch."""
-        chosen = [self.starts[i] + drawn_caption(self.seed, self.epoch, self.ids[i], self.counts[i]) for i in rows]
+        chosen = [
+            self.starts[i] + drawn_caption(self.seed, self.epoch, self.ids[i], self.starts[i + 1] - self.starts[i])
+            for i in rows
+        ]
         here = torch.arange(len(rows))
         return {
-            "ret_states": self.ret_states[chosen], "text_embeds": self.text_embeds[chosen],
-            "image_embeds": self.image_embeds[list(rows)], "image_rows": here, "target_indices": here,
-            "text_rows": here, "skipped": {}, "n_seen": len(rows),
+            "ret_states": torch.from_numpy(self.ret_states[chosen]),
+            "text_embeds": torch.from_numpy(self.text_embeds[chosen]),
+            "image_embeds": torch.from_numpy(self.image_embeds[list(rows)]),
+            "image_rows": here, "target_indices": here, "text_rows": here, "skipped": {}, "n_seen": len(rows),
         }  # fmt: skip
+
+
+def _alone(temporary: Any) -> dict[str, int]:
+    """A temporary folder is the process's own, so it makes every shard itself."""
+    return {} if temporary is None else {"rank": 0, "world": 1}
+
+
+def _span(rows: range) -> str:
+    return f"{rows.start}-{rows.stop - 1}"
+
+
+@torch.no_grad()
+def _encode_captions(
+    captions: list[str], model: UniMuRModel, batch_size: int, with_states: bool
+) -> dict[str, np.ndarray]:
+    widths = {"text_embeds": model.config.embedding_width}
+    if with_states:
+        widths["ret_states"] = model.config.text_width
+    columns = {name: np.empty((len(captions), width), np.float32) for name, width in widths.items()}
+    # Captions of one length share a batch, so that little is padded.
+    order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        texts = [captions[i] for i in rows]
+        words = model.processor.clip_texts(texts).to(model.device)
+        embeds = model.encode_clip_texts(words["clip_input_ids"], words["clip_attention_mask"])
+        columns["text_embeds"][rows] = embeds.cpu().numpy()
+        if with_states:
+            inputs = model.processor.texts(texts).to(model.device)
+            states = model.ret_states(inputs["input_ids"], inputs["attention_mask"])
+            columns["ret_states"][rows] = states.cpu().numpy()
+    return columns

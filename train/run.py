@@ -23,9 +23,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
+from train.closed_form import start
 from train.collate import PairCollator, SkipCounter
 from train.data import load_pairs, streamed_length
-from train.features import cache_image_features
+from train.features import cache_caption_states, cache_image_features
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
 logger = logging.get_logger("train")
@@ -44,6 +45,11 @@ class ModelArguments:
     ret_init: str | None = field(
         default=None, metadata={"help": "Token that [RET] starts from; the mean row by default."}
     )
+    init: str = field(
+        default="random",
+        metadata={"help": "Where the maps start: random, or closed-form, two ridge regressions in one pass over the "
+                          "pairs. With --max_steps 0 it is all of the training.", "choices": ["random", "closed-form"]},
+    )  # fmt: skip
     lora_rank: int = field(
         default=0,
         metadata={"help": "Beyond the paper: also train a LoRA of this rank on the LLM (needs peft); 0: none."},
@@ -91,8 +97,19 @@ class DataArguments:
         metadata={"help": "Add interleaved documents to the pairs (beyond the paper; the miniature has them)."},
     )
     cache_features: bool = field(
-        default=False, metadata={"help": "Run CLIP's visual tower once per image, before training."}
+        default=False,
+        metadata={"help": "Run what is frozen once, before training: CLIP on every image and caption and, with [RET] "
+                          "frozen and no LoRA, the LLM on every caption. Kept on disk for later runs; the training's "
+                          "--dataloader_num_workers decode."},
+    )  # fmt: skip
+    cache_captions: bool = field(
+        default=True, metadata={"help": "Of --cache_features the captions' part; without it only the images'."}
     )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where they are kept: output_dir/features by default, and for the miniature, whose data are "
+                          "drawn anew in each run, a temporary folder."},
+    )  # fmt: skip
     save_towers: bool = field(
         default=False, metadata={"help": "Also save the towers: a full, self-contained checkpoint."}
     )
@@ -180,7 +197,7 @@ def main(argv: list[str] | None = None) -> dict:
         if getattr(model_args, name) is None:
             raise ValueError(f"--{name} is missing: a folder or a Hub name such as facebook/opt-6.7b")
     streamed = not hasattr(pairs, "__len__")
-    if streamed and args.max_steps <= 0:
+    if streamed and args.max_steps < 0:
         args.max_steps = _steps(streamed_length(data_args.train_data), args)
 
     model = UniMuRModel.from_pretrained_towers(
@@ -193,27 +210,39 @@ def main(argv: list[str] | None = None) -> dict:
     if data_args.cache_features:
         if streamed:
             raise ValueError("--cache_features needs data with a length; shards are streamed")
-        rows = cache_image_features(pairs, model.to(args.device), skips)
+        folder = data_args.cache_dir
+        if folder is None and data_args.train_data != "miniature":
+            folder = Path(args.output_dir) / "features"
+        places = [folder and Path(folder) / part for part in ("images", "captions")]
+        model.to(args.device)
+        rows = cache_image_features(pairs, model, skips, folder=places[0], workers=args.dataloader_num_workers)
         skips.check(args.max_bad_share)
+        if data_args.cache_captions:
+            rows = cache_caption_states(rows, model, places[1])
         if documents is not None:
             documents.use_images(rows)
+    collator = PairCollator(model.processor, caption=data_args.caption, seed=args.seed)
+    closed = None
+    if model_args.init == "closed-form":
+        workers = args.dataloader_num_workers
+        closed = start(model.to(args.device), rows, collator, batch_size=args.train_batch_size, workers=workers)
     if documents is not None:
         groups = [0] * len(rows) + [1 + documents.shows_image(i) for i in range(len(documents))]
         rows = ConcatDataset([rows, documents])
         args.ddp_find_unused_parameters = True  # a batch of documents without images leaves W_i2t out
-    flash = "flash" in (model.language_model.config._attn_implementation or "")
+    collator.pack = args.packing and "flash" not in (model.language_model.config._attn_implementation or "")
     trainer = UniMuRTrainer(
         model=model,
         args=args,
         train_dataset=rows,
         groups=groups,
-        data_collator=PairCollator(
-            model.processor, caption=data_args.caption, seed=args.seed, pack=args.packing and not flash
-        ),
+        data_collator=collator,
     )
     trainer.skips = skips
     resume = args.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if resume == "last" else resume)
+    resume = get_last_checkpoint(args.output_dir) if resume == "last" else resume
+    # transformers takes no steps for no limit; here they are what they say.
+    loss = trainer.train(resume_from_checkpoint=resume).training_loss if args.max_steps else None
     checkpoint = str(Path(args.output_dir) / "checkpoint")
     if trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
@@ -222,10 +251,13 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.accelerator.wait_for_everyone()
 
     summary = {
-        "checkpoint": checkpoint, "steps": trainer.state.global_step, "loss": result.training_loss,
+        "checkpoint": checkpoint, "steps": trainer.state.global_step, "loss": loss,
         "processes": trainer.accelerator.num_processes, "pairs_seen": trainer.skips.seen,
         "skipped": dict(trainer.skips.counts), "log": trainer.state.log_history,
     }  # fmt: skip
+    if closed is not None:
+        recall = closed.recall[closed.ridge, closed.power]
+        summary["closed_form"] = {"ridge": closed.ridge, "power": closed.power, "held_out_recall": recall}
     if trainer.is_world_process_zero():
         if data_args.evaluate_pairs:
             from benchmarks.pairs import caption_to_image_recall

@@ -47,7 +47,9 @@ def launch(data: Path, out: Path, processes: int, *more: str) -> dict:
     return json.loads((out / "train_results.json").read_text())
 
 
-@pytest.mark.parametrize("more", [(), ("--schedule=alternating", "--train_ret_embedding=true")])
+@pytest.mark.parametrize(
+    "more", [(), ("--schedule=alternating", "--train_ret_embedding=true"), ("--cache_features=true",)]
+)
 def test_two_processes_train_as_one(data, tmp_path, more):
     one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
     assert (one["processes"], two["processes"]) == (1, 2)

@@ -1,0 +1,279 @@
+"""A folder of Arrow shards that is built once: resumable, refused when stale, verified when opened, memory-mapped."""
+
+import errno
+import hashlib
+import json
+import os
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from transformers.utils import logging
+
+logger = logging.get_logger("train")
+
+MANIFEST = "manifest.json"
+# What one shard holds: its columns `(rows, width)` by name, and what is to be noted of it in the manifest.
+Shard = tuple[int, dict[str, np.ndarray], dict[str, Any]]
+
+
+class StaleCacheError(ValueError):
+    """A cache that was made of something else than what is asked for."""
+
+
+class CorruptShardError(OSError):
+    """A shard whose bytes are not those that were written."""
+
+
+def build_shards(
+    folder: str | Path, identity: dict[str, Any], sources: Sequence[dict[str, str]],
+    make: Callable[[list[int]], Iterator[Shard]], *, rank: int | None = None, world: int | None = None,
+    changed: Callable[[int, str, dict], bool] = lambda *_: True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """
+    Writes the shards that are not there yet, each process its own (rank r those of number r, r + n, ...), waits for the
+    others' and verifies all.
+
+    A shard and its record are each written to a temporary file, flushed to the disk and renamed, so that an
+    interruption leaves whole shards only and the next call goes on behind them. `manifest.json` holds the identity and,
+    when all are done, each shard's sha256, rows, sources and notes.
+
+    Args:
+        folder: made where it does not exist.
+        identity: what the values depend on; all of it has to be equal to reuse a shard.
+        sources: for each shard, its `rows` in words and hashes of what it is made of, by name.
+        make: yields the shards of the numbers it is given, in that order.
+        rank, world: of the process; those of torch.distributed by default.
+        changed: called with a shard's number, the name of a source whose hash differs and the shard's record, where a
+            hash is only a hint; whether the source has really changed.
+
+    Returns:
+        The record of each shard.
+
+    Raises:
+        StaleCacheError: the cache is of another identity or other sources; the message says which.
+        CorruptShardError: the bytes of a shard are not those written; the message names it.
+        OSError: the disk is full (`ENOSPC`); the message says at which rows. Nothing half written stays.
+    """
+    folder = Path(folder)
+    if rank is None or world is None:
+        distributed = dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = json.loads(json.dumps(identity))  # as it will be read back
+    _check(folder, _records(folder), identity, sources, changed)
+    _barrier()
+    if rank == 0:
+        _gather(folder, identity, len(sources), prune=True)
+    _barrier()
+    known = _records(folder)
+    mine = range(rank, len(sources), world)
+    _verify(folder, {n: known[n] for n in mine if n in known})
+    missing = [n for n in mine if n not in known]
+    for number, columns, notes in make(missing) if missing else ():
+        table = _table(columns)
+        try:
+            digest = _write(folder / _name(number), lambda path, table=table: _write_table(path, table))
+            record = {"sha256": digest, "rows": table.num_rows, "sources": sources[number], **notes}
+            _write_json(folder / f"{_name(number)}.json", record)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk is full at shard {number + 1} of {len(sources)} in {folder}, rows {sources[number]['rows']}, "
+                f"{table.nbytes:,} bytes. The shards written before it stay: make room and run the same command, which "
+                "goes on from there",
+            ) from error
+    while True:
+        if rank == 0:
+            _gather(folder, identity, len(sources))
+        # The others' shards are waited for by looking: a barrier would time out.
+        manifest = _read_json(folder / MANIFEST)
+        if manifest is not None and len(manifest["shards"]) == len(sources):
+            return [manifest["shards"][_name(n)] for n in range(len(sources))]
+        time.sleep(0.5)
+
+
+class ShardedArray:
+    """
+    A column `(rows, width)` over memory-mapped shards.
+
+    An int gives a row, a slice or a sequence of ints a new array of these rows.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts = [part for part in parts if len(part)] or list(parts[:1])
+        self.starts = [0, *accumulate(len(part) for part in self.parts)]
+        self.shape = (self.starts[-1], self.parts[0].shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | torch.Tensor) -> np.ndarray:
+        if isinstance(rows, int | np.integer):
+            if not 0 <= rows < len(self):
+                raise IndexError(f"row {rows} of {len(self)}")
+            part = bisect_right(self.starts, rows) - 1
+            return self.parts[part][rows - self.starts[part]]
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        found = np.empty((len(rows), self.shape[1]), dtype=np.float32)
+        part = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(part):
+            here = part == number
+            found[here] = self.parts[number][rows[here] - self.starts[number]]
+        return found
+
+
+class ShardedTable:
+    """The columns of a built folder, memory-mapped; another process that it is sent to maps the files itself."""
+
+    def __init__(self, folder: str | Path, count: int):
+        self.folder, self.count = Path(folder), count
+        self._open()
+
+    def _open(self) -> None:
+        tables = []
+        for number in range(self.count):
+            with pa.memory_map(str(self.folder / _name(number))) as source:
+                tables.append(pa.ipc.open_file(source).read_all())
+        self.columns = {
+            name: ShardedArray([_values(table[name]) for table in tables]) for name in tables[0].column_names
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "count": self.count}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+# Identity and verification
+
+
+def _check(folder: Path, records: dict[int, dict], identity: dict, sources: Sequence[dict], changed: Callable) -> None:
+    manifest = _read_json(folder / MANIFEST)
+    if manifest is None:
+        return
+    found, others = manifest["identity"], []
+    for name in sorted(identity.keys() | found.keys()):
+        if identity.get(name) != found.get(name):
+            others.append(f"{name} (cached {found.get(name)!r}, now {identity.get(name)!r})")
+    if not others:
+        if any(number >= len(sources) for number in records):
+            others.append(f"number of rows (cached {len(records)} shards, now {len(sources)})")
+        names = {}
+        for number, record in sorted(records.items()):
+            for name, digest in sources[number].items() if number < len(sources) else ():
+                if record["sources"].get(name) != digest and name not in names and changed(number, name, record):
+                    names[name] = number
+        others += [f"{name} (first among rows {sources[number]['rows']})" for name, number in names.items()]
+    if others:
+        raise StaleCacheError(
+            f"the cache in {folder} was made of something else. What differs: {'; '.join(others)}. Give another "
+            "--cache_dir, or delete this folder to have it made anew"
+        )
+
+
+def _verify(folder: Path, records: dict[int, dict]) -> None:
+    with ThreadPoolExecutor(8) as threads:  # hashing does not hold Python's lock
+        digests = threads.map(lambda number: _sha256(folder / _name(number)), records)
+        for (number, record), digest in zip(records.items(), digests, strict=True):
+            if digest != record["sha256"]:
+                raise CorruptShardError(
+                    f"{folder / _name(number)} is corrupt: its sha256 is {digest}, and {record['sha256']} was written. "
+                    "Delete that file and run the same command, which makes it anew"
+                )
+
+
+def _gather(folder: Path, identity: dict, count: int, *, prune: bool = False) -> None:
+    """Puts the shards' records into the manifest, when all are there or, to `prune`, those whose files are."""
+    records = {_name(n): record for n, record in _records(folder).items()}
+    manifest = {"identity": identity, "shards": dict(sorted(records.items()))}
+    if (prune or len(records) == count) and manifest != _read_json(folder / MANIFEST):
+        _write_json(folder / MANIFEST, manifest)
+    if prune or len(records) == count:
+        for path in [folder / f"{name}.json" for name in records] + list(folder.glob("*.tmp") if prune else ()):
+            path.unlink(missing_ok=True)
+
+
+def _records(folder: Path) -> dict[int, dict[str, Any]]:
+    """The records of shards whose file is there: those of the manifest, and newer ones beside their shard."""
+    shards = (_read_json(folder / MANIFEST) or {"shards": {}})["shards"]
+    for path in folder.glob("*.arrow.json"):
+        record = _read_json(path)
+        if record is not None:
+            shards[path.stem] = record
+    return {int(Path(name).stem): record for name, record in shards.items() if (folder / name).is_file()}
+
+
+# Files
+
+
+def _name(number: int) -> str:
+    return f"{number:05d}.arrow"
+
+
+def _table(columns: dict[str, np.ndarray]) -> pa.Table:
+    arrays = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        for name, values in columns.items()
+    }
+    return pa.table(arrays)
+
+
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of one shard, `(rows, width)`, not copied."""
+    width = column.type.list_size
+    if not column.num_chunks:
+        return np.empty((0, width), column.type.value_type.to_pandas_dtype())
+    return column.chunk(0).flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def _write(path: Path, fill: Callable[[Path], Any]) -> str:
+    """Whole or not at all: a temporary file beside it, on the disk before it is renamed. Returns its sha256."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        fill(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        digest = _sha256(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
