@@ -215,8 +215,11 @@ def main(argv: list[str] | None = None) -> dict:
             folder = Path(args.output_dir) / "features"
         places = [folder and Path(folder) / part for part in ("images", "captions")]
         model.to(args.device)
-        rows = cache_image_features(pairs, model, skips, folder=places[0], workers=args.dataloader_num_workers)
-        skips.check(args.max_bad_share)
+        found = SkipCounter()
+        rows = cache_image_features(pairs, model, found, folder=places[0], workers=args.dataloader_num_workers)
+        found.check(args.max_bad_share)
+        if args.process_index == 0:  # every process has the counts of all, and the trainer adds up the processes'
+            skips.update(found.counts, found.seen, found.examples)
         if data_args.cache_captions:
             rows = cache_caption_states(rows, model, places[1])
         if documents is not None:
