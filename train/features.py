@@ -206,7 +206,9 @@ class MatchingStates(Dataset):
         for pair_id, row in zip(self.ids, pairs["captions"], strict=True):
             if not row or len(usable_captions(row)) < len(row):
                 raise ValueError(f"pair {pair_id!r} has an empty caption or none")
-        self.pairs = pairs if "ret_states" in pairs.captions else cache_caption_states(pairs, model, None, batch_size)
+        if "ret_states" not in pairs.captions:
+            pairs = cache_caption_states(pairs, model, None, batch_size)
+        self.pairs = pairs
         self.starts = pairs.starts
         self.image_embeds = pairs.images["image_embeds"]
         self.ret_states, self.text_embeds = pairs.captions["ret_states"], pairs.captions["text_embeds"]

@@ -1,7 +1,7 @@
 """
 Every claim of speed, measured as ratios in interleaved rounds.
 
-    python -m benchmarks.speed --output benchmarks/results             all parts, about half an hour on a quiet machine
+    python -m benchmarks.speed --output benchmarks/results             all parts, ABOUT
     python -m benchmarks.speed --part step --part embedding            some
     python -m benchmarks.speed --page --output benchmarks/results      only the page, from the json that is there
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the libraries are imported
 
-from . import embedding, step, texts
+from . import embedding, quality, step, texts
 from .page import page
 
-PARTS = ("step", "embedding", "texts", "pool")
+PARTS = ("step", "embedding", "texts", "pool", "quality")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             from . import pool
 
             pool.main(passed)
+        elif name == "quality":  # one run a seed, not rounds
+            quality.main(["--output", str(arguments.output)])
         else:
             {"step": step, "embedding": embedding, "texts": texts}[name].main(passed)
     print(f"written: {page(arguments.output)}")

@@ -111,6 +111,35 @@ def _pool(found: dict[str, Any]) -> str:
     )
 
 
+def _quality(found: dict[str, Any]) -> str:
+    from .quality import RECALL, REFERENCE, WAYS
+
+    def span(values: list[float], digits: int, unit: str = "") -> str:
+        low, high = min(values), max(values)
+        return f"{sum(values) / len(values):.{digits}f}{unit} ({low:.{digits}f}–{high:.{digits}f})"
+
+    rows = []
+    for way in WAYS:
+        ends = [s["points"][way][-1] for s in found["seeds"]]
+        row = [way, span([100 * e[RECALL] for e in ends], 1), span([e["seconds"] for e in ends], 0)]
+        for name in ("than_its_end", "than_it_first_did"):
+            times = [1.0 if way == REFERENCE else s["sooner"][way][name] for s in found["seeds"]]
+            reached = [t for t in times if t is not None]
+            missed = f", never on {len(times) - len(reached)} seed(s)" if len(reached) < len(times) else ""
+            row.append((span(reached, 1) if reached else "") + missed if way != REFERENCE else "")
+        rows.append(row)
+    tried = ", ".join(f"{rate}: {100 * value:.1f} %" for rate, value in found["reference_rates_searched"].items())
+    return (
+        f"## Seconds to a recall\n\nOn the miniature's caption pairs, {len(found['seeds'])} seeds, {found['steps']} steps of "
+        f"{found['batch']} pairs, one thread: {RECALL} in % on validation, the cache's building and the closed form inside "
+        "the seconds, measuring outside. Mean, least and largest over the seeds. The reference's rate was searched on the "
+        f"first seed ({tried}). The last two columns: how many times sooner the recall at which the reference ends is there "
+        "than the reference is done, and than the reference was first seen at it.\n\n"
+        "![recall against seconds](quality-speed.png)\n\n"
+        + _table(["", "R@1 at the end", "seconds", "sooner than its end", "than it first did"], rows)
+    )
+
+
 def _on_paper(found: dict[str, Any]) -> str:
     """What larger pools cost: bytes a candidate times their number, over the bandwidth measured above."""
     seconds = found["exact"]["1 queries"]["seconds"]["streamed"]["median"]
@@ -137,6 +166,7 @@ def _on_paper(found: dict[str, Any]) -> str:
 
 PARTS = {
     "step-speed.json": _step,
+    "quality-speed.json": _quality,
     "embedding-speed.json": _embedding,
     "text-retrieval-speed.json": _texts,
     "pool-speed.json": _pool,

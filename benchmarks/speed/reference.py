@@ -10,7 +10,7 @@ from torch import nn
 from modeling_unimur import UniMuRModel
 from modeling_unimur.losses_unimur import text_matching_loss, total_loss, visual_matching_loss
 
-LENGTH = 24  # FROMAGe pads or cuts every caption to so many tokens
+LENGTH = 24  # FROMAGe pads or cuts every caption to so many tokens; visual tokens come on top
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Savings:
             row alone).
         once: CLIP's visual tower runs once a batch rather than once a pass; hidden states of all layers are not kept;
             images are placed by one assignment rather than by a loop.
-        no_ret_logits: the retrieval pass computes no logits.
+        no_ret_logits: the retrieval pass computes no logits and no next-token loss (FROMAGe's model computes both; eq. 7
+            has no use for the loss, which gets no gradient here).
         caption_logits: logits at caption positions only.
     """
 
@@ -65,17 +66,19 @@ class ReferenceStep(nn.Module):
             kept = labels != -100
             loss_cap = F.cross_entropy(F.linear(hidden[:, :-1][kept], self.table[:-1]).float(), labels[kept])
         else:
-            loss_cap = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+            loss_cap = next_token_loss(logits, batch["labels"])
         if not once:
             features, embeds = model.encode_images(batch["pixel_values"])
-        hidden, _ = self._pass(
-            batch["ret_input_ids"], batch["ret_attention_mask"], None, logits=not self.savings.no_ret_logits
-        )
+        ids, mask = batch["ret_input_ids"], batch["ret_attention_mask"]
+        hidden, logits = self._pass(ids, mask, None, logits=not self.savings.no_ret_logits)
+        if logits is not None:
+            words = (mask == 0) | (ids == config.ret_token_id)
+            next_token_loss(logits, ids.masked_fill(words, -100))
         if once:
-            at_ret = (batch["ret_input_ids"] == config.ret_token_id).int().argmax(-1)
+            at_ret = (ids == config.ret_token_id).int().argmax(-1)
             states = hidden[torch.arange(len(hidden)), at_ret]
         else:
-            rows = zip(hidden, batch["ret_input_ids"], strict=True)
+            rows = zip(hidden, ids, strict=True)
             states = torch.stack([row[(ids == config.ret_token_id).nonzero()[0, 0]] for row, ids in rows])
         ret_embeds = model.W_t2m(states.float())
         scale = model.logit_scale.exp().clamp(max=100)
@@ -86,10 +89,20 @@ class ReferenceStep(nn.Module):
         )
         return total_loss(loss_cap, loss_vm, loss_tm, config.lambda1, config.lambda2)
 
-    def keep_ret_alone(self) -> None:
-        """Of the matrix's gradient FROMAGe keeps [RET]'s row."""
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """
+        After `backward`: of the matrix's gradient FROMAGe keeps [RET]'s row; gradients are clipped to 1, and after the
+        optimiser's step [RET] is given the mean norm of the other rows.
+        """
         if self.table.grad is not None:
-            self.table.grad[:-1] = 0
+            others = torch.arange(len(self.table), device=self.table.device) != len(self.table) - 1
+            self.table.grad[others] = 0
+        torch.nn.utils.clip_grad_norm_(self.trained(), 1.0)
+        optimizer.step()
+        if self.table.requires_grad:
+            rows = self.table.data
+            rows[-1] *= rows[:-1].norm(dim=1).mean() / rows[-1].norm()
+        optimizer.zero_grad(set_to_none=True)
 
     def _pass(self, ids, mask, features, logits: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         model, config = self.model, self.model.config
@@ -115,11 +128,17 @@ class ReferenceStep(nn.Module):
         return hidden, F.linear(hidden, self.table[:-1]) if wanted else None
 
 
-def padded(batch: dict[str, Any], length: int = LENGTH) -> dict[str, Any]:
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """transformers' causal loss: float32 logits `(n, length, vocabulary)` of all positions, -100 counting for nothing."""
+    labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def padded(batch: dict[str, Any], n_visual_tokens: int) -> dict[str, Any]:
     """A batch with its two passes padded to a fixed length, as FROMAGe pads."""
     made = dict(batch)
     for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100), ("ret_input_ids", 0),
                        ("ret_attention_mask", 0)):  # fmt: skip
-        rows = made[name]
+        rows, length = made[name], LENGTH + (0 if name.startswith("ret_") else n_visual_tokens)
         made[name] = F.pad(rows, (0, max(0, length - rows.shape[1])), value=fill)
     return made

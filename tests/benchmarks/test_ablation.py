@@ -1,14 +1,10 @@
 """The ablations' machinery on a small world: cached training equals the plain one, and rates are chosen on validation."""
 
-import json
-import sys
-
 import pytest
 import torch
-import yaml
 
-from benchmarks import ablate, ablation
-from benchmarks.ablation import Row, Seed
+from benchmarks import ablate
+from benchmarks.ablation import Row
 from benchmarks.baselines.clip import ClipBaseline
 from benchmarks.data import miniature
 from benchmarks.load import UniMuR
@@ -16,41 +12,7 @@ from benchmarks.protocols import protocols
 from benchmarks.tasks import image, response
 from train.collate import PairCollator, SkipCounter
 from train.features import MatchingStates, cache_image_features
-from train.miniature.towers import pretrain_clip, pretrain_opt
-from train.miniature.world import splits
-from train.run import CONFIGS
 from train.trainer import CAPTIONING
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Towers of a few steps, where `prepare` looks for them."""
-    path, scenes = tmp_path_factory.mktemp("seed-0"), splits()["train"][:300]
-    pretrain_clip(path / "towers" / "clip", scenes, steps=3, batch_size=16, width=32, progress=False)
-    pretrain_opt(path / "towers" / "opt", scenes, steps=3, batch_size=8, width=32, layers=1, heads=2, progress=False)
-    (path / "towers" / "made.json").write_text(json.dumps({"seed": 0}))
-    return path
-
-
-@pytest.fixture
-def bench(folder, tmp_path, monkeypatch):
-    """A `Seed` on 300 scenes and steps enough to move, its runs in a folder of the test's own."""
-    module = sys.modules["train.miniature.prepare"]  # the package's own name is the function
-    known = splits()
-    few = {"train": known["train"][:300]}
-    monkeypatch.setattr(module, "splits", lambda: few)
-    monkeypatch.setattr(module, "training_documents", lambda *given: None)  # the ablations train on pairs
-    config = yaml.safe_load((CONFIGS / "miniature.yaml").read_text())
-    config |= {"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-    (tmp_path / "miniature.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(ablation, "CONFIGS", tmp_path)
-    for name in ("mmdialog", "visdial"):
-        plain = getattr(miniature, name)
-        monkeypatch.setattr(miniature, name, lambda split, plain=plain: plain(split, 40))
-    seed = Seed(folder, 0)
-    seed.runs = tmp_path / "runs"
-    seed.runs.mkdir()
-    return seed
 
 
 def test_cached_states_give_the_losses_of_the_plain_batch(bench):

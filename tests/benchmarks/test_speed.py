@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.speed import embedding, models, step
+from benchmarks.speed import reference as reference_module
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.page import page
 from benchmarks.speed.timing import interleaved, ratio
@@ -39,10 +40,27 @@ def test_the_reference_trains_the_whole_matrix_and_keeps_ret_alone(small):
     model = step.make_model("V1.6k")
     (batch,) = step.batches(model, 1)
     reference = step.ReferenceStep(model)
-    reference(step.padded(batch)).backward()
+    before = reference.table.detach().clone()
+    optimizer = torch.optim.SGD(reference.trained(), lr=1.0)
+    reference(step.padded(batch, model.config.n_visual_tokens)).backward()
     assert reference.table.grad[:-1].abs().sum() > 0 and len(reference.table) == 601
-    reference.keep_ret_alone()
-    assert reference.table.grad[:-1].abs().sum() == 0 and reference.table.grad[-1].abs().sum() > 0
+    reference.update(optimizer)
+    assert torch.equal(reference.table[:-1], before[:-1]) and not torch.allclose(reference.table[-1], before[-1])
+    assert float(reference.table[-1].detach().norm()) == pytest.approx(float(before[:-1].norm(dim=1).mean()), rel=1e-5)
+
+
+def test_the_retrieval_pass_of_the_reference_computes_its_next_token_loss(small, monkeypatch):
+    model = step.make_model("V1.6k")
+    (batch,) = step.batches(model, 1)
+    seen, plain = [], reference_module.next_token_loss
+    monkeypatch.setattr(reference_module, "next_token_loss", lambda *a: seen.append(plain(*a)) or seen[-1])
+    inputs = step.padded(batch, model.config.n_visual_tokens)
+    step.ReferenceStep(model)(inputs)
+    assert len(seen) == 2
+    ids, mask = batch["ret_input_ids"], batch["ret_attention_mask"]
+    logits = model.language_model(inputs_embeds=model.input_embeddings(ids), attention_mask=mask).logits
+    words = ids.masked_fill((mask == 0) | (ids == model.config.ret_token_id), -100)
+    assert float(seen[1].detach()) == pytest.approx(float(plain(logits, words).detach()), rel=1e-4)
 
 
 def test_the_step_and_embedding_parts_write_json_and_the_page(small, tmp_path, monkeypatch):
@@ -55,7 +73,7 @@ def test_the_step_and_embedding_parts_write_json_and_the_page(small, tmp_path, m
     assert all(r["low"] <= r["median"] <= r["high"] for r in shape["ratios"].values())
     text = page(tmp_path).read_text()
     assert "+ packed (ours)" in text and "full pass / tenth turn" in text
-    assert "Not measured here: `text-retrieval-speed.json`, `pool-speed.json`" in text
+    assert "Not measured here: `quality-speed.json`, `text-retrieval-speed.json`, `pool-speed.json`" in text
 
 
 def test_ways_are_timed_once_a_round_and_compared_within_it():
