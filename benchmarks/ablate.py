@@ -47,6 +47,9 @@ TABLES: dict[str, tuple[str, str, Sequence[str], list[Row]]] = {
     "temperature": ("tau of eq. 4-5", "overall R@1", MATCHING,
                     [Row("learned from 0.07"), Row("fixed at 0.07", {"learn_temperature": False}),
                      Row("fixed at 0.01", {"learn_temperature": False, "temperature": 0.01})]),
+    "negatives": ("past images as further negatives of eq. 4", "overall R@1", MATCHING,
+                  [Row("of the batch"), *(Row(f"and {size:,} past images", training={"negatives_bank": size})
+                                          for size in (512, 2048, 8192))]),
     # With the LLM in the loop a step costs ten times as much, so these two tables have half the steps, for every row.
     "visual prefix": ("the image feature and the number of visual tokens", "contextual image, image informs R@1", VISUAL,
                       [Row("6 tokens, pooled", {}, "captioning", steps=160),
@@ -94,6 +97,7 @@ def ablate(tables: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[st
             "asks": asks, "chosen_by": f"{by} on validation", "shown": list(shown), "rates": list(members[0].rates),
             "rows": [
                 {"name": e["row"].name, "fields": e["row"].fields, "part": e["row"].part, "steps": e["row"].steps,
+                 "training": e["row"].training,
                  "language_model": e["row"].language_model, "rate": e["rate"],
                  "validation": {f"{r:g}": v for r, v in e["validation"].items()}, "seeds": e["seeds"]}
                 for e in chosen[name]

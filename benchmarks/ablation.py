@@ -51,6 +51,7 @@ class Row:
             `"joint"` or `"alternating"` (everything, the LLM in the loop).
         language_model: one of `SIZES`.
         steps: instead of the miniature's own.
+        training: of `train/run.py`'s flags, instead of the miniature's own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Row:
     part: str = "matching"
     language_model: str = "opt"
     steps: int | None = None
+    training: dict | None = None
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -130,6 +132,7 @@ class Seed:
             "--config", str(CONFIGS / "miniature.yaml"), f"--learning_rate={rate}", f"--schedule={row.part}",
             f"--seed={self.seed}", f"--output_dir={self.runs}", "--disable_tqdm=true", "--logging_steps=1000",
             *([f"--max_steps={row.steps}"] if row.steps else []),
+            *(f"--{name}={value}" for name, value in (row.training or {}).items()),
         ])  # fmt: skip
         if row.part == "matching":
             rows = self.states(row.language_model, model)

@@ -32,7 +32,7 @@ def image_shards(
     batches = [(n, list(rows[i : i + batch_size])) for n, rows in shards for i in range(0, len(rows), batch_size)]
     loader = DataLoader(
         _Rows(images), batch_sampler=[rows for _, rows in batches], num_workers=workers,
-        collate_fn=_Decode(model.processor), pin_memory=model.device.type == "cuda",
+        collate_fn=Decode(model.processor), pin_memory=model.device.type == "cuda",
     )  # fmt: skip
     widths = {"image_features": model.config.image_feature_width, "image_embeds": model.config.embedding_width}
     with tqdm(total=sum(len(rows) for _, rows in batches), desc="CLIP features", unit="image") as bar:
@@ -72,7 +72,7 @@ class _Rows(Dataset):
         return self.images[index]
 
 
-class _Decode:
+class Decode:
     """A worker's part: undecoded rows to pixels, with what could not be read and the hash of what was."""
 
     def __init__(self, processor: UniMuRProcessor):

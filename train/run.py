@@ -8,6 +8,7 @@ Trains UniMuR's two linear maps.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -99,8 +100,8 @@ class DataArguments:
     cache_features: bool = field(
         default=False,
         metadata={"help": "Run what is frozen once, before training: CLIP on every image and caption and, with [RET] "
-                          "frozen and no LoRA, the LLM on every caption. Kept on disk for later runs; the training's "
-                          "--dataloader_num_workers decode."},
+                          "frozen and no LoRA, the LLM on every caption. Kept on disk for later runs. The training's "
+                          "--dataloader_num_workers decode; by default every core that is spare."},
     )  # fmt: skip
     cache_captions: bool = field(
         default=True, metadata={"help": "Of --cache_features the captions' part; without it only the images'."}
@@ -216,7 +217,8 @@ def main(argv: list[str] | None = None) -> dict:
         places = [folder and Path(folder) / part for part in ("images", "captions")]
         model.to(args.device)
         found = SkipCounter()
-        rows = cache_image_features(pairs, model, found, folder=places[0], workers=args.dataloader_num_workers)
+        workers = args.dataloader_num_workers or spare_cores(args.device, args.world_size)
+        rows = cache_image_features(pairs, model, found, folder=places[0], workers=workers)
         found.check(args.max_bad_share)
         if args.process_index == 0:  # every process has the counts of all, and the trainer adds up the processes'
             skips.update(found.counts, found.seen, found.examples)
@@ -274,6 +276,11 @@ def main(argv: list[str] | None = None) -> dict:
             print(f"caption to image, {name}: {value:.1f} %" if isinstance(value, float) else f"{name}: {value}")
         print(f"checkpoint: {checkpoint}")
     return summary
+
+
+def spare_cores(device: torch.device, processes: int) -> int:
+    """Workers that decode for one of `processes`: on an accelerator the cores are theirs, on a CPU the towers need them."""
+    return 0 if device.type == "cpu" else max(1, (os.cpu_count() or 1) // processes - 1)
 
 
 def _steps(pairs: int | None, args: UniMuRTrainingArguments) -> int:

@@ -1,10 +1,12 @@
 """
-What embedding costs beyond the bare towers, and a turn of a conversation that is kept against a full pass.
+What embedding costs beyond the bare towers, a turn of a conversation that is kept against a full pass, and decoding
+photos against encoding them.
 
     python -m benchmarks.speed.embedding --output benchmarks/results
 """
 
 import argparse
+import io
 import json
 import random
 from pathlib import Path
@@ -12,15 +14,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from transformers import CLIPImageProcessor
 
 from modeling_unimur import UniMuRModel
+from train.extract import Decode
 
-from .models import sentence
+from .models import random_model, sentence
 from .step import make_model
 from .timing import interleaved, ratio
 
 BATCH, TOKENS, TURNS = 32, 60, 10
 SHAPE = "V1.6k"
+PHOTOS, ENCODED = 16, 4
+VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+         "patch_size": 14}  # fmt: skip
 
 
 @torch.no_grad()
@@ -77,6 +85,39 @@ def turns(model: UniMuRModel, rounds: int, tokens: int = 20) -> dict[str, Any]:
     return {"seconds": measured, "ratios": {"full pass / tenth turn": ratio(measured, "full pass", "tenth turn")}}
 
 
+def photo(seed: int) -> bytes:
+    """A JPEG of 640 x 480 with the detail of a photograph, about 100 kB."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [torch.rand(1, 3, 480 // k, 640 // k, generator=generator) * k for k in (2, 8, 32, 96)]
+    mixed = sum(F.interpolate(layer, (480, 640), mode="bilinear") for layer in layers)
+    array = (255 * (mixed - mixed.min()) / (mixed.max() - mixed.min())).byte()[0].permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@torch.no_grad()
+def decoding(rounds: int, side: int = 224) -> dict[str, Any]:
+    """What one worker process does to a batch of photos, against CLIP's ViT-L/14 on them, one thread each, a photo."""
+    model = random_model(1, 64, 600, image=side, vision=VIT_L)
+    processor = model.processor
+    processor.image_processor = CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    rows = [{"id": str(i), "image": {"bytes": photo(i), "path": None}} for i in range(PHOTOS)]
+    work = Decode(processor)
+    pixels = work(rows)["pixels"][:ENCODED]
+    measured = interleaved(
+        {"decoding": lambda i: work(rows), "ViT-L/14": lambda i: model.encode_images(pixels)}, rounds
+    )
+    for way, count in (("decoding", PHOTOS), ("ViT-L/14", ENCODED)):
+        measured[way] = {k: [s / count for s in v] if k == "seconds" else v / count for k, v in measured[way].items()}
+    return {
+        "bytes": sum(len(row["image"]["bytes"]) for row in rows) // PHOTOS, "seconds": measured,
+        "ratios": {"ViT-L/14 / decoding": ratio(measured, "ViT-L/14", "decoding")},
+    }  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=31)
@@ -88,10 +129,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = {
         "rounds": arguments.rounds, "threads": arguments.threads, "torch": torch.__version__,
         "towers": towers(model, arguments.rounds), "turns": turns(model, arguments.rounds),
+        "decoding": decoding(max(1, arguments.rounds // 4)),
     }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "embedding-speed.json").write_text(json.dumps(result, indent=1) + "\n")
-    for part in ("towers", "turns"):
+    for part in ("towers", "turns", "decoding"):
         for name, value in result[part]["ratios"].items():
             print(f"{name}: {value['median']:.2f}x ({value['low']:.2f}-{value['high']:.2f})")
     return result

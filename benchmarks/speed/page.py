@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 GIB, HOUR = 2**30, 3600
+PEAK, VIT_L_FLOP = (
+    790e12,
+    162e9,
+)  # of an H200's matrix products in bfloat16, measured elsewhere; of one image at 224 pixels
 
 
 def page(folder: Path) -> Path:
@@ -59,11 +63,19 @@ def _step(found: dict[str, Any]) -> str:
 
 def _embedding(found: dict[str, Any]) -> str:
     ratios = found["towers"]["ratios"] | found["turns"]["ratios"]
+    photos = found["decoding"]
+    rate = 1 / photos["seconds"]["decoding"]["median"]
+    encoded = PEAK / VIT_L_FLOP
     return (
         "## Embedding, and a turn of a conversation\n\nFrom tensors to normalised embeddings against the bare towers at the "
         "same batch of 32 (dialogues of 60 tokens); the tenth turn of 20 tokens against the whole dialogue. An OPT of "
         f"6 x 512, {found['threads']} thread(s), {found['rounds']} rounds.\n\n"
         + _table(["", "ratio"], [[name, _cell(value)] for name, value in ratios.items()])
+        + f"\n\nA worker process decodes and preprocesses {rate:.0f} photos a second (640 x 480, "
+        f"{photos['bytes'] / 1e3:.0f} kB): {_cell(photos['ratios']['ViT-L/14 / decoding'], 0)} times what CLIP's ViT-L/14 "
+        "encodes on a core here, so that decoding is never what is waited for. On paper, a GPU of "
+        f"{PEAK / 1e12:.0f} TFLOP/s encodes {encoded:,.0f} a second at most, which {-(-encoded // rate):.0f} such processes feed; "
+        "with fewer cores decoding is what bounds the one epoch that fills the cache, and the run says so."
     )
 
 

@@ -66,11 +66,16 @@ def test_the_retrieval_pass_of_the_reference_computes_its_next_token_loss(small,
 def test_the_step_and_embedding_parts_write_json_and_the_page(small, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "peak_memory", lambda variant, shape: 2**20)
     monkeypatch.setattr(embedding, "make_model", step.make_model)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(embedding, "VIT_L", tower | {"patch_size": 32})
+    monkeypatch.setattr(embedding, "PHOTOS", 4)
     main(["--part", "step", "--part", "embedding", "--rounds", "2", "--output", str(tmp_path)])
     found = json.loads((tmp_path / "step-speed.json").read_text())
     (shape,) = found["shapes"]
     assert shape["ratios"][step.REFERENCE] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert all(r["low"] <= r["median"] <= r["high"] for r in shape["ratios"].values())
+    photos = json.loads((tmp_path / "embedding-speed.json").read_text())["decoding"]
+    assert 20_000 < photos["bytes"] < 400_000 and photos["ratios"]["ViT-L/14 / decoding"]["median"] > 0
     text = page(tmp_path).read_text()
     assert "+ packed (ours)" in text and "full pass / tenth turn" in text
     assert "Not measured here: `quality-speed.json`, `text-retrieval-speed.json`, `pool-speed.json`" in text

@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from modeling_unimur import UniMuRConfig
 from tests.conftest import picture
 from tests.tiny import make_towers
-from train.run import CONFIGS, main, parse
+from train.run import CONFIGS, main, parse, spare_cores
 
 REQUIRED = {
     "dtype": "bfloat16",
@@ -120,3 +121,11 @@ def test_what_is_missing_is_said(folder, change, message):
     (folder / "b.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(ValueError, match=message):
         main([str(folder / "b.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "workers"), [("cpu", 8, 1, 0), ("cuda", 16, 4, 3), ("cuda", 2, 4, 1)]
+)
+def test_cores_that_the_towers_leave_decode(monkeypatch, device, cores, processes, workers):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert spare_cores(torch.device(device), processes) == workers
