@@ -74,8 +74,8 @@ def _embedding(found: dict[str, Any]) -> str:
         + f"\n\nA worker process decodes and preprocesses {rate:.0f} photos a second (640 x 480, "
         f"{photos['bytes'] / 1e3:.0f} kB): {_cell(photos['ratios']['ViT-L/14 / decoding'], 0)} times what CLIP's ViT-L/14 "
         "encodes on a core here, so that decoding is never what is waited for. On paper, a GPU of "
-        f"{PEAK / 1e12:.0f} TFLOP/s encodes {encoded:,.0f} a second at most, which {-(-encoded // rate):.0f} such processes feed; "
-        "with fewer cores decoding is what bounds the one epoch that fills the cache, and the run says so."
+        f"{PEAK / 1e12:.0f} TFLOP/s encodes {encoded:,.0f} a second at most, which {-(-encoded // rate):.0f} such "
+        "processes feed; with fewer cores decoding is what bounds the one epoch that fills the cache, and the run says so."
     )
 
 
