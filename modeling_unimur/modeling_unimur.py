@@ -70,6 +70,7 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
             self.language_model = AutoModelForCausalLM.from_config(config.text_config)
             self.clip = CLIPModel._from_config(config.clip_config)
         self._processor: UniMuRProcessor | None = None
+        self._digested: tuple | None = None  # the maps' state and its hash
         self._source: dict[str, Any] = {}  # the arguments it was loaded by
         self.post_init()
         self._freeze()

@@ -7,20 +7,24 @@ import torch
 ROW_LENGTH = 128  # positions a row aims at: attention's share stays small, and so does what a row's end wastes
 
 
-def plan_packing(lengths: Sequence[int], row_length: int = ROW_LENGTH) -> dict[str, torch.Tensor]:
+def plan_packing(
+    lengths: Sequence[int], row_length: int = ROW_LENGTH, width: int | None = None
+) -> dict[str, torch.Tensor]:
     """
     Where each position of right-padded sequences goes.
 
     Args:
         lengths: of n sequences, each at least 1.
         row_length: positions that a row aims at; a longer sequence has a row as long as itself.
+        width: of the padded sequences, where it is more than the longest.
 
     Returns:
-        `index` `(rows, length)` int64: which position of the flattened `(n, longest)` a packed one holds; `segments`
-        `(rows, length)` int64: which sequence of its row, from 1, and 0 where it is padding; `unpack` `(n, longest)`
+        `index` `(rows, length)` int64: which position of the flattened `(n, width)` a packed one holds; `segments`
+        `(rows, length)` int64: which sequence of its row, from 1, and 0 where it is padding; `unpack` `(n, width)`
         int64: where a position went in the flattened packed rows, any where it was padding.
     """
     longest = max(lengths)
+    width = width or longest
     rows: list[list[int]] = [[] for _ in range(max(1, round(sum(lengths) / max(row_length, longest))))]
     held = [0] * len(rows)
     # The longest first, each to the emptiest row: rows come out about equally long.
@@ -29,12 +33,12 @@ def plan_packing(lengths: Sequence[int], row_length: int = ROW_LENGTH) -> dict[s
         rows[row].append(sequence)
         held[row] += lengths[sequence]
     index = torch.zeros(len(rows), max(held), dtype=torch.long)
-    segments, unpack = torch.zeros_like(index), torch.zeros(len(lengths), longest, dtype=torch.long)
+    segments, unpack = torch.zeros_like(index), torch.zeros(len(lengths), width, dtype=torch.long)
     for row, sequences in enumerate(rows):
         at = 0
         for number, sequence in enumerate(sequences, 1):
             size = lengths[sequence]
-            index[row, at : at + size] = torch.arange(size) + sequence * longest
+            index[row, at : at + size] = torch.arange(size) + sequence * width
             segments[row, at : at + size] = number
             unpack[sequence, :size] = torch.arange(size) + row * index.shape[1] + at
             at += size

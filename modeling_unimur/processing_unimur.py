@@ -208,7 +208,9 @@ class UniMuRProcessor(ProcessorMixin):
         if pack:
             batch["ret_packing"] = plan_packing([len(row) for row in ret_rows])
             if rows:
-                batch["packing"] = plan_packing([len(row) for row in rows])
+                # A caption's last token is told, never read.
+                read = [len(row) - 1 for row in rows]
+                batch["packing"] = plan_packing(read, width=max(read) + 1)
         with_image = [i for i, item in enumerate(items) if item["image"] is not None]
         with_text = [i for i, item in enumerate(items) if item["text"] is not None]
         batch["image_rows"] = torch.tensor(with_image, dtype=torch.long)

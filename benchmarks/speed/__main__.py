@@ -12,10 +12,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the libraries are imported
 
-from . import embedding, quality, step, texts
+from . import embedding, profiles, quality, step, texts
 from .page import page
 
-PARTS = ("step", "embedding", "texts", "pool", "quality")
+PARTS = ("step", "profiles", "embedding", "texts", "pool", "quality")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             from . import pool
 
             pool.main(passed)
-        elif name == "quality":  # one run a seed, not rounds
-            quality.main(["--output", str(arguments.output)])
+        elif name in ("profiles", "quality"):  # no rounds
+            {"profiles": profiles, "quality": quality}[name].main(["--output", str(arguments.output)])
         else:
             {"step": step, "embedding": embedding, "texts": texts}[name].main(passed)
     print(f"written: {page(arguments.output)}")

@@ -61,6 +61,20 @@ def _step(found: dict[str, Any]) -> str:
     )
 
 
+def _profile(found: dict[str, Any]) -> str:
+    tables = []
+    for shape in found["shapes"]:
+        ways = shape["ways"]
+        names = sorted(next(iter(ways.values())), key=lambda n: -next(iter(ways.values()))[n])
+        rows = [[f"`{name}`", *(f"{times[name]:.0f}" for times in ways.values())] for name in names]
+        rows.append(["all", *(f"{sum(times.values()):.0f}" for times in ways.values())])
+        tables.append(_table([shape["shape"], *ways], rows))
+    return (
+        "### Where a step's time goes\n\nMilliseconds inside each operator, before and after the two largest gains, under "
+        f"torch's profiler on {found['threads']} thread(s).\n\n" + "\n\n".join(tables)
+    )
+
+
 def _embedding(found: dict[str, Any]) -> str:
     ratios = found["towers"]["ratios"] | found["turns"]["ratios"]
     photos = found["decoding"]
@@ -178,6 +192,7 @@ def _on_paper(found: dict[str, Any]) -> str:
 
 PARTS = {
     "step-speed.json": _step,
+    "step-profile.json": _profile,
     "quality-speed.json": _quality,
     "embedding-speed.json": _embedding,
     "text-retrieval-speed.json": _texts,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from modeling_unimur import UniMuRModel
+from train.bank import NegativesBank
 
 from .models import SHAPES, random_model, sentence
 from .reference import ReferenceStep, Savings, padded
@@ -40,6 +41,9 @@ SAVINGS = {
 PADDED, OURS = "+ padded to the longest, chunked cross-entropy", "+ packed (ours)"
 CLIP_CACHED, CACHED = "CLIP cached", "CLIP and [RET] states cached"
 VARIANTS = (*SAVINGS, PADDED, OURS, CLIP_CACHED, CACHED)
+# Another loss, so apart: eq. 4 against past images too.
+BANK = 8192
+BANKED = f"packed (ours), {BANK:,} past images as negatives"
 # Not the same to rounding, so apart: the towers in bfloat16, the maps in float32, as --dtype bfloat16 trains.
 HALF = {"packed (ours), towers in bfloat16": OURS, "CLIP and [RET] states cached, towers in bfloat16": CACHED}
 
@@ -86,8 +90,10 @@ def inputs_of(variant: str, model: UniMuRModel, batch: dict[str, Any]) -> dict[s
     return {name: value for name, value in batch.items() if name not in left_out}
 
 
-def stepper(variant: str, model: UniMuRModel, made: list[dict[str, Any]]) -> Callable[[int], torch.Tensor]:
-    """A function that makes the n-th step of a variant, with Adam, and returns its loss."""
+def stepper(
+    variant: str, model: UniMuRModel, made: list[dict[str, Any]], bank: NegativesBank | None = None
+) -> Callable[[int], torch.Tensor]:
+    """A function that makes the n-th step of a variant, with Adam, and returns its loss; a bank takes in its images."""
     ready = [inputs_of(variant, model, batch) for batch in made]
     reference = ReferenceStep(model, SAVINGS[variant]) if variant in SAVINGS else None
     trained = reference.trained() if reference else [p for p in model.parameters() if p.requires_grad]
@@ -97,8 +103,11 @@ def stepper(variant: str, model: UniMuRModel, made: list[dict[str, Any]]) -> Cal
 
     def step(number: int) -> torch.Tensor:
         batch = ready[number % len(ready)]
-        loss = reference(batch) if reference else model(**batch).loss
+        outputs = None if reference else model(**batch, negatives=None if bank is None else bank.embeds)
+        loss = reference(batch) if reference else outputs.loss
         loss.backward()
+        if bank is not None:
+            bank.add(outputs.image_embeds)
         if reference:
             reference.update(optimizer)
         else:
@@ -153,8 +162,11 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
         tower.bfloat16()
     ways |= {name: stepper(variant, half, made) for name, variant in HALF.items()}
     worst["loss with towers in bfloat16"] = max(abs(float(ways[name](0)) - loss) for name in HALF)
+    bank = NegativesBank(BANK)
+    bank.add(torch.randn(BANK, model.config.embedding_width))
+    ways[BANKED] = stepper(OURS, model, made, bank)
     measured = interleaved(ways, rounds)
-    ratios = {variant: ratio(measured, REFERENCE, variant) for variant in (*VARIANTS, *HALF)}
+    ratios = {variant: ratio(measured, REFERENCE, variant) for variant in (*VARIANTS, BANKED, *HALF)}
     five = sorted(
         EPOCHS * a / (EPOCHS * b + c)
         for a, b, c in zip(*(measured[w]["seconds"] for w in (REFERENCE, CACHED, "building")), strict=True)

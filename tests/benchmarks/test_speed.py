@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.speed import embedding, models, step
+from benchmarks.speed import embedding, models, profiles, step
 from benchmarks.speed import reference as reference_module
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.page import page
@@ -78,7 +78,18 @@ def test_the_step_and_embedding_parts_write_json_and_the_page(small, tmp_path, m
     assert 20_000 < photos["bytes"] < 400_000 and photos["ratios"]["ViT-L/14 / decoding"]["median"] > 0
     text = page(tmp_path).read_text()
     assert "+ packed (ours)" in text and "full pass / tenth turn" in text
-    assert "Not measured here: `quality-speed.json`, `text-retrieval-speed.json`, `pool-speed.json`" in text
+    assert (
+        "Not measured here: `step-profile.json`, `quality-speed.json`, `text-retrieval-speed.json`, `pool-speed.json`"
+        in text
+    )
+
+
+def test_profiles_count_the_time_of_every_operator(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "STEP_SHAPES", step.STEP_SHAPES)
+    (shape,) = profiles.main(["--output", str(tmp_path), "--threads", "1"])["shapes"]
+    assert list(shape["ways"]) == [step.REFERENCE, step.OURS, step.CACHED]
+    assert all("aten::addmm" in times and times["others"] > 0 for times in shape["ways"].values())
+    assert "| `aten::addmm` |" in page(tmp_path).read_text()
 
 
 def test_ways_are_timed_once_a_round_and_compared_within_it():

@@ -27,10 +27,11 @@ def gradients(model, batch):
     return outputs, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_plan_puts_every_position_somewhere_once():
+@pytest.mark.parametrize("width", [None, 9])
+def test_a_plan_puts_every_position_somewhere_once(width):
     lengths = [3, 1, 7, 2, 5, 5]
-    plan = plan_packing(lengths, row_length=8)
-    rows = torch.arange(6 * 7).reshape(6, 7)  # right-padded sequences, each position its own number
+    plan = plan_packing(lengths, row_length=8, width=width)
+    rows = torch.arange(6 * 9)[: 6 * (width or 7)].reshape(6, -1)  # right-padded, each position its own number
     packed = rows.flatten()[plan["index"]]
     back = packed.flatten()[plan["unpack"]]
     for row, length in enumerate(lengths):
@@ -80,6 +81,16 @@ def test_chunked_cross_entropy_is_the_plain_one(bias):
     assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
     assert linear_caption_loss(hidden[:0], head, labels[:0]).item() == 0
+
+
+def test_a_captions_last_token_is_not_read(fresh):
+    model = fresh()
+    batch = batch_of(model, pack=True)
+    assert int((batch["packing"]["segments"] > 0).sum()) == int(batch["attention_mask"].sum()) - len(CAPTIONS)
+    last = batch["attention_mask"].sum(1) - 1
+    changed = batch["input_ids"].clone()
+    changed[torch.arange(len(CAPTIONS)), last] = 7
+    assert torch.equal(model(**(batch | {"input_ids": changed})).loss_cap, model(**batch).loss_cap)
 
 
 def test_the_logits_of_a_batch_never_exist_at_once(fresh, monkeypatch):
