@@ -1,10 +1,12 @@
 """Exact search by cosine, streamed over a pool's memory-mapped embeddings: nothing of their size is ever copied."""
 
+import warnings
 from collections.abc import Collection, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from transformers.utils import is_datasets_available
 
 from .replies_unimur import MODALITIES
@@ -122,7 +124,7 @@ class Embeddings:
             kinds: the modalities searched.
             banned: `(b,)` int64 ascending, rows that are not returned.
         """
-        transposed = np.ascontiguousarray(queries.T)
+        transposed = torch.from_numpy(np.ascontiguousarray(queries)).T
         kinds = [kind for kind in kinds if self.counts[kind]]
         best = {kind: _Best(self, queries, min(k, self.counts[kind])) for kind in kinds}
         rows = max(1, min(BLOCK, SCORES // max(1, len(queries))))
@@ -130,7 +132,8 @@ class Embeddings:
         for start, views in self.blocks(rows, kinds):
             at = 0
             for view in views:  # the products go straight from the mapped pages into the block's scores
-                np.dot(view, transposed, out=buffer[at : at + len(view)])
+                # torch's threads, not numpy's: after a product the latter spin, and the next query's LLM waits for them.
+                torch.mm(_tensor(view), transposed, out=torch.from_numpy(buffer[at : at + len(view)]))
                 at += len(view)
             scores = buffer[:at]
             if banned is not None and len(banned):
@@ -174,6 +177,13 @@ class Embeddings:
         mean = total / self.counts[kind]
         covariance = products / self.counts[kind] - np.outer(mean, mean)
         return mean.astype(np.float32), covariance.astype(np.float32)
+
+
+def _tensor(mapped: np.ndarray) -> torch.Tensor:
+    """A read-only array as a tensor that shares it; torch warns that writing to it would be wrong, and nobody does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(mapped)
 
 
 class _Best:

@@ -24,7 +24,7 @@ from .models import random_model, sentence
 from .step import make_model
 from .timing import interleaved, ratio
 
-BATCH, TOKENS, TURNS = 32, 60, 10
+BATCH, TOKENS, TURNS, TURN_TOKENS = 32, 60, 10, (20, 45)
 SHAPE = "V1.6k"
 PHOTOS, ENCODED = 16, 4
 VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -60,8 +60,8 @@ def towers(model: UniMuRModel, rounds: int) -> dict[str, Any]:
     return {"seconds": measured, "ratios": {f"{a} / {b}": ratio(measured, a, b) for a, b in pairs}}
 
 
-def turns(model: UniMuRModel, rounds: int, tokens: int = 20) -> dict[str, Any]:
-    """The tenth turn of a conversation that is kept, against the whole dialogue."""
+def turns(model: UniMuRModel, rounds: int, tokens: int) -> dict[str, Any]:
+    """The tenth turn of a conversation that is kept, against the whole dialogue; turns of so many tokens."""
     rng = random.Random(0)
     said = [sentence(model, tokens, rng) for _ in range(TURNS)]
     whole = model.embed_dialogues([said])[0]
@@ -82,7 +82,10 @@ def turns(model: UniMuRModel, rounds: int, tokens: int = 20) -> dict[str, Any]:
         },
         rounds,
     )
-    return {"seconds": measured, "ratios": {"full pass / tenth turn": ratio(measured, "full pass", "tenth turn")}}
+    return {
+        "seconds": measured,
+        "ratios": {f"full pass / tenth turn of {tokens} tokens": ratio(measured, "full pass", "tenth turn")},
+    }
 
 
 def photo(seed: int) -> bytes:
@@ -128,13 +131,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = make_model(SHAPE)
     result = {
         "rounds": arguments.rounds, "threads": arguments.threads, "torch": torch.__version__,
-        "towers": towers(model, arguments.rounds), "turns": turns(model, arguments.rounds),
+        "towers": towers(model, arguments.rounds), "turns": [turns(model, arguments.rounds, tokens) for tokens in TURN_TOKENS],
         "decoding": decoding(max(1, arguments.rounds // 4)),
     }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "embedding-speed.json").write_text(json.dumps(result, indent=1) + "\n")
-    for part in ("towers", "turns", "decoding"):
-        for name, value in result[part]["ratios"].items():
+    for part in (result["towers"], *result["turns"], result["decoding"]):
+        for name, value in part["ratios"].items():
             print(f"{name}: {value['median']:.2f}x ({value['low']:.2f}-{value['high']:.2f})")
     return result
 

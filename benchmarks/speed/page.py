@@ -76,13 +76,15 @@ def _profile(found: dict[str, Any]) -> str:
 
 
 def _embedding(found: dict[str, Any]) -> str:
-    ratios = found["towers"]["ratios"] | found["turns"]["ratios"]
+    ratios = dict(found["towers"]["ratios"])
+    for turns in found["turns"]:
+        ratios |= turns["ratios"]
     photos = found["decoding"]
     rate = 1 / photos["seconds"]["decoding"]["median"]
     encoded = PEAK / VIT_L_FLOP
     return (
         "## Embedding, and a turn of a conversation\n\nFrom tensors to normalised embeddings against the bare towers at the "
-        "same batch of 32 (dialogues of 60 tokens); the tenth turn of 20 tokens against the whole dialogue. An OPT of "
+        "same batch of 32 (dialogues of 60 tokens); the tenth turn against the whole dialogue. An OPT of "
         f"6 x 512, {found['threads']} thread(s), {found['rounds']} rounds.\n\n"
         + _table(["", "ratio"], [[name, _cell(value)] for name, value in ratios.items()])
         + f"\n\nA worker process decodes and preprocesses {rate:.0f} photos a second (640 x 480, "
