@@ -140,7 +140,7 @@ def _pool(found: dict[str, Any]) -> str:
 
 
 def _quality(found: dict[str, Any]) -> str:
-    from .quality import RECALL, REFERENCE, WAYS
+    from .quality import MEASURES, RECALL, REFERENCE, WAYS
 
     def span(values: list[float], digits: int, unit: str = "") -> str:
         low, high = min(values), max(values)
@@ -149,7 +149,7 @@ def _quality(found: dict[str, Any]) -> str:
     rows = []
     for way in WAYS:
         ends = [s["points"][way][-1] for s in found["seeds"]]
-        row = [way, span([100 * e[RECALL] for e in ends], 1), span([e["seconds"] for e in ends], 0)]
+        row = [way, *(span([100 * e[m] for e in ends], 1) for m in MEASURES), span([e["seconds"] for e in ends], 0)]
         for name in ("than_its_end", "than_it_first_did"):
             times = [1.0 if way == REFERENCE else s["sooner"][way][name] for s in found["seeds"]]
             reached = [t for t in times if t is not None]
@@ -159,12 +159,12 @@ def _quality(found: dict[str, Any]) -> str:
     tried = ", ".join(f"{rate}: {100 * value:.1f} %" for rate, value in found["reference_rates_searched"].items())
     return (
         f"## Seconds to a recall\n\nOn the miniature's caption pairs, {len(found['seeds'])} seeds, {found['steps']} steps of "
-        f"{found['batch']} pairs, one thread: {RECALL} in % on validation, the cache's building and the closed form inside "
-        "the seconds, measuring outside. Mean, least and largest over the seeds. The reference's rate was searched on the "
-        f"first seed ({tried}). The last two columns: how many times sooner the recall at which the reference ends is there "
+        f"{found['batch']} pairs, one thread: what each ends with in % on validation, the cache's building and the closed "
+        "form inside the seconds, measuring outside. Mean, least and largest over the seeds. The reference's rate was searched on the "
+        f"first seed ({tried}). The last two columns: how many times sooner the {RECALL} at which the reference ends is there "
         "than the reference is done, and than the reference was first seen at it.\n\n"
         "![recall against seconds](quality-speed.png)\n\n"
-        + _table(["", "R@1 at the end", "seconds", "sooner than its end", "than it first did"], rows)
+        + _table(["", *MEASURES, "seconds", "sooner than its end", "than it first did"], rows)
     )
 
 
