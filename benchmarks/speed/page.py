@@ -160,9 +160,9 @@ def _quality(found: dict[str, Any]) -> str:
     return (
         f"## Seconds to a recall\n\nOn the miniature's caption pairs, {len(found['seeds'])} seeds, {found['steps']} steps of "
         f"{found['batch']} pairs, one thread: what each ends with in % on validation, the cache's building and the closed "
-        "form inside the seconds, measuring outside. Mean, least and largest over the seeds. The reference's rate was searched on the "
-        f"first seed ({tried}). The last two columns: how many times sooner the {RECALL} at which the reference ends is there "
-        "than the reference is done, and than the reference was first seen at it.\n\n"
+        "form inside the seconds, measuring outside. Mean, least and largest over the seeds. The reference's rate was searched "
+        f"on the first seed ({tried}). The last two columns: how many times sooner the {RECALL} at which the reference ends is "
+        "there than the reference is done, and than the reference was first seen at it.\n\n"
         "![recall against seconds](quality-speed.png)\n\n"
         + _table(["", *MEASURES, "seconds", "sooner than its end", "than it first did"], rows)
     )
