@@ -151,8 +151,10 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_ret | is_image, 0))
         embeds = torch.where(is_ret[..., None], self.ret_embedding.to(embeds.dtype), embeds)
         if image_features is not None and len(image_features):
-            visual = self.W_i2t(image_features).to(embeds.dtype)
-            embeds = embeds.masked_scatter(is_image[..., None], visual)
+            visual = self.W_i2t(image_features).to(embeds.dtype).reshape(-1, embeds.shape[-1])
+            # Gathered by number: masked_scatter's backward would make the host wait for the device.
+            numbers = is_image.flatten().cumsum(0).sub(1).clamp(min=0).reshape(is_image.shape)
+            embeds = torch.where(is_image[..., None], visual[numbers], embeds)
         return embeds
 
     def last_outputs(
