@@ -32,6 +32,7 @@ from modeling_unimur.images_unimur import BadImageError, decode_image
 from modeling_unimur.storage_unimur import EXTRAS, pool_features, write_arrow, write_state
 from train.collate import SkipCounter
 from train.data import IMAGE_ENDINGS
+from train.shards import sha256, write_json
 
 MANIFESTS = "manifests"
 SOURCES = {
@@ -238,8 +239,8 @@ def embed(
         if ids:
             pool = CandidatePool.empty(made_by).append(shard.kind, items, torch.cat(parts), ids)
             write_arrow(pool.dataset, path, copy_images=args.keep_images == "bytes")
-            manifest |= {"sha256": digest(path), "bytes": path.stat().st_size}
-        _write(folder / MANIFESTS / f"{shard.name}.json", json.dumps(manifest, indent=1) + "\n")
+            manifest |= {"sha256": sha256(path), "bytes": path.stat().st_size}
+        write_json(folder / MANIFESTS / f"{shard.name}.json", manifest)
     except OSError as error:
         done = len(list((folder / MANIFESTS).glob("*.json")))
         raise OSError(
@@ -277,7 +278,7 @@ def verified(
         if manifest[name] != expected:
             raise ValueError(f"shard {shard.name} in {folder} was {what}: give another --output, or {again}")
     data = folder / manifest["file"]
-    if manifest["rows"] and (not data.is_file() or digest(data) != manifest["sha256"]):
+    if manifest["rows"] and (not data.is_file() or sha256(data) != manifest["sha256"]):
         raise ValueError(f"shard {shard.name} is corrupt: {data} is not the file that its manifest tells of; {again}")
     return manifest
 
@@ -287,15 +288,6 @@ def inputs(rows: datasets.Dataset, args: EmbedArguments) -> str:
     state = hashlib.sha256(json.dumps([args.batch_size, args.dtype, args.keep_images]).encode())
     for name in (n for n in ("id", "text") if n in rows.column_names):
         state.update(json.dumps(rows[name][:]).encode())
-    return state.hexdigest()
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            state.update(block)
     return state.hexdigest()
 
 
@@ -311,24 +303,12 @@ def assemble(folder: Path, shards: Sequence[Shard], made_by: dict[str, Any]) -> 
     manifests = [json.loads((folder / MANIFESTS / f"{shard.name}.json").read_text()) for shard in shards]
     names = [m["file"] for m in manifests if m["rows"]]
     write_state(folder, names, pool_features(made_by["dimension"]))
-    _write(folder / "pool.json", json.dumps(made_by, indent=2) + "\n")
+    write_json(folder / "pool.json", made_by)
     pool, skips = CandidatePool.load_from_disk(folder), SkipCounter()
     for manifest, shard in zip(manifests, shards, strict=True):
         count(skips, manifest, shard)
     print(f"{folder}: {pool!r}; {skips}{skips.details()}".replace("pairs", "candidates"))
     return pool
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ def build_shards(
     for number, columns, notes in make(missing) if missing else ():
         table = _table(columns)
         try:
-            digest = _write(folder / _name(number), lambda path, table=table: _write_table(path, table))
+            digest = write_whole(folder / _name(number), lambda path, table=table: _write_table(path, table))
             record = {"sha256": digest, "rows": table.num_rows, "sources": sources[number], **notes}
-            _write_json(folder / f"{_name(number)}.json", record)
+            write_json(folder / f"{_name(number)}.json", record)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -186,7 +186,7 @@ def _check(folder: Path, records: dict[int, dict], identity: dict, sources: Sequ
 
 def _verify(folder: Path, records: dict[int, dict]) -> None:
     with ThreadPoolExecutor(8) as threads:  # hashing does not hold Python's lock
-        digests = threads.map(lambda number: _sha256(folder / _name(number)), records)
+        digests = threads.map(lambda number: sha256(folder / _name(number)), records)
         for (number, record), digest in zip(records.items(), digests, strict=True):
             if digest != record["sha256"]:
                 raise CorruptShardError(
@@ -200,7 +200,7 @@ def _gather(folder: Path, identity: dict, count: int, *, prune: bool = False) ->
     records = {_name(n): record for n, record in _records(folder).items()}
     manifest = {"identity": identity, "shards": dict(sorted(records.items()))}
     if (prune or len(records) == count) and manifest != _read_json(folder / MANIFEST):
-        _write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
     if prune or len(records) == count:
         for path in [folder / f"{name}.json" for name in records] + list(folder.glob("*.tmp") if prune else ()):
             path.unlink(missing_ok=True)
@@ -244,27 +244,32 @@ def _write_table(path: Path, table: pa.Table) -> None:
         writer.write_table(table)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+def write_json(path: Path, value: Any) -> None:
+    """A value as JSON, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def _write(path: Path, fill: Callable[[Path], Any]) -> str:
+def write_whole(path: Path, fill: Callable[[Path], Any]) -> str:
     """Whole or not at all: a temporary file beside it, on the disk before it is renamed. Returns its sha256."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         fill(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        digest = _sha256(temporary)
+        digest = sha256(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return digest
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            state.update(block)
+    return state.hexdigest()
 
 
 def _read_json(path: Path) -> Any:
