@@ -141,11 +141,14 @@ class Embeddings:
                 scores[inside - start] = -np.inf
             images = self.is_image[start : start + at]
             for kind, found in best.items():
-                inside = images if kind == "image" else ~images
-                if inside.all():
-                    found.offer(scores, start)
-                elif inside.any():
-                    found.offer(scores[inside], start + np.flatnonzero(inside))
+                inside = np.flatnonzero(images if kind == "image" else ~images)
+                if not len(inside):
+                    continue
+                first, last = int(inside[0]), int(inside[-1]) + 1
+                if last - first == len(inside):  # as pools are mostly built: nothing is copied
+                    found.offer(scores[first:last], start + first)
+                else:
+                    found.offer(scores.take(inside, axis=0), start + inside)
         return {kind: found.top() for kind, found in best.items()}
 
     def rescored(self, queries: np.ndarray, rows: np.ndarray) -> Top:
