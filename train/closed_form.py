@@ -13,6 +13,9 @@ for L_vm (eq. 3-5): without the mean, and with the common directions of CLIP's e
 image tells it apart from the others, which is what InfoNCE asks for. The mean of v does not enter b, since it adds the
 same to every image's score. The factor a gives e_t the mean square length one, that of eq. 6's target.
 
+It ranks images among images and texts among texts. In a pool of both, two texts seen through one map lie closer together
+than a text and an image, so that texts come first: search with `calibrate=True` or an `image_bias`, or train on from here.
+
     W_i2t      V = S_zf (S_ff + rho tr(S_ff)/c I)^-1,   b = E[z] - V E[f]
 
 with f the image feature `(c,)` and z the mean of its caption's input embeddings `(d,)`; every visual token starts there.
