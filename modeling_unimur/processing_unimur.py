@@ -129,7 +129,13 @@ class UniMuRProcessor(ProcessorMixin):
         """Candidate texts for the LLM: `input_ids`, `attention_mask` `(n, length)`; with `[RET]` at the end or without."""
         self._check_texts(texts)
         end = [self.ret_token_id] if end_with_ret else []
-        return BatchFeature(self._pad([self._serialise([[t]], end=end, item=i)[0] for i, t in enumerate(texts)]))
+        room = self.max_length - len(self._prefix) - len(end)
+        # Tokenised in one call, which a pool's many texts feel; one that is too long goes the way of dialogues.
+        rows = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return BatchFeature(self._pad([
+            [*self._prefix, *row, *end] if len(row) <= room else self._serialise([[text]], end=end, item=i)[0]
+            for i, (row, text) in enumerate(zip(rows, texts, strict=True))
+        ]))  # fmt: skip
 
     def clip_texts(self, texts: Sequence[str]) -> BatchFeature:
         """

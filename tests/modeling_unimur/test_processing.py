@@ -98,6 +98,16 @@ def test_interleaved_batch():
     assert batch["text_rows"].tolist() == [1] and len(batch["clip_input_ids"]) == 1
 
 
+def test_a_text_is_a_dialogue_of_one_turn(caplog):
+    processor = make_processor(max_length=12)
+    texts = ["a", "a [RET] b </s>", "abc" * 9, "ab c"]
+    with caplog.at_level(logging.WARNING):
+        together = processor.texts(texts)
+    assert "item 2 exceeds" in caplog.text and caplog.text.count("exceeds") == 1
+    for row, mask, text in zip(together["input_ids"], together["attention_mask"], texts, strict=True):
+        assert row[mask.bool()].tolist() == processor.contexts([text])["input_ids"][0].tolist()
+
+
 def test_long_texts_for_clip_are_cut_and_counted(caplog):
     processor = make_processor()
     with caplog.at_level(logging.WARNING):
