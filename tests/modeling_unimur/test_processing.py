@@ -100,7 +100,7 @@ def test_interleaved_batch():
 
 def test_a_text_is_a_dialogue_of_one_turn(caplog):
     processor = make_processor(max_length=12)
-    texts = ["a", "a [RET] b </s>", "abc" * 9, "ab c"]
+    texts = ["a", "a [RET] b", "abc" * 9, "ab c"]
     with caplog.at_level(logging.WARNING):
         together = processor.texts(texts)
     assert "item 2 exceeds" in caplog.text and caplog.text.count("exceeds") == 1
