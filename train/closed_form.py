@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from modeling_unimur import UniMuRModel
-from train.collate import PairCollator
+from train.collate import PairCollator, SkipCounter
 
 logger = logging.get_logger("train")
 
@@ -253,14 +253,14 @@ def batches(model: UniMuRModel, collated: Iterable[dict], *, captioning: bool = 
 
 def _caption_means(batch: dict, table: nn.Module, model: UniMuRModel) -> torch.Tensor:
     """The mean input embedding of each caption's own tokens, `(n, d)` float32."""
-    ids = batch["labels"].clamp(min=0)
-    counted = (batch["labels"] >= 0) & (ids != (model.processor.tokenizer.eos_token_id or -1))
+    ids, eos = batch["labels"].clamp(min=0), model.processor.tokenizer.eos_token_id
+    counted = (batch["labels"] >= 0) & (ids != (-1 if eos is None else eos))
     rows = table(ids).float() * counted[..., None]
     return rows.sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
 
 
 def start(
-    model: UniMuRModel, rows: Dataset, collator: PairCollator, *, batch_size: int, workers: int = 0
+    model: UniMuRModel, rows: Dataset, collator: PairCollator, skips: SkipCounter, *, batch_size: int, workers: int = 0
 ) -> ClosedForm:
     """
     Puts both maps at their closed form, from one pass over the rows with a caption of each.
@@ -268,9 +268,16 @@ def start(
     Args:
         rows: caption pairs, cached or not, streamed or not. Every process reads all of them, which gives all the same
             maps without any exchange.
+        skips: receives the counts of the pairs that could not be used.
     """
     loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator, num_workers=workers)
-    found = solve(batches(model, tqdm(loader, desc="closed form")))
+
+    def counted() -> Iterator[dict]:
+        for batch in tqdm(loader, desc="closed form"):
+            skips.update(batch["skipped"], batch["n_seen"])
+            yield batch
+
+    found = solve(batches(model, counted()))
     found.apply(model)
     logger.info(
         f"closed form of {found.pairs} pairs: ridge {found.ridge:g} and whitening power {found.power:g} give the best R@1 "

@@ -230,7 +230,11 @@ def main(argv: list[str] | None = None) -> dict:
     closed = None
     if model_args.init == "closed-form":
         workers = args.dataloader_num_workers
-        closed = start(model.to(args.device), rows, collator, batch_size=args.train_batch_size, workers=workers)
+        found, size = SkipCounter(), args.train_batch_size
+        closed = start(model.to(args.device), rows, collator, found, batch_size=size, workers=workers)
+        found.check(args.max_bad_share)
+        if not args.max_steps and args.process_index == 0:  # else training counts the same pairs
+            skips.update(found.counts, found.seen, found.examples)
     if documents is not None:
         groups = [0] * len(rows) + [1 + documents.shows_image(i) for i in range(len(documents))]
         rows = ConcatDataset([rows, documents])

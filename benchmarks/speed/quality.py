@@ -126,7 +126,7 @@ def our_run(
             rows = cache_image_features(rows, model, SkipCounter(), folder=Path(folder) / "images")
             rows = cache_caption_states(rows, model, Path(folder) / "captions")
         if closed:
-            start(model, rows, collator, batch_size=BATCH)
+            start(model, rows, collator, SkipCounter(), batch_size=BATCH)
             watch.look(0, model)
         if steps:
             trainer = UniMuRTrainer(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from modeling_unimur import UniMuRModel
 from tests.train.test_run import base, folder  # noqa: F401  a fixture
 from train.closed_form import ClosedForm, Moments, inverse_power, matching_map, recall_at_1, ridge_map, solve
+from train.collate import TooManyBadPairsError
 from train.run import main
 
 
@@ -178,3 +179,13 @@ def test_cached_and_plain_pairs_give_the_same_start_and_steps_go_on_from_it(fold
         torch.testing.assert_close(tensor, weights[False, 0][name], rtol=1e-2, atol=1e-3)
     moved = (weights[True, 2]["W_t2m.weight"] - weights[True, 0]["W_t2m.weight"]).abs().max()
     assert 0 < moved <= 2.1e-4
+
+
+def test_pairs_that_cannot_be_used_are_counted_without_a_step_too(folder):  # noqa: F811
+    (folder / "photos" / "3.png").write_bytes(b"no picture")
+    settings = base(folder) | {"max_steps": 0, "init": "closed-form", "evaluate_pairs": 0}
+    (folder / "c.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(TooManyBadPairsError):
+        main([str(folder / "c.yaml")])
+    summary = main([str(folder / "c.yaml"), "--max_bad_share=0.2"])
+    assert sum(summary["skipped"].values()) == 1 and summary["pairs_seen"] == 12
