@@ -171,14 +171,24 @@ def send(tab, text, files=()):
                           "document.querySelector('#found').innerHTML != before", arg=before, timeout=20_000)  # fmt: skip
 
 
+def said(tab, text):
+    """The conversation has a text; its parts arrive one after another."""
+    tab.wait_for_function("text => document.querySelector('#talk').innerText.includes(text)", arg=text, timeout=20_000)
+
+
+def shows(tab, count):
+    """The conversation has so many pictures."""
+    tab.wait_for_function("count => document.querySelectorAll('#talk img').length == count", arg=count, timeout=20_000)
+
+
 @in_browser
 def test_in_a_browser_type_send_upload_and_see_the_right_picture(browse, checkpoint):
     app, tab = browse(checkpoint / "checkpoint")
     send(tab, "hello <b>there</b>")
-    assert "hello <b>there</b>" in tab.inner_text("#talk")
+    said(tab, "hello <b>there</b>")
     expected = app.model.retrieve([{"role": "user", "content": "hello <b>there</b>"}], app.pool, top_k=8)
     assert [name for name, _ in scored(tab)] == [c.id for c in expected.candidates]
-    assert expected.text in tab.inner_text("#talk")
+    said(tab, expected.text)
     # One's own picture comes into the pool, and the slider ranks the last turn again.
     tab.click("#own button")
     tab.set_input_files("#upload input[type=file]", str(checkpoint / "8.png"))
@@ -196,7 +206,7 @@ def test_in_a_browser_type_send_upload_and_see_the_right_picture(browse, checkpo
     tab.wait_for_function("ids => [...document.querySelectorAll('#found .u-row')].map(r => r.dataset.id).join() == ids",
                           arg=",".join(c.id for c in after.found[0].candidates), timeout=20_000)  # fmt: skip
     shown = 1 + (mine.found[0].image is not None) + (after.found[0].image is not None)
-    assert tab.locator("#talk img").count() == shown
+    shows(tab, shown)
 
 
 @in_browser
@@ -217,4 +227,4 @@ def test_in_a_browser_the_miniature_shows_the_panda(browse):
     used = tab.locator("#found .u-used").evaluate_all("rows => rows.map(r => r.dataset.id)")
     assert "fact-text-panda" in used or "fact-image-panda" in used
     assert tab.locator('#found .u-row[data-id="fact-image-panda"]').count() == 1
-    assert tab.locator("#talk img").count() == 1
+    shows(tab, 1)
