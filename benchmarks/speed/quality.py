@@ -1,5 +1,5 @@
 """
-Seconds to a recall: the reference-style run against ours, ours cached, and ours cached from the closed form.
+Seconds to a recall: the reference-style run against ours, ours cached, ours from the closed form, and that alone.
 
     python -m benchmarks.speed.quality --output benchmarks/results
 
@@ -7,8 +7,8 @@ On the miniature's caption pairs, one thread. The reference (see [`benchmarks.sp
 epoch and trains [RET]'s row too; its learning rate is the best of three by the recall it ends with on the first seed. The
 others are `train/run.py`'s trainer at the miniature's settings. Every run makes the same number of steps over the same
 batch size. Recall is dialogue to image R@1 on validation, whose queries are words alone; it is measured outside the clock.
-What a run needs before its first step is inside it: the cache of images and captions, and the closed form. Loading the
-towers, the same for all, is not.
+What a run needs before its first step is inside it: the cache of images, or of images and captions, and the closed form.
+Loading the towers, the same for all, is not.
 """
 
 import argparse
@@ -41,8 +41,8 @@ AFTER_CLOSED_FORM = 1e-3  # of Adam, where the maps are at their place already
 RECALL = "dialogue to image R@1"
 MEASURES = (RECALL, "contextual image R@1", "overall R@1", "image retrieval rate")
 REFERENCE, OURS, CACHED, CLOSED = "reference style", "ours", "ours, cached", "ours, cached, closed form"
-ALONE = "closed form alone"
-WAYS = (REFERENCE, OURS, CACHED, CLOSED, ALONE)
+IMAGES, ALONE = "ours, images cached, closed form", "closed form alone"
+WAYS = (REFERENCE, OURS, CACHED, CLOSED, IMAGES, ALONE)
 
 Look = Callable[[int, UniMuRModel], None]
 
@@ -109,9 +109,9 @@ def reference_run(bench: Seed, rate: float, steps: int, marks: Sequence[int]) ->
 
 
 def our_run(
-    bench: Seed, rate: float, steps: int, marks: Sequence[int], *, cached: bool, closed: bool
+    bench: Seed, rate: float, steps: int, marks: Sequence[int], *, images: bool, captions: bool, closed: bool
 ) -> list[dict[str, float]]:
-    """The points of `train/run.py`'s trainer, the cache's building and the closed form inside the clock."""
+    """The points of `train/run.py`'s trainer, the building of its caches and the closed form inside the clock."""
     model = bench.model(Row("ours", {}))
     _, _, args = parse([
         "--config", str(CONFIGS / "miniature.yaml"), f"--learning_rate={rate}", f"--max_steps={max(steps, 1)}",
@@ -122,8 +122,9 @@ def our_run(
     with tempfile.TemporaryDirectory() as folder:
         watch, rows = Stopwatch(bench), bench.miniature.pairs
         collator = PairCollator(model.processor, seed=bench.seed, pack=True)
-        if cached:
+        if images:
             rows = cache_image_features(rows, model, SkipCounter(), folder=Path(folder) / "images")
+        if captions:
             rows = cache_caption_states(rows, model, Path(folder) / "captions")
         if closed:
             start(model, rows, collator, SkipCounter(), batch_size=BATCH)
@@ -142,8 +143,10 @@ def run(way: str, bench: Seed, rates: dict[str, float], steps: int, marks: Seque
     set_seed(bench.seed)
     if way == REFERENCE:
         return reference_run(bench, rates[way], steps, marks)
-    cached, closed = way in (CACHED, CLOSED), way in (CLOSED, ALONE)
-    return our_run(bench, rates[way], 0 if way == ALONE else steps, marks, cached=cached, closed=closed)
+    return our_run(
+        bench, rates[way], 0 if way == ALONE else steps, marks,
+        images=way in (CACHED, CLOSED, IMAGES), captions=way in (CACHED, CLOSED), closed=way in (CLOSED, IMAGES, ALONE),
+    )  # fmt: skip
 
 
 def sooner(points: dict[str, list[dict[str, float]]], way: str) -> dict[str, float | None]:
@@ -168,7 +171,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     from ..plots import COLOURS, plt  # here, so that the other measurements need no matplotlib
 
     figure, axis = plt.subplots(figsize=(8.4, 4.8))
-    for way, colour in zip(WAYS, (COLOURS[5], COLOURS[1], COLOURS[0], COLOURS[2], COLOURS[3]), strict=True):
+    for way, colour in zip(WAYS, (COLOURS[n] for n in (5, 1, 0, 2, 4, 3)), strict=True):
         for number, result in enumerate(results):
             points = result["points"][way]
             axis.plot(
@@ -201,7 +204,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     steps = arguments.steps
     marks = [m for m in MARKS if m < steps] + [steps]
-    rates = {OURS: 1e-2, CACHED: 1e-2, CLOSED: AFTER_CLOSED_FORM, ALONE: 0.0}
+    rates = {OURS: 1e-2, CACHED: 1e-2, CLOSED: AFTER_CLOSED_FORM, IMAGES: AFTER_CLOSED_FORM, ALONE: 0.0}
     results, searched = [], {}
     for seed in arguments.seeds:
         bench = Seed(arguments.folder / f"seed-{seed}", seed)

@@ -23,12 +23,15 @@ def test_every_way_is_run_drawn_and_told(small, tmp_path):
     (seed,) = json.loads((out / "quality-speed.json").read_text())["seeds"]
     assert set(seed["points"]) == set(quality.WAYS)
     for way, points in seed["points"].items():
-        assert [p["step"] for p in points] == {quality.CLOSED: [0, 5, 6], quality.ALONE: [0]}.get(way, [5, 6]), way
+        marks = [0] if way == quality.ALONE else [0, 5, 6] if way in (quality.CLOSED, quality.IMAGES) else [5, 6]
+        assert [p["step"] for p in points] == marks, way
         seconds = [p["seconds"] for p in points]
         assert seconds == sorted(seconds) and seconds[0] > 0
         assert all(0 <= p[quality.RECALL] <= 1 for p in points)
     # The same maps, whether what they were solved from was cached or not.
-    assert seed["points"][quality.CLOSED][0][quality.RECALL] == seed["points"][quality.ALONE][0][quality.RECALL]
+    starts = [seed["points"][way][0] for way in (quality.ALONE, quality.CLOSED, quality.IMAGES)]
+    assert len({p[quality.RECALL] for p in starts}) == 1
+    assert seed["points"][quality.IMAGES][-1][quality.RECALL] == seed["points"][quality.CLOSED][-1][quality.RECALL]
     searched = found["reference_rates_searched"]
     assert f"{found['rates'][quality.REFERENCE]:g}" == max(searched, key=searched.get)
     assert (out / "quality-speed.png").stat().st_size > 10_000
