@@ -150,6 +150,7 @@ when it is the best of what remains beside the best text, whether or not the con
 ```bibtex
 @inproceedings{wang-etal-2024-unified,
     title = "Unified Embeddings for Multimodal Retrieval via Frozen {LLM}s",
+    author = "Wang, Ziyang and Elfardy, Heba and Dreyer, Markus and Small, Kevin and Bansal, Mohit",
     booktitle = "Findings of the Association for Computational Linguistics: EACL 2024",
     year = "2024",
     url = "https://aclanthology.org/2024.findings-eacl.105",
