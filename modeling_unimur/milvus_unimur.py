@@ -216,9 +216,7 @@ class MilvusPool:
         or `image_bias` each modality is asked for; the statistics are estimated once, from at most 20,000 candidates
         of a modality spread over the collection.
         """
-        check_search(1, top_k, modality)
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude={exclude!r} is one string: give a list of ids")
+        check_search(1, top_k, modality, exclude, image_bias)
         searched, k = queries.float().numpy(), max(top_k, 2)
         if modality is not None or not (calibrate or image_bias):
             ranked = self._hits(searched, k, modality, exclude)

@@ -154,7 +154,7 @@ class CandidatePool:
         Raises:
             ValueError: an empty pool or one emptied by `modality` and `exclude`, or an unknown modality.
         """
-        check_search(len(self), top_k, modality)
+        check_search(len(self), top_k, modality, exclude, image_bias)
         searched = queries.float().numpy()
         kinds = MODALITIES if modality is None else (modality,)
         found = self._searcher().top(searched, max(top_k, 2), kinds, self._rows_of(exclude))
@@ -182,8 +182,6 @@ class CandidatePool:
 
     def _rows_of(self, ids: Sequence[str]) -> np.ndarray | None:
         """Rows of those of the ids that stand in the pool, ascending."""
-        if isinstance(ids, str):
-            raise ValueError(f"exclude={ids!r} is one string: give a list of ids")
         return np.array(sorted(self._row[i] for i in set(ids) if i in self._row), dtype=np.int64) if ids else None
 
     def _fetch(self, rows: Iterable[int]) -> dict[int, tuple[str, Any]]:

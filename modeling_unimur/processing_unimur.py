@@ -131,7 +131,7 @@ class UniMuRProcessor(ProcessorMixin):
         end = [self.ret_token_id] if end_with_ret else []
         room = self.max_length - len(self._prefix) - len(end)
         # Tokenised in one call, which a pool's many texts feel; one that is too long goes the way of dialogues.
-        rows = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rows = self._tokenize(list(texts))
         return BatchFeature(self._pad([
             [*self._prefix, *row, *end] if len(row) <= room else self._serialise([[text]], end=end, item=i)[0]
             for i, (row, text) in enumerate(zip(rows, texts, strict=True))
@@ -145,7 +145,7 @@ class UniMuRProcessor(ProcessorMixin):
         """
         self._check_texts(texts)
         limit = min(self.clip_tokenizer.model_max_length, 77)
-        rows = self.clip_tokenizer(list(texts), truncation=False)["input_ids"]
+        rows = self.clip_tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         long = sum(len(row) > limit for row in rows)
         if long:
             logger.warning(f"{long} of {len(rows)} texts exceed CLIP's {limit} positions; their beginning is kept")
@@ -302,10 +302,14 @@ class UniMuRProcessor(ProcessorMixin):
         units: list = []
         for element in flat:
             if isinstance(element, str):
-                units += self.tokenizer(element, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                units += self._tokenize(element)
             else:
                 units.append(_Image([element], self.n_visual_tokens))
         return units
+
+    def _tokenize(self, text: str | list[str]) -> list:
+        # Not verbose: what exceeds the LLM's positions is left out, and said, here.
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         # The mask hides padding, so any id does where the tokenizer has none.

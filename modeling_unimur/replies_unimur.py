@@ -1,5 +1,6 @@
 """The reply of Section 3.4 out of ranked hits, whatever pool they come from."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,7 +41,9 @@ class Hit(NamedTuple):
     kind: str
 
 
-def check_search(size: int, top_k: int, modality: str | None) -> None:
+def check_search(
+    size: int, top_k: int, modality: str | None, exclude: Sequence[str] = (), image_bias: float = 0.0
+) -> None:
     """Refuses with a `ValueError` what no pool can search."""
     if not size:
         raise ValueError("the pool is empty: build it with images, texts or both")
@@ -48,6 +51,10 @@ def check_search(size: int, top_k: int, modality: str | None) -> None:
         raise ValueError(f"modality={modality!r} is not 'image', 'text' or None")
     if top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1")
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude={exclude!r} is one string: give a list of ids")
+    if not math.isfinite(image_bias):
+        raise ValueError(f"image_bias={image_bias} must be finite: modality='image' or 'text' searches one kind only")
 
 
 def differences(made_by: dict[str, Any], fingerprint: dict[str, Any]) -> str:

@@ -76,8 +76,7 @@ class RetrievalMixin:
         return F.normalize(embeds.float(), dim=-1).cpu()
 
     def _embed(self, kind: str, items: Sequence[Any], batch_size: int, show_progress_bar: bool) -> torch.Tensor:
-        if isinstance(items, str):
-            raise ValueError(f"expected a list of {kind}, got one string")
+        _check_list(kind, items)
         parts = []
         for start in tqdm(range(0, len(items), batch_size), f"embedding {kind}", disable=not show_progress_bar):
             try:
@@ -119,6 +118,8 @@ class RetrievalMixin:
         """`pool` with more candidates, as a new pool; refuses one that another model made. See `build_pool`."""
         pool.check_made_by(self.fingerprint)
         images, texts = ([] if items is None else items for items in (images, texts))
+        _check_list("images", images)
+        _check_list("texts", texts)
         if not len(images) and not len(texts):
             raise ValueError("no candidates: give images, texts or both")
         arguments = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
@@ -155,3 +156,9 @@ class RetrievalMixin:
         found = pool.search(queries, top_k=top_k, modality=modality, exclude=exclude,
                             calibrate=calibrate, image_bias=image_bias)  # fmt: skip
         return found if many else found[0]
+
+
+def _check_list(kind: str, items: Any) -> None:
+    if isinstance(items, str) or not hasattr(items, "__len__"):
+        given = "one string" if isinstance(items, str) else type(items).__name__
+        raise ValueError(f"expected a list of {kind}, got {given}")

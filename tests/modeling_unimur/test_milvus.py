@@ -150,6 +150,8 @@ def test_bad_requests_are_named(pool, uri, monkeypatch):
         milvus.search(unit(1), exclude=["a"])
     with pytest.raises(ValueError, match="modality='video'"):
         milvus.search(unit(1), modality="video")
+    with pytest.raises(ValueError, match="exclude='a' is one string"):
+        milvus.search(unit(1), exclude="a")
     real = builtins.__import__
 
     def without(name, *a, **k):

@@ -117,6 +117,10 @@ def test_bad_pools_are_refused():
         pool_of(texts=(1,)).search(QUERY, modality="video")
     with pytest.raises(ValueError, match="top_k=0"):
         pool_of(texts=(1,)).search(QUERY, top_k=0)
+    with pytest.raises(ValueError, match="exclude='text-0' is one string"):
+        pool_of(texts=(1,)).search(QUERY, exclude="text-0")
+    with pytest.raises(ValueError, match="image_bias=nan must be finite"):
+        pool_of(texts=(1,)).search(QUERY, image_bias=float("nan"))
 
 
 def test_the_model_builds_extends_and_retrieves(tiny, tmp_path):
@@ -160,6 +164,12 @@ def test_bad_candidates_are_named(tiny, tmp_path):
         tiny().build_pool([picture(1), tmp_path / "bad.jpg"], show_progress_bar=False)
     with pytest.raises(ValueError, match="text 0 is empty"):
         tiny().build_pool(texts=[""], show_progress_bar=False)
+    with pytest.raises(ValueError, match="expected a list of texts, got generator"):
+        tiny().build_pool(texts=(text for text in "ab"), show_progress_bar=False)
+    with pytest.raises(ValueError, match="expected a list of images, got PosixPath"):
+        tiny().build_pool(tmp_path / "bad.jpg", show_progress_bar=False)
+    with pytest.raises(ValueError, match="expected a list of texts, got one string"):
+        tiny().build_pool(texts="ab", show_progress_bar=False)
     with pytest.raises(ValueError, match="is a URL"):
         tiny().build_pool(["https://example.org/a.png"], show_progress_bar=False)
 

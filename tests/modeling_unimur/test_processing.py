@@ -100,10 +100,12 @@ def test_interleaved_batch():
 
 def test_a_text_is_a_dialogue_of_one_turn(caplog):
     processor = make_processor(max_length=12)
+    processor.tokenizer.model_max_length = 12  # by which a tokenizer warns on its own
     texts = ["a", "a [RET] b", "abc" * 9, "ab c"]
     with caplog.at_level(logging.WARNING):
         together = processor.texts(texts)
     assert "item 2 exceeds" in caplog.text and caplog.text.count("exceeds") == 1
+    assert "indexing errors" not in caplog.text  # there are none: what is too long is left out
     for row, mask, text in zip(together["input_ids"], together["attention_mask"], texts, strict=True):
         assert row[mask.bool()].tolist() == processor.contexts([text])["input_ids"][0].tolist()
 
