@@ -34,10 +34,12 @@ from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.exact_unimur import CHUNK
 from train.miniature.prepare import encode
 from train.miniature.world import captions, draw, every_scene
+from train.run import main as train
 
 from .models import SHAPES, random_model, sentence
 from .timing import interleaved, ratio
 
+MINIATURE = Path("runs/miniature/checkpoint")
 QUERIES = (1, 64)
 KINDS = ("hnsw", "ivf", "sq8", "pq")
 
@@ -150,15 +152,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=100_000, help="candidates")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--checkpoint", default="runs/miniature/checkpoint", help="whose CLIP embeds the scenes")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=MINIATURE,
+        help="whose CLIP embeds the scenes; the default is trained where it is not there",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("runs/report"))
     arguments = parser.parse_args(argv)
+    if arguments.checkpoint == MINIATURE and not MINIATURE.is_dir():
+        train([])  # what `python train/run.py` does
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     size, rounds = arguments.size, arguments.rounds
     result: dict[str, Any] = {
-        "size": size, "rounds": rounds, "threads": threads, "checkpoint": arguments.checkpoint,
+        "size": size, "rounds": rounds, "threads": threads, "checkpoint": str(arguments.checkpoint),
         "versions": {"torch": torch.__version__, "faiss": faiss.__version__, "numpy": np.__version__},
     }  # fmt: skip
     model = random_model(*next(iter(SHAPES.values())))

@@ -4,17 +4,21 @@ import json
 
 import pytest
 
-from benchmarks.speed.pool import main
+from benchmarks.speed import pool
 from benchmarks.speed.timing import interleaved, ratio
 from tests.tiny import make_model
 
 pytest.importorskip("faiss")
 
 
-def test_a_trial_measures_every_way(tmp_path, capsys):
-    make_model(tmp_path / "towers").save_pretrained(tmp_path / "model", with_towers=True)
-    arguments = ["--size", "600", "--rounds", "2", "--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path)]
-    result = main(arguments)
+def test_a_trial_measures_every_way(tmp_path, capsys, monkeypatch):
+    def train(argv):  # on a clone nobody has run the demo in
+        assert argv == []
+        make_model(tmp_path / "towers").save_pretrained(pool.MINIATURE, with_towers=True)
+
+    monkeypatch.setattr(pool, "MINIATURE", tmp_path / "miniature")
+    monkeypatch.setattr(pool, "train", train)
+    result = pool.main(["--size", "600", "--rounds", "2", "--output", str(tmp_path)])
     assert json.loads((tmp_path / "pool-speed.json").read_text()) == json.loads(json.dumps(result))
     assert (result["size"], result["rounds"], result["dimension"]) == (600, 2, 768)
     for n in ("1 queries", "64 queries"):
