@@ -6,6 +6,7 @@ import numpy as np
 
 from modeling_unimur import UniMuRModel
 from modeling_unimur.images_unimur import BadImageError
+from train.collate import usable_captions
 
 from .metrics import hit_rate_per_item
 
@@ -24,10 +25,10 @@ def caption_to_image_recall(model: UniMuRModel, pairs, limit: int) -> dict[str, 
     images, captions, left_out = [], [], 0
     for row in islice(pairs, limit):
         try:
-            if not row["captions"]:
+            if not (usable := usable_captions(row["captions"])):
                 raise BadImageError("no caption", "empty_caption")
             images.append(model.processor.decode(row["image"]))
-            captions.append(row["captions"][0])
+            captions.append(usable[0])
         except BadImageError:
             left_out += 1
     scores = (

@@ -49,6 +49,8 @@ class CheckpointMixin:
             ImportError: the checkpoint has a LoRA and peft is not installed.
         """
         name = str(pretrained_model_name_or_path)
+        if "torch_dtype" in kwargs:  # the older spelling, which most code still uses, holds for the towers too
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         shared = {key: kwargs[key] for key in SHARED_ARGUMENTS if key in kwargs}
         hub = {
             key: kwargs[key]

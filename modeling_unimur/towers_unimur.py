@@ -112,7 +112,7 @@ def digest(parameters, *, head: int | None = None) -> str:
     Args:
         parameters: `(name, tensor)` pairs.
         head: take only so many leading values of each, rounded to bfloat16, so that a large tower costs little and is
-            the same tower when it is loaded in another precision.
+            the same tower when it is loaded in bfloat16 (not in float16, which rounds otherwise).
     """
     state = hashlib.sha256()
     for name, tensor in sorted(parameters, key=lambda item: item[0]):

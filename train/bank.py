@@ -29,6 +29,21 @@ class NegativesBank:
         """`(m, q)` float32, L2-normalised, m up to `size`; `None` before the first `add`."""
         return None if self._rows is None else self._rows[: self._filled]
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What `load_state_dict` goes on from, place for place, so that sums round alike."""
+        rows = torch.empty(0, 0) if self._rows is None else self._rows[: self._filled].clone()
+        return {"rows": rows, "next": torch.tensor(self._next), "size": torch.tensor(self.size)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes over another bank's images. Raises `ValueError` where its size is another."""
+        rows, size = state["rows"], int(state["size"])
+        if size != self.size:
+            raise ValueError(f"the checkpoint's bank is one of {size} images, not {self.size}: give the same size")
+        self._rows, self._filled, self._next = None, len(rows), int(state["next"])
+        if len(rows):
+            self._rows = rows.new_empty(self.size, rows.shape[1])
+            self._rows[: len(rows)] = rows
+
     @torch.no_grad()
     def add(self, image_embeds: torch.Tensor) -> None:
         """Adds the images of a step, `(n, q)` of each process, normalised or not."""

@@ -78,14 +78,15 @@ class PairCollator:
     A row is a caption pair (`id`, `image`, `captions`) or a document (see [`train.documents.InterleavedDocuments`]),
     its images undecoded or given as cached `image_features` (c float32) and `image_embeds` (q float32). A row with a
     bad image or without a caption is dropped; `skipped` (`dict[str, int]`) counts them by reason and `n_seen` (`int`)
-    all. The first few of each reason are logged by name, in the process that met them. Pairs that all have cached
+    all. The first few of each reason are logged by name, in the process that met them. A batch without any usable row
+    repeats the last good one, with a warning. Pairs that all have cached
     `text_embeds` (captions, q), and `ret_states` (captions, d), give those of the drawn captions in place of their tokens.
 
     Attributes:
         epoch (`int`): with the seed and the row's id, what the draw of captions goes by; set it before each epoch.
 
     Raises:
-        TooManyBadPairsError: no row of a batch is usable.
+        TooManyBadPairsError: no row of the first batch is usable.
         ValueError: `caption` is neither of the two.
     """
 
@@ -93,8 +94,17 @@ class PairCollator:
         if caption not in ("random", "first"):
             raise ValueError(f"caption must be 'random' or 'first', got {caption!r}")
         self.processor, self.caption, self.seed, self.pack = processor, caption, seed, pack
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it too
+        self._spare: tuple[dict[str, Any], list] | None = None
         self._logged: Counter[str] = Counter()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         items, images, skips = [], [], SkipCounter()
@@ -115,10 +125,14 @@ class PairCollator:
             skips.seen += 1
             items.append(_shifted(item, len(images)))
             images += ready
+            self._spare = item, ready
         if not items:
-            raise TooManyBadPairsError(
-                f"all {len(rows)} pairs of a batch are broken: {dict(skips.counts)}{skips.details()}"
-            )
+            broken = f"all {len(rows)} pairs of a batch are broken: {dict(skips.counts)}{skips.details()}"
+            if self._spare is None:
+                raise TooManyBadPairsError(broken)
+            # A step needs a pair, in every process. Whether too many are broken is for the counts of all to say.
+            logger.warning(f"{broken}\nthe last good pair is taken once more")
+            items, images = [_shifted(self._spare[0], 0)], list(self._spare[1])
         cached = bool(images) and isinstance(images[0], tuple)
         states = self._captions([item.pop("cached", {}) for item in items])
         if "text_embeds" in states:

@@ -113,7 +113,8 @@ def read_cc3m_tsv(tsv: str | Path, image_folder: str | Path) -> datasets.Dataset
 
 def read_shards(path: Paths) -> datasets.IterableDataset:
     """
-    img2dataset/webdataset tar shards, streamed; loader workers and processes share the shards between them.
+    img2dataset/webdataset tar shards, streamed. Loader workers share the shards between them; every process reads all
+    and decodes its own part of the pairs, so that several make the batches that one would make.
 
     A sample without its image or caption is yielded with what it has, to be counted; a truncated shard ends early with
     a warning and the next one goes on.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 
 from modeling_unimur import UniMuRModel
 from modeling_unimur.towers_unimur import digest
@@ -100,6 +101,7 @@ def cache_image_features(
         "weights of CLIP's visual tower": digest(
             (n, p) for n, p in model.clip.named_parameters() if n.startswith("vis")
         ),
+        "configuration of CLIP's visual tower": _computes(model.clip.config.vision_config),
         "dtype of CLIP": str(model.clip.dtype),
         "preprocessing": model.processor.fingerprint,
         "max_image_pixels": model.processor.max_image_pixels,
@@ -157,6 +159,7 @@ def cache_caption_states(
         "weights of CLIP's text tower": digest(
             (n, p) for n, p in model.clip.named_parameters() if n.startswith("text_")
         ),
+        "configuration of CLIP's text tower": _computes(model.clip.config.text_config),
         "dtype of CLIP": str(model.clip.dtype),
         "preprocessing": model.processor.fingerprint,
         "states at [RET]": with_states,
@@ -164,6 +167,7 @@ def cache_caption_states(
     if with_states:
         identity |= {
             "weights of the LLM": digest(model.language_model.named_parameters()),
+            "configuration of the LLM": _computes(model.language_model.config),
             "dtype of the LLM": str(model.language_model.dtype),
             "[RET]": digest([("ret_embedding", model.ret_embedding)]),
         }
@@ -237,6 +241,13 @@ class MatchingStates(Dataset):
 def _alone(temporary: Any) -> dict[str, int]:
     """A temporary folder is the process's own, so it makes every shard itself."""
     return {} if temporary is None else {"rank": 0, "world": 1}
+
+
+def _computes(config: PreTrainedConfig) -> str:
+    """A hash of what a tower's config says beside its weights, such as its activation; not of where it came from."""
+    said = config.to_diff_dict()
+    origin = ("architectures", "dtype", "transformers_version")
+    return values_hash([[k, str(said[k])] for k in sorted(said) if not k.startswith("_") and k not in origin])
 
 
 def _span(rows: range) -> str:

@@ -32,6 +32,7 @@ from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
 logger = logging.get_logger("train")
 CONFIGS = Path(__file__).parent / "configs"
+SHUFFLED = 2_000  # undecoded pairs of streamed shards that are mixed, besides the shards' order: some 100 MB of photos
 
 
 @dataclass
@@ -226,6 +227,8 @@ def main(argv: list[str] | None = None) -> dict:
             rows = cache_caption_states(rows, model, places[1])
         if documents is not None:
             documents.use_images(rows)
+    if streamed:
+        rows = pairs.shuffle(seed=args.seed, buffer_size=SHUFFLED)
     collator = PairCollator(model.processor, caption=data_args.caption, seed=args.seed)
     closed = None
     if model_args.init == "closed-form":
@@ -268,14 +271,16 @@ def main(argv: list[str] | None = None) -> dict:
         recall = closed.recall[closed.ridge, closed.power]
         summary["closed_form"] = {"ridge": closed.ridge, "power": closed.power, "held_out_recall": recall}
     if trainer.is_world_process_zero():
+        print(trainer.skips)
+        results = Path(args.output_dir) / "train_results.json"
+        results.write_text(json.dumps(summary, indent=2) + "\n")
         if data_args.evaluate_pairs:
             from benchmarks.pairs import caption_to_image_recall
 
             # The saved checkpoint is what users load, so it is what is measured.
             reloaded = UniMuRModel.from_pretrained(checkpoint).to(args.device)
             summary["caption_to_image"] = caption_to_image_recall(reloaded, pairs, data_args.evaluate_pairs)
-        (Path(args.output_dir) / "train_results.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print(trainer.skips)
+            results.write_text(json.dumps(summary, indent=2) + "\n")
         for name, value in summary.get("caption_to_image", {}).items():
             print(f"caption to image, {name}: {value:.1f} %" if isinstance(value, float) else f"{name}: {value}")
         print(f"checkpoint: {checkpoint}")

@@ -2,10 +2,13 @@
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from modeling_unimur.towers_unimur import load_lora_weights
@@ -15,6 +18,7 @@ from train.sampler import GroupedSampler
 
 logger = logging.get_logger(__name__)
 
+BANK = "negatives_bank.safetensors"
 CAPTIONING = ("input_ids", "attention_mask", "labels", "label_positions", "image_indices", "packing")
 MATCHING = (
     "ret_input_ids", "ret_attention_mask", "ret_image_indices", "ret_packing", "image_rows", "target_indices",
@@ -61,6 +65,9 @@ class UniMuRTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # Of streamed data one process would otherwise collate for all, and cut batches whose parts have unlike lengths.
+            self.accelerator_config.dispatch_batches = False
         if self.schedule != "joint" and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # a step leaves out one of the maps
 
@@ -85,6 +92,8 @@ class UniMuRTrainer(Trainer):
         drawing = getattr(self.data_collator, "__self__", self.data_collator)
         if hasattr(drawing, "epoch"):
             self.add_callback(_EpochToCollator(drawing))
+        if self.bank is not None:
+            self.add_callback(_BankToCheckpoint(self))
 
     def _get_train_sampler(self, train_dataset=None):
         if self.groups is None:
@@ -105,8 +114,7 @@ class UniMuRTrainer(Trainer):
         inputs = {key: value for key, value in inputs.items() if key not in left_out}
         banked = self.bank is not None and "image_rows" in inputs
         if banked:
-            if self._to_bank is not None:  # only now: the last step's backward pass still read the bank
-                self.bank.add(self._to_bank)
+            self.fill_bank()  # only now: the last step's backward pass still read the bank
             inputs["negatives"] = self.bank.embeds
         outputs = model(**inputs)
         if banked:
@@ -117,6 +125,12 @@ class UniMuRTrainer(Trainer):
                 total, count = self._parts.get(name, (0.0, 0))
                 self._parts[name] = (total + loss.detach(), count + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def fill_bank(self) -> None:
+        """Adds the last step's images to the bank of negatives; every process takes part."""
+        if self._to_bank is not None:
+            self.bank.add(self._to_bank)
+            self._to_bank = None
 
     def log(self, logs, start_time=None):
         if self._parts:
@@ -132,6 +146,12 @@ class UniMuRTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
         if self.model.config.text_adapter:
             load_lora_weights(self.model.language_model, resume_from_checkpoint)
+        if self.bank is not None:
+            file = Path(resume_from_checkpoint) / BANK
+            if file.is_file():
+                self.bank.load_state_dict(load_file(file, device=str(self.args.device)))
+            else:
+                logger.warning(f"{resume_from_checkpoint} holds no {BANK}: the bank of negatives starts empty")
 
     def train(self, *args, **kwargs):
         self._since = time.perf_counter()
@@ -153,3 +173,16 @@ class _EpochToCollator(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.collator.epoch = int(state.epoch or 0)
+
+
+class _BankToCheckpoint(TrainerCallback):
+    """Keeps the bank of negatives with each checkpoint, so that a resumed run is the run that was interrupted."""
+
+    def __init__(self, trainer: UniMuRTrainer):
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.fill_bank()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            save_file(self.trainer.bank.state_dict(), folder / BANK)

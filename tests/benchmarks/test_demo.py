@@ -90,6 +90,9 @@ def test_recall_on_pairs_counts_what_it_leaves_out(tiny):
     rows += [{"image": {"bytes": b"", "path": None}, "captions": ["x"]}, {"image": rows[0]["image"], "captions": []}]
     found = caption_to_image_recall(tiny(), rows, 10)
     assert found["pool"] == 3 and found["left out"] == 2 and found["R@5"] == 100
+    blank = [rows[0] | {"captions": [" ", "number 0"]}, rows[1] | {"captions": [""]}, rows[2]]
+    found = caption_to_image_recall(tiny(), blank, 10)
+    assert found["pool"] == 2 and found["left out"] == 1
 
 
 def test_the_gallery_is_drawn(tiny, split, tmp_path):

@@ -188,12 +188,13 @@ def test_nan_weights_are_named(fresh):
         model.embed_dialogues(["hi"])
 
 
-def test_bfloat16_towers_keep_float32_maps(fresh, tmp_path):
+@pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
+def test_bfloat16_towers_keep_float32_maps(fresh, tmp_path, spelling):
     from modeling_unimur import UniMuRModel
 
     model = fresh()
     model.save_pretrained(tmp_path / "a")
-    half = UniMuRModel.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    half = UniMuRModel.from_pretrained(tmp_path / "a", **{spelling: torch.bfloat16})
     assert half.language_model.dtype == half.clip.dtype == torch.bfloat16
     assert half.W_i2t.weight.dtype == half.W_t2m.weight.dtype == half.ret_embedding.dtype == torch.float32
     a, b = model.embed_dialogues(DIALOGUES), half.embed_dialogues(DIALOGUES)

@@ -31,7 +31,17 @@ def test_broken_pairs_are_dropped_and_counted():
     with pytest.raises(
         TooManyBadPairsError, match=r"all 2 pairs(.|\n)*empty: '1': (.|\n)*empty_caption: '2': no caption"
     ):
-        collate(rows[1:3])
+        PairCollator(make_processor())(rows[1:3])
+
+
+def test_a_batch_without_a_usable_pair_repeats_the_last_good_one(caplog):
+    collate = PairCollator(make_processor(), caption="first")
+    good = collate([row("0", captions=["a"]), row("1", captions=["b"])])
+    batch = collate([row("2", b""), row("3", captions=[" "])])
+    assert "all 2 pairs of a batch are broken" in caplog.text and "once more" in caplog.text
+    assert batch["skipped"] == {"empty": 1, "empty_caption": 1} and batch["n_seen"] == 2
+    assert batch["ret_input_ids"].tolist() == good["ret_input_ids"][1:].tolist()
+    assert torch.equal(batch["pixel_values"], good["pixel_values"][1:]) and batch["target_indices"].tolist() == [0]
 
 
 def test_the_first_few_of_each_reason_are_named(caplog):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ def data(tmp_path_factory):
     return folder
 
 
+def test_streamed_shards_give_two_processes_the_batches_of_one(data, tmp_path):
+    (data / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(data / "shards" / f"{shard}.tar", "w") as tar:
+            for i in range(4 * shard, 4 * shard + 4):
+                tar.add(data / "photos" / f"{i}.png", f"{i}.png")
+                (data / f"{i}.txt").write_text(WORDS[i])
+                tar.add(data / f"{i}.txt", f"{i}.txt")
+    more = (f"--train_data={data}/shards", "--packing=false")
+    check_alike(launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more), tmp_path, seen=32)
+    launch(data, tmp_path / "packed", 2, f"--train_data={data}/shards")
+
+
 def launch(data: Path, out: Path, processes: int, *more: str) -> dict:
     flags = [
         "train/run.py", f"--text_model={data}/towers/text", f"--clip_model={data}/towers/clip",
@@ -51,16 +65,20 @@ def launch(data: Path, out: Path, processes: int, *more: str) -> dict:
     "more", [(), ("--schedule=alternating", "--train_ret_embedding=true"), ("--cache_features=true",)]
 )
 def test_two_processes_train_as_one(data, tmp_path, more):
-    one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
-    assert (one["processes"], two["processes"]) == (1, 2)
     read_for_the_cache = 8 if "--cache_features=true" in more else 0
-    assert one["pairs_seen"] == two["pairs_seen"] == 32 + read_for_the_cache
+    one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
+    check_alike(one, two, tmp_path, seen=32 + read_for_the_cache)
+
+
+def check_alike(one: dict, two: dict, folder: Path, seen: int) -> None:
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["pairs_seen"] == two["pairs_seen"] == seen
     compared = 0
     for a, b in zip(one["log"], two["log"], strict=True):
         for name in a.keys() & {"loss", "loss_cap", "loss_vm", "loss_tm", "grad_norm"}:
             assert b[name] == pytest.approx(a[name], rel=2e-4), name
             compared += 1
     assert compared >= 12
-    first, second = (load_file(tmp_path / n / "checkpoint" / "model.safetensors") for n in "12")
+    first, second = (load_file(folder / n / "checkpoint" / "model.safetensors") for n in "12")
     for name in first:
         assert torch.allclose(first[name], second[name], atol=2e-5), name

@@ -154,7 +154,29 @@ def test_another_pool_is_not_touched_and_a_finished_one_keeps_its_index(data, wh
     assert embed.main(flags(data, tmp_path / "out")).index is None
 
 
+def test_shards_of_other_pictures_are_refused_and_a_touched_file_is_not(data, tmp_path):
+    import datasets
+
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        picture(i).save(tmp_path / "photos" / f"{i}.png")
+    given = (f"--images={tmp_path}/photos",)
+    embed.main(flags(data, tmp_path / "out", *given))
+    os.utime(tmp_path / "photos" / "5.png", (1, 1))
+    embed.main(flags(data, tmp_path / "out", *given))
+    picture(9).save(tmp_path / "photos" / "5.png")
+    with pytest.raises(ValueError, match=r"image-00001 .* other candidates"):
+        embed.main(flags(data, tmp_path / "out", *given))
+    for name, first in (("a", 0), ("b", 4)):  # without ids of their own
+        rows = {"image": [picture(first + i) for i in range(3)]}
+        datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / name)
+    embed.main(flags(data, tmp_path / "saved", f"--images={tmp_path}/a"))
+    with pytest.raises(ValueError, match=r"image-00000 .* other candidates"):
+        embed.main(flags(data, tmp_path / "saved", f"--images={tmp_path}/b"))
+
+
 def test_too_many_bad_candidates_stop_the_run(data, tmp_path):
+    embed.main(flags(data, tmp_path / "shards", "--max_bad_share=0.2"))  # one of the first four; two of all 19
     with pytest.raises(TooManyBadPairsError, match=r"(?s)1 of 12 .*bad\.jpg"):
         embed.main(flags(data, tmp_path / "out", "--shard_size=20", "--max_bad_share=0.05"))
 

@@ -214,6 +214,26 @@ def test_a_cache_of_another_choice_or_preprocessing_is_refused(fresh, photos, tm
         both(photos, model, tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("of", "field", "message"),
+    [
+        (lambda m: m.clip.config.vision_config, "hidden_act", "configuration of CLIP's visual tower"),
+        (lambda m: m.clip.config.text_config, "hidden_act", "configuration of CLIP's text tower"),
+        (lambda m: m.language_model.config, "activation_function", "configuration of the LLM"),
+    ],
+)
+def test_a_cache_of_towers_that_compute_otherwise_is_refused(fresh, photos, tmp_path, of, field, message):
+    model = fresh()
+    both(photos, model, tmp_path / "cache")
+    before = getattr(of(model), field)
+    setattr(of(model), field, "gelu_new")
+    with pytest.raises(StaleCacheError, match=message):
+        both(photos, model, tmp_path / "cache")
+    setattr(of(model), field, before)
+    of(model)._name_or_path = "elsewhere"
+    both(photos, model, tmp_path / "cache")  # where it came from computes nothing
+
+
 def test_a_cache_of_other_data_is_refused_and_a_touched_file_is_not(fresh, photos, tmp_path):
     model = fresh()
     both(photos, model, tmp_path / "cache")

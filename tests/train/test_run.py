@@ -1,6 +1,8 @@
 """`train/run.py` as a user calls it: a yaml, flags, both, and what it says when something is missing."""
 
+import io
 import json
+import tarfile
 
 import pytest
 import torch
@@ -85,18 +87,19 @@ def test_cached_features_train_to_the_same_weights(folder):
     assert all((weights[0][n] - weights[1][n]).abs().max() < 1e-5 for n in weights[0])
 
 
-def test_streamed_shards_train(folder):
-    import io
-    import tarfile
-
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for i in range(8):
+def write_shard(path, captions):
+    with tarfile.open(path, "w") as tar:
+        for i, caption in enumerate(captions):
             buffer = io.BytesIO()
             picture(i).save(buffer, "PNG")
-            for name, data in ((f"{i}.png", buffer.getvalue()), (f"{i}.txt", b"" if i == 3 else b"words")):
+            for name, data in ((f"{i}.png", buffer.getvalue()), (f"{i}.txt", caption.encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
+
+
+def test_streamed_shards_train(folder):
+    write_shard(folder / "0.tar", ["" if i == 3 else "words" for i in range(8)])
     settings = {**base(folder), "train_data": str(folder / "0.tar"), "max_steps": -1, "per_device_train_batch_size": 4}
     settings |= {"max_bad_share": 0.2, "num_train_epochs": 2}
     (folder / "s.yaml").write_text(yaml.safe_dump(settings))
@@ -105,6 +108,26 @@ def test_streamed_shards_train(folder):
     (folder / "0_stats.json").write_text('{"successes": 8}')
     summary = main([str(folder / "s.yaml")])
     assert summary["steps"] == 4 and summary["pairs_seen"] == 16 and summary["skipped"] == {"empty_caption": 2}
+
+
+def test_streamed_shards_are_mixed_anew_in_every_epoch(folder, monkeypatch):
+    from train.collate import PairCollator
+
+    for shard in range(2):
+        write_shard(folder / f"mixed-{shard}.tar", ["words"] * 8)
+    seen, collate = [], PairCollator.__call__
+    monkeypatch.setattr(
+        PairCollator, "__call__", lambda s, rows: seen.extend(r["id"] for r in rows) or collate(s, rows)
+    )
+    settings = {**base(folder), "train_data": str(folder / "mixed-*.tar"), "evaluate_pairs": 0, "max_steps": 8}
+    orders = []
+    for seed in (0, 0, 1):
+        (folder / "m.yaml").write_text(yaml.safe_dump(settings | {"per_device_train_batch_size": 4, "seed": seed}))
+        main([str(folder / "m.yaml")])
+        orders.append([tuple(seen[:16]), tuple(seen[16:32])])
+        seen.clear()
+    assert orders[0] == orders[1] and len(set(orders[0] + orders[2])) == 4
+    assert all(sorted(order) == sorted(orders[0][0]) for order in orders[0] + orders[2])
 
 
 @pytest.mark.parametrize(

@@ -125,12 +125,14 @@ def test_accumulated_steps_see_every_row(tmp_path):
     assert trainer.skips.seen == 8 and trainer.state.global_step == 2
 
 
-def test_resume_gives_the_weights_of_no_interruption(tmp_path):
+@pytest.mark.parametrize("bank", [0, 24])
+def test_resume_gives_the_weights_of_no_interruption(tmp_path, bank):
     rows = pairs(16)
     for row in rows:
         row["captions"] = [row["captions"][0], "the other one " + row["captions"][0]]
     whole = make_model(tmp_path / "t")
     arguments = {"max_steps": 10, "lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 5, "seed": 3}
+    arguments["negatives_bank"] = bank
     trainer_of(whole, tmp_path / "whole", rows, **arguments).train()
     checkpoint = tmp_path / "whole" / "checkpoint-5"
     from safetensors.torch import load_file
@@ -144,6 +146,25 @@ def test_resume_gives_the_weights_of_no_interruption(tmp_path):
         assert torch.equal(resumed.get_parameter(name), tensor), name
     again = UniMuRModel.from_pretrained(checkpoint)  # a Trainer's checkpoint is one of ours
     assert torch.equal(again.W_t2m.weight, saved["W_t2m.weight"])
+
+
+def test_a_bank_of_another_size_is_not_resumed_from(tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_of(make_model(tmp_path / "t"), tmp_path / "out", negatives_bank=8, **arguments).train()
+    other = trainer_of(make_model(tmp_path / "t"), tmp_path / "out", negatives_bank=9, **arguments)
+    with pytest.raises(ValueError, match="bank is one of 8 images, not 9"):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_workers_that_outlive_an_epoch_draw_its_captions(tmp_path):
+    rows = [row | {"captions": [f"{row['captions'][0]} {i}" for i in range(5)]} for row in pairs(8)]
+    weights = []
+    for workers in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+        model = make_model(tmp_path / "t")
+        trainer_of(model, tmp_path, rows, **workers).train()  # three epochs
+        weights.append(trained_tensors(model))
+    for name, tensor in weights[0].items():
+        assert torch.equal(weights[1][name], tensor), name
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path):
