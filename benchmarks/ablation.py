@@ -34,7 +34,7 @@ from .tasks.candidates import Embedded, candidate_rows
 from .tasks.contexts import context_of
 
 RATES = (3e-3, 1e-2)  # where the LLM runs in every step
-MATCHING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # on cached states a run takes seconds
+MATCHING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # on cached states a run takes seconds
 BASE_RATE = 1e-2  # of the part that a row shares with the others
 SIZES = {"opt": None, "opt-64x1": {"width": 64, "layers": 1, "heads": 4}, "opt-192x3": {"width": 192, "layers": 3}}
 

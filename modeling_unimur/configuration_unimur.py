@@ -41,8 +41,9 @@ class UniMuRConfig(PreTrainedConfig):
     What the paper leaves open has the default that did best on the miniature, where one did (the repository's
     `benchmarks/results`), by overall R@1. Over five seeds: `[RET]` as the space of candidate texts, by 20 points; the
     normalised target averaged over q, by 1 to 2 points (the others find a dialogue's image better); a learned temperature
-    and one fixed at 0.07 are alike, 0.01 is worse; `lambda2` is the paper's, although 1 did no worse. Over two seeds: [RET] frozen, by 4 points; CLIP's pooled and
-    projected outputs are alike; 6 visual tokens beat 1, FROMAGe's, so the miniature's configuration takes 6.
+    and one fixed at 0.07 are alike, 0.01 is worse; `lambda2` is the paper's, although 1 did no worse.
+    Over two seeds: [RET] frozen, by 4 points; CLIP's pooled and projected outputs are alike; 6 visual tokens beat 1,
+    FROMAGe's, so the miniature's configuration takes 6.
 
     Args:
         text_config (`dict` or [`PreTrainedConfig`]): any causal language model of transformers (d = its width).
