@@ -273,10 +273,11 @@ class UniMuRProcessor(ProcessorMixin):
                     low = middle + 1
             dropped = min(low, len(turns) - 1)
             units = self._units(turns[dropped:])
-            cut = 0
-            while _length(units) > room:
-                units.pop(0)
+            excess, cut = _length(units) - room, 0
+            while excess > 0:
+                excess -= _length(units[cut : cut + 1])
                 cut += 1
+            units = units[cut:]
             logger.warning(
                 f"item {item} exceeds the LLM's {self.max_length} positions: its {dropped} oldest turns and {cut} "
                 "tokens or images of the next were left out"

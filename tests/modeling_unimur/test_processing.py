@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from modeling_unimur import processing_unimur
 from modeling_unimur.dialogues_unimur import is_batch, parse_dialogue
 from tests.conftest import picture
 from tests.tiny import clip_tokenizer, image_processor, make_processor, text_tokenizer
@@ -65,6 +66,22 @@ def test_a_long_last_turn_keeps_its_end_and_ret(caplog):
     assert len(row) == 8 and row[-1] == processor.ret_token_id
     assert row[1:-1] == processor.tokenizer.convert_tokens_to_ids(list("efghij"))
     assert "1 oldest turns and 4 tokens" in caplog.text
+
+
+def test_cutting_a_long_turn_reads_each_token_a_few_times(monkeypatch):
+    read = []
+    length = processing_unimur._length
+    monkeypatch.setattr(processing_unimur, "_length", lambda units: read.append(len(units)) or length(units))
+    make_processor(max_length=12).contexts(["x" * 3000])
+    assert sum(read) < 4 * 3000
+
+
+def test_images_of_a_long_turn_are_cut_whole():
+    processor = make_processor(n_visual_tokens=3, max_length=7)
+    parts = [{"type": "text", "text": "ab"}, *({"type": "image", "image": picture(i)} for i in (1, 2))]
+    ids = processor.contexts([[{"role": "user", "content": parts}]])
+    assert ids["input_ids"][0].tolist() == [2, *[processor.image_token_id] * 3, processor.ret_token_id]
+    assert len(ids["pixel_values"]) == 1
 
 
 def test_a_dialogue_that_fits_exactly_is_whole(caplog):
