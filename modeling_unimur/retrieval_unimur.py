@@ -69,7 +69,13 @@ class RetrievalMixin:
     @torch.no_grad()
     def embed_inputs(self, kind: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """As `embed_dialogues`, `embed_images` or `embed_texts`, of what `prepare` made, on the model's device."""
-        embeds = self.encode(kind, inputs)
+        return self.finished(self.encode(kind, inputs))
+
+    def finished(self, embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Embeddings `(..., q)` as `encode` makes them -> float32 on CPU, L2-normalised. Raises `ValueError` naming the
+        weights that hold NaN or infinity where the embeddings do.
+        """
         if not bool(torch.isfinite(embeds).all()):
             names = non_finite_tensors(self) or ["none: the input overflows the towers' dtype"]
             raise ValueError(f"the embeddings hold NaN or infinity; weights that do: {', '.join(names[:5])}")
