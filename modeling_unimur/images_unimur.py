@@ -38,7 +38,8 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
     an animation the first frame is taken.
 
     Args:
-        source: a path, encoded `bytes`, a `PIL.Image.Image`, or datasets' undecoded `{"bytes", "path"}`.
+        source: a path, encoded `bytes` (`bytearray`, `memoryview`), a `PIL.Image.Image`, or datasets' undecoded
+            `{"bytes", "path"}`.
         max_pixels: width times height allowed.
         max_bytes: encoded size allowed.
 
@@ -87,15 +88,19 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
 
 
 def image_reference(image: Any) -> dict[str, Any]:
-    """An image as datasets keeps it undecoded, `{"bytes", "path"}`: a path stays one, a `PIL.Image` becomes a PNG."""
+    """
+    An image as datasets keeps it undecoded, `{"bytes", "path"}`: a path stays one, and a `PIL.Image` becomes the PNG of
+    what `decode_image` makes of it. Raises as that does.
+    """
     if isinstance(image, dict):
-        return {"bytes": image.get("bytes"), "path": image.get("path")}
-    if isinstance(image, bytes):
-        return {"bytes": image, "path": None}
+        data = image.get("bytes")
+        return {"bytes": None if data is None else bytes(data), "path": image.get("path")}
+    if isinstance(image, bytes | bytearray | memoryview):
+        return {"bytes": bytes(image), "path": None}
     if isinstance(image, str | os.PathLike):
         return {"bytes": None, "path": str(Path(image).absolute())}
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    decode_image(image).save(buffer, "PNG")  # a PNG can hold neither CMYK nor most other modes
     return {"bytes": buffer.getvalue(), "path": None}
 
 

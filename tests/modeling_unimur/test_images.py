@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_unimur.images_unimur import BadImageError, decode_image
+from modeling_unimur.images_unimur import BadImageError, decode_image, image_reference
 from tests.conftest import picture
 from tests.tiny import make_processor
 
@@ -222,6 +222,27 @@ def test_exif_orientation_is_applied():
     decoded = decode_image(encoded(halves, "JPEG", exif=exif))
     assert decoded.size == (20, 40)
     assert decoded.getpixel((10, 5))[0] > 200 and decoded.getpixel((10, 35))[2] > 200
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "F", "HSV", "LAB", "La", "I;16", "P", "RGBA"])
+def test_an_image_of_any_mode_is_kept_as_it_is_embedded(mode):
+    image = picture(1).convert("LA" if mode == "La" else "I" if mode == "I;16" else "RGB")
+    image = image.convert(mode) if mode != "LAB" else Image.new("LAB", (40, 30), (90, 20, 200))
+    assert decode_image(image_reference(image)).tobytes() == decode_image(image).tobytes()
+
+
+def test_an_image_is_kept_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(io.BytesIO(encoded(picture(1), "JPEG", exif=exif)))
+    assert decode_image(image_reference(image)).size == (30, 40)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_encoded_bytes_of_any_kind_are_kept(kind):
+    for image in (kind(JPEG), {"bytes": kind(JPEG), "path": None}):
+        assert decode_image(image).size == (128, 128)
+        assert image_reference(image) == {"bytes": JPEG, "path": None}
 
 
 def test_the_given_image_is_left_alone():
