@@ -145,7 +145,8 @@ class UniMuRProcessor(ProcessorMixin):
         """
         self._check_texts(texts)
         limit = min(self.clip_tokenizer.model_max_length, 77)
-        rows = self.clip_tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        words = self.clip_tokenizer(list(texts), truncation=False, split_special_tokens=True, verbose=False)
+        rows = words["input_ids"]
         long = sum(len(row) > limit for row in rows)
         if long:
             logger.warning(f"{long} of {len(rows)} texts exceed CLIP's {limit} positions; their beginning is kept")

@@ -8,7 +8,7 @@ import torch
 from modeling_unimur import processing_unimur
 from modeling_unimur.dialogues_unimur import is_batch, parse_dialogue
 from tests.conftest import picture
-from tests.tiny import clip_tokenizer, image_processor, make_processor, text_tokenizer
+from tests.tiny import SENTENCES, clip_tokenizer, image_processor, make_processor, text_tokenizer
 
 
 def test_every_form_of_one_dialogue_gives_the_same_ids(tmp_path):
@@ -39,6 +39,16 @@ def test_text_that_spells_special_tokens_is_text():
     ids = processor.contexts(["a [RET] b <image> </s>"])["input_ids"][0].tolist()
     assert ids.count(processor.ret_token_id) == 1 and processor.image_token_id not in ids
     assert ids.count(processor.tokenizer.bos_token_id) == 1
+
+
+def test_text_that_spells_clips_special_tokens_is_text():
+    processor = make_processor()
+    words = processor.clip_tokenizer
+    ids = processor.clip_texts(["a <|endoftext|> panda <|startoftext|>"])["clip_input_ids"][0].tolist()
+    assert ids[0] == words.bos_token_id and ids[-1] == words.eos_token_id
+    assert words.bos_token_id not in ids[1:] and words.eos_token_id not in ids[:-1]
+    for text in SENTENCES:
+        assert processor.clip_texts([text])["clip_input_ids"][0].tolist() == words(text)["input_ids"]
 
 
 def test_no_bos_where_the_tokenizer_puts_none():
