@@ -57,6 +57,16 @@ def check_search(
         raise ValueError(f"image_bias={image_bias} must be finite: modality='image' or 'text' searches one kind only")
 
 
+def candidate_ids(modality: str, count: int, ids: Sequence[Any] | None, start: int) -> list[str]:
+    """The ids of `count` new candidates, numbered by their rows from `start` on unless given; refuses another number."""
+    ids = [f"{modality}-{start + i}" for i in range(count)] if ids is None else [str(i) for i in ids]
+    if len(ids) != count:
+        raise ValueError(
+            f"{len(ids)} {modality} ids and {count} {modality}s do not match: give one id for each, or none"
+        )
+    return ids
+
+
 def differences(made_by: dict[str, Any], fingerprint: dict[str, Any]) -> str:
     """What differs between the fingerprint of a pool and a model's, in words; empty where nothing does."""
     return ", ".join(

@@ -11,6 +11,7 @@ from transformers import BatchFeature
 from .conversation_unimur import Conversation
 from .dialogues_unimur import is_batch
 from .pool_unimur import CandidatePool, Retrieval
+from .replies_unimur import candidate_ids
 from .towers_unimur import non_finite_tensors
 
 
@@ -110,7 +111,7 @@ class RetrievalMixin:
             image_ids, text_ids: unique names; numbered by default.
 
         Raises:
-            ValueError: nothing given, a bad item, or an id twice.
+            ValueError: nothing given, a bad item, an id twice, or not one id for each candidate.
         """
         pool = CandidatePool.empty(self.fingerprint)
         return self.extend_pool(pool, images, texts, image_ids=image_ids, text_ids=text_ids,
@@ -128,6 +129,10 @@ class RetrievalMixin:
         _check_list("texts", texts)
         if not len(images) and not len(texts):
             raise ValueError("no candidates: give images, texts or both")
+        # Before anything is embedded, which may take hours.
+        image_ids = candidate_ids("image", len(images), image_ids, len(pool))
+        text_ids = candidate_ids("text", len(texts), text_ids, len(pool) + len(images))
+        pool.check_ids([*image_ids, *text_ids])
         arguments = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
         if len(images):
             pool = pool.append("image", images, self.embed_images(images, **arguments), image_ids)
