@@ -10,7 +10,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .dialogues_unimur import Turn, parse_dialogue
+from .dialogues_unimur import Turn, check_characters, parse_dialogue
 from .images_unimur import decode_image
 from .packing_unimur import plan_packing
 
@@ -324,6 +324,7 @@ class UniMuRProcessor(ProcessorMixin):
         for item, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text {item} is {'empty' if isinstance(text, str) else type(text).__name__}")
+            check_characters(text, f"text {item}")
 
 
 # What save_pretrained writes then loads elsewhere with trust_remote_code, without this package.

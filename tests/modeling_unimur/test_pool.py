@@ -1,5 +1,7 @@
 """The pool and retrieval of Section 3.4: order, modalities, exclusion, persistence, refusal."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -119,8 +121,9 @@ def test_bad_pools_are_refused():
         pool_of(texts=(1,)).search(QUERY, top_k=0)
     with pytest.raises(ValueError, match="exclude='text-0' is one string"):
         pool_of(texts=(1,)).search(QUERY, exclude="text-0")
-    with pytest.raises(ValueError, match="image_bias=nan must be finite"):
-        pool_of(texts=(1,)).search(QUERY, image_bias=float("nan"))
+    for bias in (float("nan"), float("-inf"), 1e39, 10**400):
+        with pytest.raises(ValueError, match=f"image_bias={re.escape(str(bias))} must be finite"):
+            pool_of(texts=(1,)).search(QUERY, image_bias=bias)
 
 
 def test_the_model_builds_extends_and_retrieves(tiny, tmp_path):

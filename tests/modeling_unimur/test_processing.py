@@ -155,6 +155,7 @@ def test_long_texts_for_clip_are_cut_and_counted(caplog):
         ([{"role": "user", "content": [{"type": "image", "image": "https://example.org/a.png"}]}], "is a URL"),
         ([3], "turn 0: expected a string, an image"),
         (3.5, "a dialogue is a string"),
+        (["hi", "hello \ud800"], r"turn 1 has half a character, '\\ud800', at 6"),
     ],
 )
 def test_bad_dialogues_say_what_is_wrong(dialogue, message):
@@ -176,6 +177,15 @@ def test_one_or_many():
 def test_empty_texts_are_named(texts):
     with pytest.raises(ValueError, match="text 1 is"):
         make_processor().texts(texts)
+
+
+def test_half_a_character_is_named():
+    processor = make_processor()
+    for read in (processor.texts, processor.clip_texts):
+        with pytest.raises(ValueError, match="text 1 has half a character"):
+            read(["a", "hello \ud800"])
+    with pytest.raises(ValueError, match="dialogue 1: turn 0 has half a character"):
+        processor.contexts(["a", "hello \ud800"])
 
 
 def test_saved_equals_loaded(tmp_path):
