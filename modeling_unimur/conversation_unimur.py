@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.utils import logging
 
@@ -66,7 +65,7 @@ class Conversation:
         The unified embedding `(q,)` float32 on CPU, L2-normalised, of what was said so far.
 
         Raises:
-            ValueError: nothing was said.
+            ValueError: nothing was said, or the embedding holds NaN or infinity.
         """
         if not self.turns:
             raise ValueError("nothing was said yet: call say() first")
@@ -77,19 +76,22 @@ class Conversation:
             (at for at, (a, b) in enumerate(zip(self._computed, ids, strict=False)) if a != b),
             min(len(self._computed), len(ids)),
         )
-        if known < len(self._computed):
-            self._cache.crop(known - len(self._computed))
+        # Until all is done nothing counts as computed: what breaks off would leave keys and values of other ids.
+        cache, self._cache, self._computed = self._cache, DynamicCache(), []
+        if known < cache.get_seq_length():
+            cache.crop(known - cache.get_seq_length())
         rest = torch.tensor([[*ids[known:], config.ret_token_id]], device=model.device)
         shown = ids[:known].count(config.image_token_id) // config.n_visual_tokens
         embeds = model.input_embeddings(rest, torch.cat(self._features)[shown:])
         hidden = model.language_model.base_model(
-            inputs_embeds=embeds, past_key_values=self._cache, use_cache=True,
+            inputs_embeds=embeds, past_key_values=cache, use_cache=True,
             attention_mask=torch.ones(1, known + rest.shape[1], dtype=torch.long, device=model.device),
             position_ids=torch.arange(known, known + rest.shape[1], device=model.device)[None],
         ).last_hidden_state  # fmt: skip
-        self._cache.crop(-1)  # [RET] ends every dialogue, and is no part of the next
-        self._computed = ids
-        return F.normalize(model.W_t2m(hidden[0, -1].float()), dim=-1).cpu()
+        embedding = model.finished(model.W_t2m(hidden[0, -1].float()))
+        cache.crop(-1)  # [RET] ends every dialogue, and is no part of the next
+        self._cache, self._computed = cache, ids
+        return embedding
 
     def retrieve(self, pool: CandidatePool, **search: Any) -> Retrieval:
         """The reply out of a pool; `search` as [`RetrievalMixin.retrieve`] takes it. The reply is not added: say it."""
@@ -103,13 +105,12 @@ class Conversation:
         if len(ids) + 1 <= processor.max_length:
             return ids
         gone = 0
-        while len(self.turns) > 1 and len(ids) + 1 > processor.max_length // 2:
-            self.turns.pop(0)
-            self._features.pop(0)
+        while gone < len(self.turns) - 1 and len(ids) + 1 > processor.max_length // 2:
             gone += 1
-            ids = processor.turn_ids(self.turns)
+            ids = processor.turn_ids(self.turns[gone:])
+        # Every position moves, and equal ids may stand for other images.
+        self._cache, self._computed = DynamicCache(), []
+        self.turns, self._features = self.turns[gone:], self._features[gone:]
         self.evicted += gone
         logger.warning(f"the LLM's {processor.max_length} positions ran out: the {gone} oldest turns were left out")
-        # Every position has moved, and equal ids may stand for other images.
-        self._cache, self._computed = DynamicCache(), []
         return ids

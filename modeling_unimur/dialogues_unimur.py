@@ -26,7 +26,7 @@ def parse_dialogue(dialogue: Any) -> list[Turn]:
         Turns of elements; an image stays as it was given, undecoded.
 
     Raises:
-        ValueError: an empty dialogue or turn, an unknown form; the message names the turn.
+        ValueError: an empty dialogue or turn, an unknown form, half a character; the message names the turn.
     """
     if isinstance(dialogue, str) or _is_image(dialogue):
         dialogue = [dialogue]
@@ -46,6 +46,16 @@ def is_batch(dialogues: Any) -> bool:
     )
 
 
+def check_characters(text: str, name: str) -> None:
+    """Refuses with a `ValueError`, which calls it `name`, a text that no encoding holds and so no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a character, {text[error.start]!r}, at {error.start}: decode it with errors='replace'"
+        ) from error
+
+
 def _parse_turn(turn: Any, position: int) -> Turn:
     if isinstance(turn, dict) and "content" in turn:
         content = turn["content"]
@@ -59,6 +69,7 @@ def _parse_turn(turn: Any, position: int) -> Turn:
         if isinstance(element, str):
             if not element.strip():
                 raise ValueError(f"turn {position} is an empty text")
+            check_characters(element, f"turn {position}")
         elif not _is_image(element):
             raise ValueError(
                 f"turn {position}: expected a string, an image (PIL.Image, pathlib.Path or bytes) or a chat message "

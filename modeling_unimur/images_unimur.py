@@ -3,16 +3,19 @@
 import io
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 * 2**20
-# Pillow knows many more; among them EPS, which it hands to Ghostscript to run.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TIFF")
+# CLIP's preprocessing enlarges the shorter side to its own size, and the longer one in proportion, before it crops.
+MAX_ASPECT_RATIO = 100
+# Pillow knows many more; among them EPS, which it hands to Ghostscript to run, and ICO, which it decodes on opening.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "DIB", "JPEG2000", "PPM", "TIFF")
 
 
 class BadImageError(ValueError):
@@ -28,13 +31,15 @@ class BadImageError(ValueError):
 
 def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
     """
-    Decodes an image, bounded in bytes and pixels before anything is decoded.
+    Decodes an image of one of `FORMATS`, bounded in bytes, pixels and shape before anything is decoded: its longer side
+    is at most `MAX_ASPECT_RATIO` times its shorter one.
 
     Transparency is composed on white, 16-bit grey is scaled rather than clipped, EXIF orientation is applied, and of
     an animation the first frame is taken.
 
     Args:
-        source: a path, encoded `bytes`, a `PIL.Image.Image`, or datasets' undecoded `{"bytes", "path"}`.
+        source: a path, encoded `bytes` (`bytearray`, `memoryview`), a `PIL.Image.Image`, or datasets' undecoded
+            `{"bytes", "path"}`.
         max_pixels: width times height allowed.
         max_bytes: encoded size allowed.
 
@@ -43,7 +48,7 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
 
     Raises:
         BadImageError: `reason` is one of `missing` (`None` included), `unreadable`, `empty`, `too_many_bytes`,
-            `too_many_pixels`, `undecodable`, `truncated`.
+            `too_many_pixels`, `too_narrow`, `undecodable`, `truncated`.
         ValueError: `source` is a URL, or of a type that is no image.
     """
     name = "the given image"
@@ -62,7 +67,7 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
     elif not isinstance(source, Image.Image):
         raise ValueError(f"expected a path, bytes or PIL.Image, got {type(source).__name__}")
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
+        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=_formats())
         _check_header(image, name, max_pixels)
         image.load()
         return _to_rgb(image)
@@ -70,6 +75,10 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError(f"{name!r} is too large to decode ({error}): reduce it", "too_many_pixels") from error
+    except UnidentifiedImageError as error:
+        raise BadImageError(
+            f"{name!r} is not an image of a format that is read here ({', '.join(FORMATS)}): convert it to PNG or JPEG"
+        ) from error
     except Exception as error:  # each of Pillow's decoders raises its own kinds on broken data
         reason = "truncated" if "truncated" in str(error) else "undecodable"
         what = re.sub(r" <_io\.BytesIO.*>", "", str(error)) or type(error).__name__
@@ -79,16 +88,26 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
 
 
 def image_reference(image: Any) -> dict[str, Any]:
-    """An image as datasets keeps it undecoded, `{"bytes", "path"}`: a path stays one, a `PIL.Image` becomes a PNG."""
+    """
+    An image as datasets keeps it undecoded, `{"bytes", "path"}`: a path stays one, and a `PIL.Image` becomes the PNG of
+    what `decode_image` makes of it. Raises as that does.
+    """
     if isinstance(image, dict):
-        return {"bytes": image.get("bytes"), "path": image.get("path")}
-    if isinstance(image, bytes):
-        return {"bytes": image, "path": None}
+        data = image.get("bytes")
+        return {"bytes": None if data is None else bytes(data), "path": image.get("path")}
+    if isinstance(image, bytes | bytearray | memoryview):
+        return {"bytes": bytes(image), "path": None}
     if isinstance(image, str | os.PathLike):
         return {"bytes": None, "path": str(Path(image).absolute())}
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    decode_image(image).save(buffer, "PNG")  # a PNG can hold neither CMYK nor most other modes
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # MPO is JPEG's to open; an old Pillow has no AVIF
 
 
 def _read(name: str, max_bytes: int) -> bytes:
@@ -129,6 +148,11 @@ def _check_header(image: Image.Image, name: str, max_pixels: int) -> None:
         )
     if not width * height:
         raise BadImageError(f"{name!r} is {width}x{height}: it has no pixels", "empty")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise BadImageError(
+            f"{name!r} is {width}x{height}, one side more than {MAX_ASPECT_RATIO} times the other: crop it first",
+            "too_narrow",
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .images_unimur import decode_image, image_reference
-from .replies_unimur import MODALITIES, Hit, Retrieval, check_search, differences, replies
+from .replies_unimur import MODALITIES, Hit, Retrieval, candidate_ids, check_search, differences, replies
 
 MADE_BY = "unimur.made_by"
 # Milvus holds strings of 65,535 bytes at most; base64 makes four bytes of three.
@@ -111,17 +112,31 @@ class MilvusPool:
 
     # Candidates
 
+    def check_ids(self, ids: Sequence[str]) -> None:
+        """As [`CandidatePool.check_ids`]."""
+        if len(set(ids)) < len(ids):
+            twice = Counter(ids).most_common(1)[0][0]
+            raise ValueError(f"the id {twice!r} stands twice in the pool; ids must be unique over images and texts")
+        self._present(ids)
+
+    def _present(self, ids: Sequence[str], skip_existing: bool = False) -> set[str]:
+        there = {row["id"] for row in self._get(ids, [])}  # a second insert would silently replace the first
+        if there and not skip_existing:
+            raise ValueError(
+                f"the id {min(there)!r} stands in the collection {self.collection!r} already; ids must be unique over "
+                "images and texts (to go on with an interrupted add: skip_existing=True)"
+            )
+        return there
+
     def append(
         self, modality: str, items: Sequence[Any], embeddings: torch.Tensor, ids: Sequence[str] | None = None
     ) -> "MilvusPool":
         """As [`CandidatePool.append`], but into the database: this pool itself grows. Raises as `add` does."""
         start = len(self)
-        ids = [f"{modality}-{start + i}" for i in range(len(items))] if ids is None else [str(i) for i in ids]
-        if not len(items) == len(embeddings) == len(ids):
-            raise ValueError(f"{len(items)} {modality}s, {len(embeddings)} embeddings and {len(ids)} ids do not match")
-        if len(set(ids)) < len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
-            raise ValueError(f"the id {twice!r} stands twice in the pool; ids must be unique over images and texts")
+        ids = candidate_ids(modality, len(items), ids, start)
+        if len(items) != len(embeddings):
+            raise ValueError(f"{len(items)} {modality}s and {len(embeddings)} embeddings do not match")
+        self.check_ids(ids)
         vectors = embeddings.float().numpy()
         for i in range(0, len(ids), BATCH):
             part = slice(i, i + BATCH)
@@ -159,12 +174,7 @@ class MilvusPool:
 
     def _insert(self, kinds, ids, items, vectors: np.ndarray, start: int, skip_existing: bool = False) -> int:
         """Inserts candidates as rows from `start` on and says how many."""
-        there = {row["id"] for row in self._get(ids, [])}  # a second insert would silently replace the first
-        if there and not skip_existing:
-            raise ValueError(
-                f"the id {min(there)!r} stands in the collection {self.collection!r} already; ids must be unique over "
-                "images and texts (to go on with an interrupted add: skip_existing=True)"
-            )
+        there = self._present(ids, skip_existing)
         rows = []
         for kind, id_, item, vector in zip(kinds, ids, items, vectors, strict=True):
             if id_ in there:

@@ -18,7 +18,7 @@ from .images_unimur import decode_image, image_reference
 from .index_unimur import METADATA as INDEX
 from .index_unimur import PoolIndex
 from .milvus_unimur import MilvusPool
-from .replies_unimur import MODALITIES, Candidate, Hit, Retrieval, check_search, differences, replies
+from .replies_unimur import MODALITIES, Candidate, Hit, Retrieval, candidate_ids, check_search, differences, replies
 from .sharing_unimur import download_pool, upload_pool
 from .storage_unimur import EXTRAS, ROWS, pool_features, replace, save_dataset
 
@@ -51,11 +51,7 @@ class CandidatePool:
     """
 
     def __init__(self, dataset: "datasets.Dataset", made_by: dict[str, Any]):
-        ids = dataset.data.column("id") if dataset._indices is None else dataset.with_format("arrow")["id"][:]
-        if pc.count_distinct(ids, mode="all").as_py() < len(ids):
-            counts = pc.value_counts(ids)
-            twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-            raise ValueError(f"the id {twice!r} stands twice in the pool; ids must be unique over images and texts")
+        _check_unique(dataset.data.column("id") if dataset._indices is None else dataset.with_format("arrow")["id"][:])
         self._set(dataset, made_by)
 
     def _set(self, dataset: "datasets.Dataset", made_by: dict[str, Any]) -> "CandidatePool":
@@ -91,6 +87,11 @@ class CandidatePool:
         index = f", {self.index.about['kind']} index" if self.index else ""
         return f"CandidatePool({counts}, dimension {self.made_by['dimension']}{index})"
 
+    def check_ids(self, ids: Sequence[str]) -> None:
+        """Refuses with a `ValueError` ids of new candidates that stand in the pool or twice among themselves."""
+        own = self.dataset.data.column("id")
+        _check_unique(pa.chunked_array([*own.chunks, pa.array(ids, own.type)]))
+
     def append(
         self, modality: str, items: Sequence[Any], embeddings: torch.Tensor, ids: Sequence[str] | None = None
     ) -> "CandidatePool":
@@ -109,9 +110,9 @@ class CandidatePool:
         An index stays with the shorter pool.
         """
         start = len(self)
-        ids = [f"{modality}-{start + i}" for i in range(len(items))] if ids is None else [str(i) for i in ids]
-        if not len(items) == len(embeddings) == len(ids):
-            raise ValueError(f"{len(items)} {modality}s, {len(embeddings)} embeddings and {len(ids)} ids do not match")
+        ids = candidate_ids(modality, len(items), ids, start)
+        if len(items) != len(embeddings):
+            raise ValueError(f"{len(items)} {modality}s and {len(embeddings)} embeddings do not match")
         is_text = modality == "text"
         rows = {
             "id": ids,
@@ -329,3 +330,10 @@ class CandidatePool:
 def _demand_datasets() -> None:
     if not is_datasets_available():
         raise ImportError("a pool is stored with the datasets library: pip install datasets")
+
+
+def _check_unique(ids: "pa.ChunkedArray") -> None:
+    if pc.count_distinct(ids, mode="all").as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        raise ValueError(f"the id {twice!r} stands twice in the pool; ids must be unique over images and texts")

@@ -10,7 +10,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .dialogues_unimur import Turn, parse_dialogue
+from .dialogues_unimur import Turn, check_characters, parse_dialogue
 from .images_unimur import decode_image
 from .packing_unimur import plan_packing
 
@@ -145,7 +145,8 @@ class UniMuRProcessor(ProcessorMixin):
         """
         self._check_texts(texts)
         limit = min(self.clip_tokenizer.model_max_length, 77)
-        rows = self.clip_tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        words = self.clip_tokenizer(list(texts), truncation=False, split_special_tokens=True, verbose=False)
+        rows = words["input_ids"]
         long = sum(len(row) > limit for row in rows)
         if long:
             logger.warning(f"{long} of {len(rows)} texts exceed CLIP's {limit} positions; their beginning is kept")
@@ -273,10 +274,11 @@ class UniMuRProcessor(ProcessorMixin):
                     low = middle + 1
             dropped = min(low, len(turns) - 1)
             units = self._units(turns[dropped:])
-            cut = 0
-            while _length(units) > room:
-                units.pop(0)
+            excess, cut = _length(units) - room, 0
+            while excess > 0:
+                excess -= _length(units[cut : cut + 1])
                 cut += 1
+            units = units[cut:]
             logger.warning(
                 f"item {item} exceeds the LLM's {self.max_length} positions: its {dropped} oldest turns and {cut} "
                 "tokens or images of the next were left out"
@@ -322,6 +324,7 @@ class UniMuRProcessor(ProcessorMixin):
         for item, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text {item} is {'empty' if isinstance(text, str) else type(text).__name__}")
+            check_characters(text, f"text {item}")
 
 
 # What save_pretrained writes then loads elsewhere with trust_remote_code, without this package.

@@ -1,6 +1,5 @@
 """The reply of Section 3.4 out of ranked hits, whatever pool they come from."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,8 +52,20 @@ def check_search(
         raise ValueError(f"top_k={top_k} must be at least 1")
     if isinstance(exclude, str):
         raise ValueError(f"exclude={exclude!r} is one string: give a list of ids")
-    if not math.isfinite(image_bias):
-        raise ValueError(f"image_bias={image_bias} must be finite: modality='image' or 'text' searches one kind only")
+    if not abs(image_bias) < 2.0**127:  # half of what float32 holds, in which scores are; NaN compares as false
+        raise ValueError(
+            f"image_bias={image_bias} must be finite in float32: modality='image' or 'text' searches one kind only"
+        )
+
+
+def candidate_ids(modality: str, count: int, ids: Sequence[Any] | None, start: int) -> list[str]:
+    """The ids of `count` new candidates, numbered by their rows from `start` on unless given; refuses another number."""
+    ids = [f"{modality}-{start + i}" for i in range(count)] if ids is None else [str(i) for i in ids]
+    if len(ids) != count:
+        raise ValueError(
+            f"{len(ids)} {modality} ids and {count} {modality}s do not match: give one id for each, or none"
+        )
+    return ids
 
 
 def differences(made_by: dict[str, Any], fingerprint: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from transformers import BatchFeature
 from .conversation_unimur import Conversation
 from .dialogues_unimur import is_batch
 from .pool_unimur import CandidatePool, Retrieval
+from .replies_unimur import candidate_ids
 from .towers_unimur import non_finite_tensors
 
 
@@ -69,7 +70,13 @@ class RetrievalMixin:
     @torch.no_grad()
     def embed_inputs(self, kind: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """As `embed_dialogues`, `embed_images` or `embed_texts`, of what `prepare` made, on the model's device."""
-        embeds = self.encode(kind, inputs)
+        return self.finished(self.encode(kind, inputs))
+
+    def finished(self, embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Embeddings `(..., q)` as `encode` makes them -> float32 on CPU, L2-normalised. Raises `ValueError` naming the
+        weights that hold NaN or infinity where the embeddings do.
+        """
         if not bool(torch.isfinite(embeds).all()):
             names = non_finite_tensors(self) or ["none: the input overflows the towers' dtype"]
             raise ValueError(f"the embeddings hold NaN or infinity; weights that do: {', '.join(names[:5])}")
@@ -104,7 +111,7 @@ class RetrievalMixin:
             image_ids, text_ids: unique names; numbered by default.
 
         Raises:
-            ValueError: nothing given, a bad item, or an id twice.
+            ValueError: nothing given, a bad item, an id twice, or not one id for each candidate.
         """
         pool = CandidatePool.empty(self.fingerprint)
         return self.extend_pool(pool, images, texts, image_ids=image_ids, text_ids=text_ids,
@@ -122,6 +129,10 @@ class RetrievalMixin:
         _check_list("texts", texts)
         if not len(images) and not len(texts):
             raise ValueError("no candidates: give images, texts or both")
+        # Before anything is embedded, which may take hours.
+        image_ids = candidate_ids("image", len(images), image_ids, len(pool))
+        text_ids = candidate_ids("text", len(texts), text_ids, len(pool) + len(images))
+        pool.check_ids([*image_ids, *text_ids])
         arguments = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
         if len(images):
             pool = pool.append("image", images, self.embed_images(images, **arguments), image_ids)

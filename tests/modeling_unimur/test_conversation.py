@@ -60,6 +60,36 @@ def test_tokens_that_merge_across_turns_are_computed_again(fresh, monkeypatch):
         assert torch.allclose(talk.say(turn).embed(), model.embed_dialogues([TURNS[: at + 1]])[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_what_breaks_off_leaves_the_next_answer_right(fresh, error):
+    model = fresh()
+    talk = model.conversation()
+    talk.say("look who i met!").embed()
+
+    def fail(*_):
+        raise error
+
+    talk.say(picture(1))
+    # The first layer has added its keys and values by then.
+    broken = model.language_model.base_model.decoder.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(type(error)):
+        talk.embed()
+    broken.remove()
+    talk.say("wow")
+    whole = model.embed_dialogues([["look who i met!", picture(1), "wow"]])[0]
+    assert torch.allclose(talk.embed(), whole, atol=1e-5)
+
+
+def test_weights_that_are_no_numbers_are_named(fresh):
+    model = fresh()
+    talk = model.conversation().say("hello")
+    with torch.no_grad():
+        model.W_t2m.weight[0, 0] = float("nan")
+    for ask in (talk.embed, lambda: model.embed_dialogues(["hello"])):
+        with pytest.raises(ValueError, match=r"hold NaN or infinity; weights that do: .*W_t2m"):
+            ask()
+
+
 def test_the_oldest_turns_go_when_positions_run_out(tiny, caplog):
     model = tiny()
     talk = model.conversation()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_unimur.images_unimur import BadImageError, decode_image
+from modeling_unimur.images_unimur import BadImageError, decode_image, image_reference
 from tests.conftest import picture
 from tests.tiny import make_processor
 
@@ -49,6 +49,8 @@ JPEG = encoded(Image.effect_noise((128, 128), 80), "JPEG")
         (JPEG[: len(JPEG) // 2], "truncated"),
         (huge_png(12_000, 8_000), "too_many_pixels"),
         (huge_png(40_000, 40_000), "too_many_pixels"),
+        (huge_png(1, 60_000), "too_narrow"),
+        (huge_png(15_000_000, 1), "too_narrow"),
     ],
 )
 def test_bad_bytes(tmp_path, data, expected):
@@ -73,11 +75,13 @@ def test_bounds_hold_before_anything_is_decoded(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reason(huge_png(12_000, 8_000)) == "too_many_pixels"
+    assert reason(Image.open(io.BytesIO(encoded(Image.new("L", (1, 101)))))) == "too_narrow"
 
 
 def test_just_within_the_bounds():
     data = encoded(picture(1))
     assert decode_image(data, max_pixels=40 * 30, max_bytes=len(data)).size == (40, 30)
+    assert decode_image(encoded(Image.new("L", (100, 1)))).size == (100, 1)
 
 
 def test_absence_has_its_reason(tmp_path):
@@ -108,13 +112,31 @@ def test_an_image_opened_but_not_loaded_is_guarded_too():
 
 def test_formats_that_run_programs_are_refused():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
-    with pytest.raises(BadImageError, match="is EPS, which is not read here"):
+    with pytest.raises(BadImageError, match="not an image of a format that is read here"):
         decode_image(postscript)
+    with pytest.raises(BadImageError, match="is EPS, which is not read here"):
+        decode_image(Image.open(io.BytesIO(postscript)))
+
+
+def test_a_format_that_is_decoded_on_opening_is_not_opened(monkeypatch):
+    icon, opened = encoded(Image.new("RGB", (16, 16)), "ICO"), []
+    monkeypatch.setattr("PIL.IcoImagePlugin.IcoImageFile._open", opened.append)
+    with pytest.raises(BadImageError, match=r"PNG.*: convert it"):
+        decode_image(icon)
+    assert not opened
+
+
+def test_every_format_is_read():
+    for kind in ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "JPEG2000", "PPM", "TIFF"):
+        more = {"save_all": True, "append_images": [picture(2)]} if kind == "MPO" else {}
+        data = encoded(picture(1), kind, **more)
+        assert Image.open(io.BytesIO(data)).format == kind
+        assert decode_image(data).size == (40, 30)
 
 
 def test_broken_bytes_raise_nothing_else():
     noise = Image.effect_noise((24, 24), 80)
-    whole = [encoded(noise, kind) for kind in ("PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG", "ICO")]
+    whole = [encoded(noise, kind) for kind in ("PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG")]
     rng = np.random.default_rng(0)
     refused = 0
     with warnings.catch_warnings():
@@ -200,6 +222,27 @@ def test_exif_orientation_is_applied():
     decoded = decode_image(encoded(halves, "JPEG", exif=exif))
     assert decoded.size == (20, 40)
     assert decoded.getpixel((10, 5))[0] > 200 and decoded.getpixel((10, 35))[2] > 200
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "F", "HSV", "LAB", "La", "I;16", "P", "RGBA"])
+def test_an_image_of_any_mode_is_kept_as_it_is_embedded(mode):
+    image = picture(1).convert("LA" if mode == "La" else "I" if mode == "I;16" else "RGB")
+    image = image.convert(mode) if mode != "LAB" else Image.new("LAB", (40, 30), (90, 20, 200))
+    assert decode_image(image_reference(image)).tobytes() == decode_image(image).tobytes()
+
+
+def test_an_image_is_kept_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(io.BytesIO(encoded(picture(1), "JPEG", exif=exif)))
+    assert decode_image(image_reference(image)).size == (30, 40)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_encoded_bytes_of_any_kind_are_kept(kind):
+    for image in (kind(JPEG), {"bytes": kind(JPEG), "path": None}):
+        assert decode_image(image).size == (128, 128)
+        assert image_reference(image) == {"bytes": JPEG, "path": None}
 
 
 def test_the_given_image_is_left_alone():

@@ -115,13 +115,17 @@ def test_large_images_lie_beside_the_database(uri, tmp_path, monkeypatch):
     assert all(found[i].tobytes() == picture(1, (64, 64)).tobytes() for i in ("large", "by path"))
 
 
-def test_the_model_builds_extends_and_retrieves(tiny, fresh, uri):
+def test_the_model_builds_extends_and_retrieves(tiny, fresh, uri, monkeypatch):
     model = tiny()
     milvus = MilvusPool.create(uri, "p", model.fingerprint)
     images, texts = [picture(1), picture(2)], ["a dog on the beach", "a panda eats"]
     assert model.extend_pool(milvus, images, texts, show_progress_bar=False) is milvus
     pool = model.build_pool(images, texts, show_progress_bar=False)
     same([model.retrieve(["look", picture(1)], milvus)], [model.retrieve(["look", picture(1)], pool)])
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "prepare", lambda *_: pytest.fail("embedded"))
+        with pytest.raises(ValueError, match="'image-0' stands in the collection 'p' already"):
+            model.extend_pool(milvus, texts=["b"], text_ids=["image-0"])
     other = fresh("opt", seed=1)
     with pytest.raises(ValueError, match=r"these differ: towers"):
         other.retrieve("a", milvus)

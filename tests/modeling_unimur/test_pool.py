@@ -1,5 +1,7 @@
 """The pool and retrieval of Section 3.4: order, modalities, exclusion, persistence, refusal."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -119,8 +121,9 @@ def test_bad_pools_are_refused():
         pool_of(texts=(1,)).search(QUERY, top_k=0)
     with pytest.raises(ValueError, match="exclude='text-0' is one string"):
         pool_of(texts=(1,)).search(QUERY, exclude="text-0")
-    with pytest.raises(ValueError, match="image_bias=nan must be finite"):
-        pool_of(texts=(1,)).search(QUERY, image_bias=float("nan"))
+    for bias in (float("nan"), float("-inf"), 1e39, 10**400):
+        with pytest.raises(ValueError, match=f"image_bias={re.escape(str(bias))} must be finite"):
+            pool_of(texts=(1,)).search(QUERY, image_bias=bias)
 
 
 def test_the_model_builds_extends_and_retrieves(tiny, tmp_path):
@@ -172,6 +175,28 @@ def test_bad_candidates_are_named(tiny, tmp_path):
         tiny().build_pool(texts="ab", show_progress_bar=False)
     with pytest.raises(ValueError, match="is a URL"):
         tiny().build_pool(["https://example.org/a.png"], show_progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_ids": ["a"]}, "1 image ids and 2 images do not match"),
+        ({"text_ids": ["a", "b"]}, "2 text ids and 1 texts do not match"),
+        ({"image_ids": ["a", "a"]}, "'a' stands twice"),
+        ({"image_ids": ["a", "b"], "text_ids": ["b"]}, "'b' stands twice"),
+        ({"text_ids": ["own"]}, "'own' stands twice"),
+        ({"text_ids": ["image-1"]}, "'image-1' stands twice"),  # the number of the first image
+        ({"images": None, "image_ids": ["a"]}, "1 image ids and 0 images do not match"),
+        ({"texts": None, "text_ids": ["a"]}, "1 text ids and 0 texts do not match"),
+    ],
+)
+def test_bad_ids_are_refused_before_anything_is_embedded(tiny, monkeypatch, arguments, message):
+    model = tiny()
+    pool = model.build_pool(texts=["a"], text_ids=["own"], show_progress_bar=False)
+    monkeypatch.setattr(model, "prepare", lambda *_: pytest.fail("embedded"))
+    given = {"images": [picture(1), picture(2)], "texts": ["b"]} | arguments
+    with pytest.raises(ValueError, match=message):
+        model.extend_pool(pool, **given)
 
 
 def test_a_datasets_column_is_a_list_of_images(tiny):

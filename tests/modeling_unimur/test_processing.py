@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 
+from modeling_unimur import processing_unimur
 from modeling_unimur.dialogues_unimur import is_batch, parse_dialogue
 from tests.conftest import picture
-from tests.tiny import clip_tokenizer, image_processor, make_processor, text_tokenizer
+from tests.tiny import SENTENCES, clip_tokenizer, image_processor, make_processor, text_tokenizer
 
 
 def test_every_form_of_one_dialogue_gives_the_same_ids(tmp_path):
@@ -40,6 +41,16 @@ def test_text_that_spells_special_tokens_is_text():
     assert ids.count(processor.tokenizer.bos_token_id) == 1
 
 
+def test_text_that_spells_clips_special_tokens_is_text():
+    processor = make_processor()
+    words = processor.clip_tokenizer
+    ids = processor.clip_texts(["a <|endoftext|> panda <|startoftext|>"])["clip_input_ids"][0].tolist()
+    assert ids[0] == words.bos_token_id and ids[-1] == words.eos_token_id
+    assert words.bos_token_id not in ids[1:] and words.eos_token_id not in ids[:-1]
+    for text in SENTENCES:
+        assert processor.clip_texts([text])["clip_input_ids"][0].tolist() == words(text)["input_ids"]
+
+
 def test_no_bos_where_the_tokenizer_puts_none():
     from modeling_unimur import UniMuRProcessor
 
@@ -65,6 +76,22 @@ def test_a_long_last_turn_keeps_its_end_and_ret(caplog):
     assert len(row) == 8 and row[-1] == processor.ret_token_id
     assert row[1:-1] == processor.tokenizer.convert_tokens_to_ids(list("efghij"))
     assert "1 oldest turns and 4 tokens" in caplog.text
+
+
+def test_cutting_a_long_turn_reads_each_token_a_few_times(monkeypatch):
+    read = []
+    length = processing_unimur._length
+    monkeypatch.setattr(processing_unimur, "_length", lambda units: read.append(len(units)) or length(units))
+    make_processor(max_length=12).contexts(["x" * 3000])
+    assert sum(read) < 4 * 3000
+
+
+def test_images_of_a_long_turn_are_cut_whole():
+    processor = make_processor(n_visual_tokens=3, max_length=7)
+    parts = [{"type": "text", "text": "ab"}, *({"type": "image", "image": picture(i)} for i in (1, 2))]
+    ids = processor.contexts([[{"role": "user", "content": parts}]])
+    assert ids["input_ids"][0].tolist() == [2, *[processor.image_token_id] * 3, processor.ret_token_id]
+    assert len(ids["pixel_values"]) == 1
 
 
 def test_a_dialogue_that_fits_exactly_is_whole(caplog):
@@ -128,6 +155,7 @@ def test_long_texts_for_clip_are_cut_and_counted(caplog):
         ([{"role": "user", "content": [{"type": "image", "image": "https://example.org/a.png"}]}], "is a URL"),
         ([3], "turn 0: expected a string, an image"),
         (3.5, "a dialogue is a string"),
+        (["hi", "hello \ud800"], r"turn 1 has half a character, '\\ud800', at 6"),
     ],
 )
 def test_bad_dialogues_say_what_is_wrong(dialogue, message):
@@ -149,6 +177,15 @@ def test_one_or_many():
 def test_empty_texts_are_named(texts):
     with pytest.raises(ValueError, match="text 1 is"):
         make_processor().texts(texts)
+
+
+def test_half_a_character_is_named():
+    processor = make_processor()
+    for read in (processor.texts, processor.clip_texts):
+        with pytest.raises(ValueError, match="text 1 has half a character"):
+            read(["a", "hello \ud800"])
+    with pytest.raises(ValueError, match="dialogue 1: turn 0 has half a character"):
+        processor.contexts(["a", "hello \ud800"])
 
 
 def test_saved_equals_loaded(tmp_path):
