@@ -30,6 +30,7 @@ SENTENCE_TRANSFORMERS = {
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
 }
 POOL = "pool"
+FORMER_POOL = f"{POOL}/*"  # what a pool must not be uploaded beside: its index would be taken for the new one's
 
 
 def refuse_local_towers(config: dict[str, Any]) -> None:
@@ -82,7 +83,7 @@ class HubMixin:
         Args:
             repo_id: `org/name`; created where it does not exist.
             card: by default [`model_card`] of what the config knows, unless the repository has a card already.
-            pool: a pool to pack beside the model, which endpoints and pipelines then search.
+            pool: a pool to pack beside the model, which endpoints and pipelines then search; replaces one that is there.
             commit_message, private, token, revision, create_pr, max_shard_size: as transformers' models take them.
 
         Returns:
@@ -104,7 +105,7 @@ class HubMixin:
                 card.save(Path(folder) / "README.md")
             return api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
-                create_pr=create_pr,
+                create_pr=create_pr, delete_patterns=FORMER_POOL if pool is not None else None,
             )  # fmt: skip
 
     @cached_property

@@ -243,6 +243,35 @@ def test_the_command_checks_then_uploads_the_model_and_its_space(folder, tmp_pat
         assert b"sdk: gradio" in page["README.md"] and not [name for name in page if "__pycache__" in name]
 
 
+@pytest.mark.parametrize("way", ["model", "command"])
+def test_a_pool_replaces_the_packed_one_and_its_index(folder, tmp_path, way):
+    pytest.importorskip("faiss")
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        import hub_card.push as push
+        push.check_folder = lambda made, repo_id: None
+        from modeling_unimur import UniMuRModel
+        full, way, repo = sys.argv[1:]
+        model = UniMuRModel.from_pretrained(full)
+        for at, texts in enumerate((["a", "b", "c"], ["d", "e"])):
+            pool = model.build_pool(texts=texts, show_progress_bar=False)
+            pool = pool if at else pool.build_index()
+            if way == "model":
+                model.push_to_hub(repo, pool=pool)
+            else:
+                pool.save_to_disk(f"pool-{{at}}")
+                push.main([full, repo, "--pool", f"pool-{{at}}"])
+        print(UniMuRModel.from_pretrained(repo).packed_pool)
+    """
+    with loopback_hub() as hub:
+        done = hub.run(
+            textwrap.dedent(script), folder / "full", way, REPO, home=tmp_path / "home", cwd=tmp_path / "work"
+        )
+        assert "CandidatePool(0 images, 2 texts, dimension 24)" in ran(done)
+        assert not [name for name in hub.files(REPO) if name.startswith("pool/index")]
+
+
 def test_a_pool_goes_to_the_hub_and_comes_back(hub, folder, tmp_path):
     push = """
         import sys

@@ -1,6 +1,7 @@
 """What is pushed has been called as its users would; what is not fit is not uploaded."""
 
 import json
+import shutil
 
 import pytest
 
@@ -44,6 +45,12 @@ def test_a_dry_run_makes_a_repository_whose_every_part_was_called(checkpoint, tm
 def test_a_dry_run_needs_a_folder(checkpoint):
     with pytest.raises(ValueError, match="--dry_run needs --folder"):
         main([str(checkpoint / "full"), "org/x", "--dry_run"])
+
+
+def test_a_former_pool_in_the_folder_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint / "pool", tmp_path / "made" / "pool")
+    with pytest.raises(ValueError, match=r"made/pool' is a former pool.*delete it, or give --pool"):
+        main([str(checkpoint / "full"), "org/x", "--folder", str(tmp_path / "made"), "--dry_run"])
 
 
 @pytest.fixture
