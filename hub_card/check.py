@@ -19,7 +19,8 @@ from modeling_unimur.hub_unimur import refuse_local_towers
 
 REQUIRED = (
     "README.md", "config.json", "model.safetensors", "processor_config.json", "clip_tokenizer/tokenizer.json",
-    "modeling_unimur.py", "pipeline_unimur.py", "sentence_unimur.py", "handler.py", "modules.json", "golden.safetensors",
+    "modeling_unimur.py", "pipeline_unimur.py", "sentence_unimur.py", "handler.py", "requirements.txt", "modules.json",
+    "golden.safetensors",
 )  # fmt: skip
 LOADS = """
 from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline

@@ -20,6 +20,7 @@ import binascii
 import io
 from typing import Any
 
+import torch
 from transformers import AutoModel
 
 MAX_BODY_BYTES = 16 * 2**20  # of all strings of a request together
@@ -48,7 +49,8 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = ""):
-        self.model = AutoModel.from_pretrained(path, trust_remote_code=True)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device)
         self.model.processor.max_image_pixels = min(self.model.processor.max_image_pixels, MAX_IMAGE_PIXELS)
         self.pool = self.model.packed_pool
 

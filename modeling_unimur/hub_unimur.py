@@ -1,5 +1,6 @@
 """What lives beside the weights on the Hub: pipeline, endpoint handler, sentence-transformers module, card, pool."""
 
+import importlib.metadata
 import json
 import shutil
 from functools import cached_property
@@ -29,6 +30,7 @@ SENTENCE_TRANSFORMERS = {
     "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "sentence_unimur.UniMuREncoder"}],
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
 }
+REQUIREMENTS = "requirements.txt"
 POOL = "pool"
 FORMER_POOL = f"{POOL}/*"  # what a pool must not be uploaded beside: its index would be taken for the new one's
 
@@ -69,6 +71,7 @@ class HubMixin:
         if pool is not None:
             pool.check_made_by(self.fingerprint)
             pool.save_to_disk(folder / POOL)
+        self._save_requirements(folder)
         if golden:
             save_golden(self, folder)
 
@@ -152,6 +155,23 @@ class HubMixin:
         if path is None:
             raise ValueError(f"the checkpoint holds no {GOLDEN}: save it with save_pretrained(..., golden=True)")
         return compare_golden(self, path)
+
+    def _save_requirements(self, folder: Path) -> None:
+        """What an endpoint's container installs: the package's own requirements, and those of the pool and the LoRA."""
+        extras = {"faiss-cpu": (folder / POOL / "index.json").is_file(), "peft": self.config.text_adapter}
+        try:
+            stated = importlib.metadata.requires("modeling-unimur")
+        except importlib.metadata.PackageNotFoundError:
+            source = self._companion(REQUIREMENTS)
+            if source is None:
+                logger.warning(f"saved without {REQUIREMENTS}: the package's are unknown until it is installed by pip")
+                return
+            stated = source.read_text().splitlines()
+        lines = [line for line in stated if "extra ==" not in line]
+        for name, needed in extras.items():
+            if needed and not any(line.startswith(name) for line in lines):
+                lines.append(next((line.partition(";")[0].strip() for line in stated if line.startswith(name)), name))
+        (folder / REQUIREMENTS).write_text("\n".join(lines) + "\n")
 
     def _companion(self, name: str) -> Path | None:
         """A companion file, from beside this code or, where this code came from the Hub, from the repository."""

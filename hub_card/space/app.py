@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from PIL import Image
 from transformers import AutoModel
 
@@ -326,7 +327,8 @@ def load(model: str | None, pool: str | None) -> App:
     name = model or os.environ.get("UNIMUR_MODEL") or (beside if beside.is_dir() else MINIATURE)
     if name == MINIATURE and not MINIATURE.is_dir():
         raise SystemExit("no checkpoint: run `make demo` first, or give --model a folder or a name on the Hub")
-    loaded = AutoModel.from_pretrained(str(name), trust_remote_code=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = AutoModel.from_pretrained(str(name), trust_remote_code=True).to(device)
     return App(loaded, loaded.packed_pool if pool is None else loaded.open_pool(pool))
 
 

@@ -7,7 +7,9 @@ import json
 import threading
 
 import pytest
+import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from hub_card.serve import MAX_BODY_BYTES, load_handler, make_server
 from modeling_unimur import UniMuRModel
@@ -141,6 +143,15 @@ def test_a_failure_of_the_server_tells_no_internals(caplog):
     assert answer.status == 500 and "missing" not in answer.read().decode()
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_the_model_goes_to_the_gpu_where_there_is_one(model, monkeypatch, there, device):
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(PreTrainedModel, "to", lambda self, *where: moved.append(*where) or self)
+    load_handler_of(model)
+    assert moved == [device]
 
 
 def test_a_repository_without_a_pool_says_so(tiny, tmp_path):

@@ -78,6 +78,7 @@ def test_a_push_uploads_everything_in_one_commit(hub):
     assert {
         "README.md", "config.json", "model.safetensors", "golden.safetensors", "processor_config.json", "tokenizer.json",
         "clip_tokenizer/tokenizer.json", "modules.json", "config_sentence_transformers.json", "pool/pool.json",
+        "requirements.txt",
     } <= set(files)  # fmt: skip
     assert REPO in files["README.md"].decode()
     assert not [name for name in files if name.endswith((".bin", ".pkl", ".pt"))]

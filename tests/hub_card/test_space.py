@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
@@ -138,6 +140,14 @@ def test_the_ranking_marks_what_the_reply_uses(app):
     reply = said.found[0]
     assert len(used) == 2 and reply.candidates[0].id in used
     assert next(c.id for c in reply.candidates if c.item == reply.text) in used
+
+
+def test_the_model_goes_to_the_gpu_where_there_is_one(checkpoint, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(PreTrainedModel, "to", lambda self, *where: moved.append(*where) or self)
+    load(str(checkpoint / "checkpoint"), None)
+    assert moved == ["cuda"]
 
 
 def test_without_a_checkpoint_it_says_how_to_get_one(tmp_path, monkeypatch):
