@@ -27,8 +27,9 @@ MAX_BODY_BYTES = 16 * 2**20  # of all strings of a request together
 MAX_IMAGES = 16
 MAX_IMAGE_PIXELS = 16_000_000
 MAX_TURNS = 64
-MAX_TEXT = 20_000  # characters
+MAX_TEXT = 20_000  # characters, of a dialogue
 MAX_TOP_K = 100
+MAX_BIAS = 1_000  # scores are cosines, or deviations where they are calibrated
 # parameter -> what it may be
 PARAMETERS = {
     "top_k": (int,),
@@ -86,6 +87,8 @@ def parameters_of(given: Any) -> dict[str, Any]:
             raise ValueError(f"parameter {name!r} cannot be {type(value).__name__}")
     if not 1 <= given.get("top_k", 1) <= MAX_TOP_K:
         raise ValueError(f"top_k must be between 1 and {MAX_TOP_K}, got {given['top_k']}")
+    if not -MAX_BIAS <= given.get("image_bias", 0) <= MAX_BIAS:  # NaN is not, and 10**400 is no float
+        raise ValueError(f"image_bias must be between {-MAX_BIAS} and {MAX_BIAS}")
     if not all(isinstance(i, str) for i in given.get("exclude", ())):
         raise ValueError("exclude must be a list of ids, which are strings")
     return {"top_k": 10} | given
@@ -96,7 +99,7 @@ def dialogue_of(inputs: Any) -> list[Any]:
     turns = inputs if isinstance(inputs, list) else [inputs]
     if not 1 <= len(turns) <= MAX_TURNS:
         raise ValueError(f"a dialogue has 1 to {MAX_TURNS} turns, got {len(turns)}")
-    size = images = 0
+    size = images = characters = 0
     dialogue: list[Any] = []
     for at, turn in enumerate(turns):
         parts = turn.get("content") if isinstance(turn, dict) else turn
@@ -115,8 +118,12 @@ def dialogue_of(inputs: Any) -> list[Any]:
             size += len(value)
             if size > MAX_BODY_BYTES:
                 raise ValueError(f"the request holds more than {MAX_BODY_BYTES} bytes: send fewer or smaller images")
-            if kind == "text" and len(value) > MAX_TEXT:
-                raise ValueError(f"turn {at}: a text of {len(value)} characters; at most {MAX_TEXT}")
+            characters += len(value) if kind == "text" else 0
+            if characters > MAX_TEXT:
+                raise ValueError(
+                    f"the texts up to turn {at} are {characters} characters; a dialogue has at most {MAX_TEXT}: leave out "
+                    "its oldest turns"
+                )
             images += kind == "image"
             if images > MAX_IMAGES:
                 raise ValueError(f"more than {MAX_IMAGES} images")
@@ -133,6 +140,7 @@ def encoded(image: Any) -> str:
 
 
 def _decoded(value: str, at: int) -> bytes:
+    value = "".join(value.split())  # encoders break lines
     if value.startswith("data:"):
         value = value.partition(",")[2]
     try:

@@ -103,6 +103,11 @@ def test_parameters_narrow_the_search(ask):
         ({"inputs": ""}, "empty text"),
         ({"inputs": 3}, "turn 0"),
         ({"inputs": "a" * 20_001}, "20001 characters"),
+        (
+            {"inputs": [message(*[{"type": "text", "text": "a" * 200}] * 101)]},
+            "20200 characters; a dialogue has at most",
+        ),
+        ({"inputs": ["a" * 11_000] * 2}, "up to turn 1 are 22000 characters"),
         ({"inputs": [message(*[{"type": "image", "image": "aGk="}] * 17)]}, "more than 16 images"),
         ({"inputs": [message({"type": "image", "image": "http://127.0.0.1/x.png"})]}, "not a URL or a path"),
         ({"inputs": [message({"type": "image", "image": "/etc/hostname"})]}, "turn 0"),
@@ -114,12 +119,21 @@ def test_parameters_narrow_the_search(ask):
         ({"inputs": "hi", "parameters": {"top_k": True}}, "cannot be bool"),
         ({"inputs": "hi", "parameters": {"modality": "video"}}, "modality='video'"),
         ({"inputs": "hi", "parameters": {"exclude": [1]}}, "list of ids"),
+        ({"inputs": "hi", "parameters": {"image_bias": 10**400}}, "between -1000 and 1000"),
+        ({"inputs": "hi", "parameters": {"image_bias": float("nan")}}, "between -1000 and 1000"),
     ],
 )
 def test_a_bad_request_is_told_what_is_wrong(ask, request_, told):
     status, answer = ask(request_)
     assert status == 400 and set(answer) == {"error"}
     assert told in answer["error"]
+
+
+def test_base64_may_be_broken_into_lines(ask):
+    whole = base64_of(picture(3))
+    broken = "\r\n".join(whole[at : at + 76] for at in range(0, len(whole), 76)) + "\n"
+    answers = [ask({"inputs": [message({"type": "image", "image": sent})]}) for sent in (whole, broken)]
+    assert answers[0] == answers[1] and answers[1][0] == 200
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(ask):
@@ -130,6 +144,8 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(ask):
 def test_a_body_that_is_no_json_or_too_long(ask):
     status, answer = ask(b"{")
     assert status == 400 and "error" in answer
+    status, answer = ask(b"[" * 100_000)
+    assert status == 400 and "nested too deeply" in answer["error"]
     status, answer = ask(b"", **{"Content-Length": str(MAX_BODY_BYTES + 1)})
     assert status == 413 and str(MAX_BODY_BYTES) in answer["error"]
 
