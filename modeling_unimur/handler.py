@@ -7,9 +7,10 @@ A Hugging Face Inference Endpoint: JSON in and out, images as base64, a pool pac
 
 answers
 
-    {"text": "…", "image": "<base64 PNG>" or null,
-     "candidates": [{"id": "…", "modality": "image", "score": 0.41, "rank": 1, "image": "<base64 PNG>"}, …]}
+    {"text": "…", "image": "<base64>" or null,
+     "candidates": [{"id": "…", "modality": "image", "score": 0.41, "rank": 1, "image": "<base64>"}, …]}
 
+A picture whose longest side is at most 512 pixels is sent as it is, as PNG; a larger one is reduced to that, as JPEG.
 A list under `inputs` is one dialogue: strings and messages are its turns. Nothing is fetched and no file is read for a
 request. What is wrong with a request is said in a `ValueError`, which the endpoint's server answers with status 400 and
 `{"error": "…"}`.
@@ -29,6 +30,7 @@ MAX_IMAGE_PIXELS = 16_000_000
 MAX_TURNS = 64
 MAX_TEXT = 20_000  # characters, of a dialogue
 MAX_TOP_K = 100
+MAX_SIDE = 512  # pixels, of a picture in an answer
 MAX_BIAS = 1_000  # scores are cosines, or deviations where they are calibrated
 # parameter -> what it may be
 PARAMETERS = {
@@ -71,7 +73,10 @@ class EndpointHandler:
              c.modality: encoded(c.item) if c.modality == "image" else c.item}
             for c in reply.candidates
         ]  # fmt: skip
-        image = None if reply.image is None else encoded(reply.image)
+        image = None
+        if reply.image is not None:  # the best picture, so the first that is listed, if any is
+            listed = next((c["image"] for c in candidates if c["modality"] == "image"), None)
+            image = listed or encoded(reply.image)
         return {"text": reply.text, "image": image, "candidates": candidates}
 
 
@@ -133,9 +138,14 @@ def dialogue_of(inputs: Any) -> list[Any]:
 
 
 def encoded(image: Any) -> str:
-    """A picture as a base64 PNG."""
+    """An RGB picture in base64: as PNG, or where a side is longer than `MAX_SIDE` reduced to it and as JPEG."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    if max(image.size) <= MAX_SIDE:
+        image.save(buffer, "PNG")
+    else:
+        image = image.copy()
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        image.save(buffer, "JPEG", quality=90)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import sys
 import threading
 
 import pytest
@@ -91,6 +92,29 @@ def test_parameters_narrow_the_search(ask):
     assert status == 200
     assert [c["id"] for c in answer["candidates"]] == ["image-1"] and answer["text"] is None
     assert answer["image"] == answer["candidates"][0]["image"]
+
+
+def test_a_large_picture_is_sent_small_and_encoded_once(model, monkeypatch):
+    handler = load_handler_of(model)
+    large = model.build_pool(
+        images=[Image.effect_noise((900, 1800), 50).convert("RGB"), picture(2)], texts=["far"], show_progress_bar=False
+    )
+    handler.pool, module = large, sys.modules["handler"]
+    saved, encoded = [], module.encoded
+    monkeypatch.setattr(module, "encoded", lambda image: saved.append(image) or encoded(image))
+    answer = handler({"inputs": "hello", "parameters": {"image_bias": 3}})
+    sent = {c["id"]: base64.b64decode(c["image"]) for c in answer["candidates"] if c["modality"] == "image"}
+    shapes = {
+        id_: (image.format, image.size) for id_, image in ((i, Image.open(io.BytesIO(b))) for i, b in sent.items())
+    }
+    assert shapes == {"image-0": ("JPEG", (256, 512)), "image-1": ("PNG", (40, 30))}
+    first = next(c for c in answer["candidates"] if c["modality"] == "image")
+    assert answer["image"] == first["image"] and len(saved) == 2
+    reply = model.retrieve("hello", large, image_bias=3)
+    assert next(c.id for c in reply.candidates if c.modality == "image") == first["id"]
+    # A text alone is listed, and the picture beside it is shown all the same.
+    alone = handler({"inputs": "hello", "parameters": {"top_k": 1, "image_bias": -3, "exclude": []}})
+    assert [c["modality"] for c in alone["candidates"]] == ["text"] and alone["image"] == first["image"]
 
 
 @pytest.mark.parametrize(
