@@ -109,6 +109,21 @@ def test_an_adapter_on_towers_of_this_machine_is_refused(tiny, tmp_path):
         tiny().push_to_hub("org/x")
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("import modeling_unimur", "No module named 'modeling_unimur'"),
+        ("from huggingface_hub import HfApi; HfApi().model_info('someone/other')", "OfflineModeIsEnabled"),
+    ],
+)
+def test_what_its_users_do_not_have_the_check_has_not_either(made, monkeypatch, line, told):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    readme = made / "README.md"
+    readme.write_text(readme.read_text().replace("## Use", f"```python\n{line}\n```\n\n## Use", 1))
+    with pytest.raises(NotFitError, match=told):
+        check_folder(made, "org/x", say=lambda part: None)
+
+
 def test_a_snippet_that_fails_is_shown(made):
     readme = made / "README.md"
     failing = "```python\nraise SystemExit('no such thing')\n```\n\n## Use"
