@@ -141,6 +141,17 @@ class HubMixin:
         pool.check_made_by(self.fingerprint)
         return pool
 
+    def pool_from_hub(self, repo_id: str, **arguments: Any) -> CandidatePool:
+        """
+        A pool that `CandidatePool.push_to_hub` uploaded; `arguments` (revision, token, cache_dir, ...) as its `from_hub`.
+
+        Raises:
+            ValueError: another model made it; the message says what differs.
+        """
+        pool = CandidatePool.from_hub(repo_id, **arguments)
+        pool.check_made_by(self.fingerprint)
+        return pool
+
     def self_check(self) -> dict[str, float]:
         """
         Compares embeddings of fixed inputs with those saved beside the checkpoint.
