@@ -150,6 +150,14 @@ def test_the_model_goes_to_the_gpu_where_there_is_one(checkpoint, monkeypatch):
     assert moved == ["cuda"]
 
 
+def test_the_space_installs_what_the_package_states_and_an_indexed_pools_faiss():
+    root = Path(__file__).parents[2]
+    stated = (root / "pyproject.toml").read_text()
+    lines = (root / "hub_card" / "space" / "requirements.txt").read_text().split()
+    assert [line for line in lines if f'"{line}"' not in stated] == []
+    assert any(line.startswith("faiss-cpu") for line in lines)
+
+
 def test_without_a_checkpoint_it_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="make demo"):
