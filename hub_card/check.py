@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -19,7 +19,8 @@ from modeling_unimur.hub_unimur import refuse_local_towers
 
 REQUIRED = (
     "README.md", "config.json", "model.safetensors", "processor_config.json", "clip_tokenizer/tokenizer.json",
-    "modeling_unimur.py", "pipeline_unimur.py", "sentence_unimur.py", "handler.py", "modules.json", "golden.safetensors",
+    "modeling_unimur.py", "pipeline_unimur.py", "sentence_unimur.py", "handler.py", "requirements.txt", "modules.json",
+    "golden.safetensors",
 )  # fmt: skip
 LOADS = """
 from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
@@ -36,6 +37,15 @@ import sys
 sys.path.insert(0, {name!r})
 from handler import EndpointHandler
 print(EndpointHandler({name!r})({{"inputs": "hello!"}})["text"])
+"""
+# A finder that does not find them is as if they were not installed.
+HIDDEN = """
+import importlib.machinery, sys
+class Without(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {names!r} else super().find_spec(name, path, target)
+sys.meta_path[:] = [Without if f is importlib.machinery.PathFinder else f for f in sys.meta_path if "editable" not in str(f)]
 """
 
 
@@ -65,10 +75,21 @@ def check_card(card: ModelCard) -> None:
             raise NotFitError(f"README.md: {result.metric_name} is {result.metric_value!r}, not a finite number")
 
 
-def run_python(source: str, folder: Path, environment: dict[str, str] | None = None) -> str:
-    """Runs Python source in a process of its own in `folder`; returns its output, raises [`NotFitError`] where it fails."""
+def hidden(*names: str) -> str:
+    """Python source; what runs behind it in a process cannot import these top-level packages."""
+    return HIDDEN.format(names=names)
+
+
+def run_python(
+    source: str, folder: Path, environment: dict[str, str] | None = None, *, without: Sequence[str] = ()
+) -> str:
+    """
+    Runs Python source in a process of its own in `folder`, which cannot import the packages `without`; returns its output,
+    raises [`NotFitError`] where it fails.
+    """
+    script = hidden(*without) + source if without else source
     done = subprocess.run(
-        [sys.executable, "-P", "-c", source], cwd=folder, env=environment or os.environ.copy(), capture_output=True,
+        [sys.executable, "-P", "-c", script], cwd=folder, env=environment or os.environ.copy(), capture_output=True,
         text=True, stdin=subprocess.DEVNULL, timeout=1800,
     )  # fmt: skip
     if done.returncode:
@@ -84,7 +105,8 @@ def photos(folder: Path) -> None:
 
 def check_folder(folder: Path, repo_id: str, say: Callable[[str], None] = print) -> None:
     """
-    Everything below is called as a user would, offline and without this repository's package on the path.
+    Everything below is called as a user would, offline and without this repository's package: what an adapter's towers
+    need must be in the cache, where loading the model has put it.
 
     Args:
         folder: the repository to be.
@@ -114,14 +136,18 @@ def check_folder(folder: Path, repo_id: str, say: Callable[[str], None] = print)
     with TemporaryDirectory() as empty:
         elsewhere = Path(empty)
         photos(elsewhere)
-        run_python(LOADS.format(name=str(folder)), elsewhere)
+
+        def run(source: str) -> None:
+            run_python(source, elsewhere, os.environ | {"HF_HUB_OFFLINE": "1"}, without=["modeling_unimur"])
+
+        run(LOADS.format(name=str(folder)))
         say("AutoModel with its self-check, AutoProcessor, AutoConfig and pipeline")
         if (folder / "pool").is_dir():
-            run_python(HANDLER.format(name=str(folder)), elsewhere)
+            run(HANDLER.format(name=str(folder)))
             say("endpoint handler")
         for block in python_blocks(card.text):
             if "sentence_transformers" in block and find_spec("sentence_transformers") is None:
                 say("NOT checked, sentence-transformers is not installed: the card's snippet for it")
                 continue
-            run_python(block.replace(repo_id, str(folder)), elsewhere)
+            run(block.replace(repo_id, str(folder)))
         say("every snippet of the card")

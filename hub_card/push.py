@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 
 from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.card_unimur import model_card
+from modeling_unimur.hub_unimur import FORMER_POOL, POOL
 
 from .check import check_folder
 from .results import eval_results_yaml, read_results
@@ -57,7 +58,10 @@ def main(argv: list[str] | None = None) -> str | None:
             return None
         api = HfApi()
         api.create_repo(arguments.repo_id, private=arguments.private, exist_ok=True)
-        commit = api.upload_folder(repo_id=arguments.repo_id, folder_path=folder, commit_message="Upload UniMuR")
+        commit = api.upload_folder(
+            repo_id=arguments.repo_id, folder_path=folder, commit_message="Upload UniMuR",
+            delete_patterns=FORMER_POOL if arguments.pool else None,
+        )  # fmt: skip
         print(f"uploaded: {commit}")
         if arguments.space:
             push_space(api, arguments.space, arguments.repo_id, private=arguments.private)
@@ -81,7 +85,11 @@ def push_space(api: HfApi, space: str, repo_id: str, private: bool = False) -> s
 
 
 def build(arguments: argparse.Namespace, folder: Path) -> None:
-    """The repository's files."""
+    """The repository's files. Raises `ValueError` where the folder holds a former pool and no pool is given."""
+    if arguments.pool is None and (folder / POOL).exists():
+        raise ValueError(
+            f"{str(folder / POOL)!r} is a former pool, which would be uploaded: delete it, or give --pool"
+        )
     model = UniMuRModel.from_pretrained(arguments.checkpoint)
     pool = CandidatePool.load_from_disk(arguments.pool) if arguments.pool else None
     results = read_results(arguments.results, model.fingerprint)

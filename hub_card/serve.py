@@ -50,7 +50,10 @@ def make_server(handler: Any, port: int = 8080, host: str = "127.0.0.1") -> Thre
                 self._send({"error": f"a request has a Content-Length of at most {MAX_BODY_BYTES} bytes"}, 413)
                 return
             try:
-                request = json.loads(self.rfile.read(length))
+                try:
+                    request = json.loads(self.rfile.read(length))
+                except RecursionError as error:
+                    raise ValueError("the request's JSON is nested too deeply") from error
                 with lock:
                     answer = handler(request)
             except ValueError as error:

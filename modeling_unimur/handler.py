@@ -7,9 +7,10 @@ A Hugging Face Inference Endpoint: JSON in and out, images as base64, a pool pac
 
 answers
 
-    {"text": "…", "image": "<base64 PNG>" or null,
-     "candidates": [{"id": "…", "modality": "image", "score": 0.41, "rank": 1, "image": "<base64 PNG>"}, …]}
+    {"text": "…", "image": "<base64>" or null,
+     "candidates": [{"id": "…", "modality": "image", "score": 0.41, "rank": 1, "image": "<base64>"}, …]}
 
+A picture whose longest side is at most 512 pixels is sent as it is, as PNG; a larger one is reduced to that, as JPEG.
 A list under `inputs` is one dialogue: strings and messages are its turns. Nothing is fetched and no file is read for a
 request. What is wrong with a request is said in a `ValueError`, which the endpoint's server answers with status 400 and
 `{"error": "…"}`.
@@ -20,14 +21,17 @@ import binascii
 import io
 from typing import Any
 
+import torch
 from transformers import AutoModel
 
 MAX_BODY_BYTES = 16 * 2**20  # of all strings of a request together
 MAX_IMAGES = 16
 MAX_IMAGE_PIXELS = 16_000_000
 MAX_TURNS = 64
-MAX_TEXT = 20_000  # characters
+MAX_TEXT = 20_000  # characters, of a dialogue
 MAX_TOP_K = 100
+MAX_SIDE = 512  # pixels, of a picture in an answer
+MAX_BIAS = 1_000  # scores are cosines, or deviations where they are calibrated
 # parameter -> what it may be
 PARAMETERS = {
     "top_k": (int,),
@@ -48,7 +52,8 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = ""):
-        self.model = AutoModel.from_pretrained(path, trust_remote_code=True)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device)
         self.model.processor.max_image_pixels = min(self.model.processor.max_image_pixels, MAX_IMAGE_PIXELS)
         self.pool = self.model.packed_pool
 
@@ -68,7 +73,10 @@ class EndpointHandler:
              c.modality: encoded(c.item) if c.modality == "image" else c.item}
             for c in reply.candidates
         ]  # fmt: skip
-        image = None if reply.image is None else encoded(reply.image)
+        image = None
+        if reply.image is not None:  # the best picture, so the first that is listed, if any is
+            listed = next((c["image"] for c in candidates if c["modality"] == "image"), None)
+            image = listed or encoded(reply.image)
         return {"text": reply.text, "image": image, "candidates": candidates}
 
 
@@ -84,6 +92,8 @@ def parameters_of(given: Any) -> dict[str, Any]:
             raise ValueError(f"parameter {name!r} cannot be {type(value).__name__}")
     if not 1 <= given.get("top_k", 1) <= MAX_TOP_K:
         raise ValueError(f"top_k must be between 1 and {MAX_TOP_K}, got {given['top_k']}")
+    if not -MAX_BIAS <= given.get("image_bias", 0) <= MAX_BIAS:  # NaN is not, and 10**400 is no float
+        raise ValueError(f"image_bias must be between {-MAX_BIAS} and {MAX_BIAS}")
     if not all(isinstance(i, str) for i in given.get("exclude", ())):
         raise ValueError("exclude must be a list of ids, which are strings")
     return {"top_k": 10} | given
@@ -94,7 +104,7 @@ def dialogue_of(inputs: Any) -> list[Any]:
     turns = inputs if isinstance(inputs, list) else [inputs]
     if not 1 <= len(turns) <= MAX_TURNS:
         raise ValueError(f"a dialogue has 1 to {MAX_TURNS} turns, got {len(turns)}")
-    size = images = 0
+    size = images = characters = 0
     dialogue: list[Any] = []
     for at, turn in enumerate(turns):
         parts = turn.get("content") if isinstance(turn, dict) else turn
@@ -113,8 +123,12 @@ def dialogue_of(inputs: Any) -> list[Any]:
             size += len(value)
             if size > MAX_BODY_BYTES:
                 raise ValueError(f"the request holds more than {MAX_BODY_BYTES} bytes: send fewer or smaller images")
-            if kind == "text" and len(value) > MAX_TEXT:
-                raise ValueError(f"turn {at}: a text of {len(value)} characters; at most {MAX_TEXT}")
+            characters += len(value) if kind == "text" else 0
+            if characters > MAX_TEXT:
+                raise ValueError(
+                    f"the texts up to turn {at} are {characters} characters; a dialogue has at most {MAX_TEXT}: leave out "
+                    "its oldest turns"
+                )
             images += kind == "image"
             if images > MAX_IMAGES:
                 raise ValueError(f"more than {MAX_IMAGES} images")
@@ -124,13 +138,19 @@ def dialogue_of(inputs: Any) -> list[Any]:
 
 
 def encoded(image: Any) -> str:
-    """A picture as a base64 PNG."""
+    """An RGB picture in base64: as PNG, or where a side is longer than `MAX_SIDE` reduced to it and as JPEG."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    if max(image.size) <= MAX_SIDE:
+        image.save(buffer, "PNG")
+    else:
+        image = image.copy()
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        image.save(buffer, "JPEG", quality=90)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _decoded(value: str, at: int) -> bytes:
+    value = "".join(value.split())  # encoders break lines
     if value.startswith("data:"):
         value = value.partition(",")[2]
     try:

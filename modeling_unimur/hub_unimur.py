@@ -1,5 +1,6 @@
 """What lives beside the weights on the Hub: pipeline, endpoint handler, sentence-transformers module, card, pool."""
 
+import importlib.metadata
 import json
 import shutil
 from functools import cached_property
@@ -29,7 +30,9 @@ SENTENCE_TRANSFORMERS = {
     "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "sentence_unimur.UniMuREncoder"}],
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
 }
+REQUIREMENTS = "requirements.txt"
 POOL = "pool"
+FORMER_POOL = f"{POOL}/*"  # what a pool must not be uploaded beside: its index would be taken for the new one's
 
 
 def refuse_local_towers(config: dict[str, Any]) -> None:
@@ -68,6 +71,7 @@ class HubMixin:
         if pool is not None:
             pool.check_made_by(self.fingerprint)
             pool.save_to_disk(folder / POOL)
+        self._save_requirements(folder)
         if golden:
             save_golden(self, folder)
 
@@ -82,7 +86,7 @@ class HubMixin:
         Args:
             repo_id: `org/name`; created where it does not exist.
             card: by default [`model_card`] of what the config knows, unless the repository has a card already.
-            pool: a pool to pack beside the model, which endpoints and pipelines then search.
+            pool: a pool to pack beside the model, which endpoints and pipelines then search; replaces one that is there.
             commit_message, private, token, revision, create_pr, max_shard_size: as transformers' models take them.
 
         Returns:
@@ -104,7 +108,7 @@ class HubMixin:
                 card.save(Path(folder) / "README.md")
             return api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
-                create_pr=create_pr,
+                create_pr=create_pr, delete_patterns=FORMER_POOL if pool is not None else None,
             )  # fmt: skip
 
     @cached_property
@@ -137,6 +141,17 @@ class HubMixin:
         pool.check_made_by(self.fingerprint)
         return pool
 
+    def pool_from_hub(self, repo_id: str, **arguments: Any) -> CandidatePool:
+        """
+        A pool that `CandidatePool.push_to_hub` uploaded; `arguments` (revision, token, cache_dir, ...) as its `from_hub`.
+
+        Raises:
+            ValueError: another model made it; the message says what differs.
+        """
+        pool = CandidatePool.from_hub(repo_id, **arguments)
+        pool.check_made_by(self.fingerprint)
+        return pool
+
     def self_check(self) -> dict[str, float]:
         """
         Compares embeddings of fixed inputs with those saved beside the checkpoint.
@@ -151,6 +166,23 @@ class HubMixin:
         if path is None:
             raise ValueError(f"the checkpoint holds no {GOLDEN}: save it with save_pretrained(..., golden=True)")
         return compare_golden(self, path)
+
+    def _save_requirements(self, folder: Path) -> None:
+        """What an endpoint's container installs: the package's own requirements, and those of the pool and the LoRA."""
+        extras = {"faiss-cpu": (folder / POOL / "index.json").is_file(), "peft": self.config.text_adapter}
+        try:
+            stated = importlib.metadata.requires("modeling-unimur")
+        except importlib.metadata.PackageNotFoundError:
+            source = self._companion(REQUIREMENTS)
+            if source is None:
+                logger.warning(f"saved without {REQUIREMENTS}: the package's are unknown until it is installed by pip")
+                return
+            stated = source.read_text().splitlines()
+        lines = [line for line in stated if "extra ==" not in line]
+        for name, needed in extras.items():
+            if needed and not any(line.startswith(name) for line in lines):
+                lines.append(next((line.partition(";")[0].strip() for line in stated if line.startswith(name)), name))
+        (folder / REQUIREMENTS).write_text("\n".join(lines) + "\n")
 
     def _companion(self, name: str) -> Path | None:
         """A companion file, from beside this code or, where this code came from the Hub, from the repository."""

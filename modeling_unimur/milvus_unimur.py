@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .images_unimur import decode_image, image_reference
-from .replies_unimur import MODALITIES, Hit, Retrieval, candidate_ids, check_search, differences, replies
+from .images_unimur import image_reference
+from .replies_unimur import MODALITIES, Hit, Retrieval, Undecoded, candidate_ids, check_search, differences, replies
 
 MADE_BY = "unimur.made_by"
 # Milvus holds strings of 65,535 bytes at most; base64 makes four bytes of three.
@@ -299,10 +299,10 @@ class MilvusPool:
         for row in self._get(sorted(ids), ["text", "image_path", "image_base64"]):
             item = row["text"]
             if row["image_base64"] is not None:
-                item = decode_image(base64.b64decode(row["image_base64"]))
+                item = Undecoded(row["id"], base64.b64decode(row["image_base64"]))
             elif row["image_path"] is not None:
                 path = Path(row["image_path"])
-                item = decode_image(path if self.image_folder is None else self.image_folder / path)
+                item = Undecoded(row["id"], path if self.image_folder is None else self.image_folder / path)
             found[row["id"]] = row["id"], item
         return found
 

@@ -14,11 +14,21 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils import is_datasets_available, logging
 
 from .exact_unimur import Embeddings
-from .images_unimur import decode_image, image_reference
+from .images_unimur import image_reference
 from .index_unimur import METADATA as INDEX
 from .index_unimur import PoolIndex
 from .milvus_unimur import MilvusPool
-from .replies_unimur import MODALITIES, Candidate, Hit, Retrieval, candidate_ids, check_search, differences, replies
+from .replies_unimur import (
+    MODALITIES,
+    Candidate,
+    Hit,
+    Retrieval,
+    Undecoded,
+    candidate_ids,
+    check_search,
+    differences,
+    replies,
+)
 from .sharing_unimur import download_pool, upload_pool
 from .storage_unimur import EXTRAS, ROWS, pool_features, replace, save_dataset
 
@@ -186,11 +196,11 @@ class CandidatePool:
         return np.array(sorted(self._row[i] for i in set(ids) if i in self._row), dtype=np.int64) if ids else None
 
     def _fetch(self, rows: Iterable[int]) -> dict[int, tuple[str, Any]]:
-        """Id and item, decoded, of some rows."""
+        """Id and item of some rows; a picture is decoded when it is looked at."""
         rows = sorted(rows)
         data = self._shown[rows]
         return {
-            row: (id_, decode_image(image) if text is None else text)
+            row: (id_, Undecoded(id_, image) if text is None else text)
             for row, id_, text, image in zip(rows, data["id"], data["text"], data["image"], strict=True)
         }
 

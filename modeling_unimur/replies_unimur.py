@@ -2,20 +2,54 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from .images_unimur import BadImageError, decode_image
+
 MODALITIES = ("image", "text")
+
+
+class Undecoded:
+    """A candidate's picture as it is stored; `image` decodes it once, or raises a [`BadImageError`] that names `id`."""
+
+    def __init__(self, id: str, source: Any):
+        self.id, self.source = id, source
+
+    @cached_property
+    def image(self) -> Image.Image:
+        try:
+            return decode_image(self.source)
+        except BadImageError as error:
+            raise BadImageError(f"candidate {self.id!r}: {error}", error.reason) from error
+
+
+class _Item:
+    """The field `Candidate.item`: of an [`Undecoded`] its picture, which most callers never look at."""
+
+    def __get__(self, candidate: "Candidate | None", owner: type) -> str | Image.Image:
+        if candidate is None:
+            raise AttributeError("item")  # so the field has no default
+        item = vars(candidate)["item"]
+        return item.image if isinstance(item, Undecoded) else item
+
+    def __set__(self, candidate: "Candidate", item: str | Image.Image | Undecoded) -> None:
+        vars(candidate)["item"] = item
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A retrieved candidate: `item` is a text or an RGB `PIL.Image`; `rank` counts from 1; `score` is what it was ranked by."""
+    """
+    A retrieved candidate: `item` is a text or an RGB `PIL.Image`; `rank` counts from 1; `score` is what it was ranked by.
+
+    A picture is decoded when `item` is first asked for: then one that is missing or broken raises a [`BadImageError`].
+    """
 
     id: str
     modality: str
-    item: str | Image.Image
+    item: str | Image.Image = _Item()
     score: float
     rank: int
 
@@ -83,10 +117,12 @@ def replies(
         ranked: per query its hits, the best first: at least `top_k` where there are so many, the best text and the two
             best of each modality searched.
         top_k: how many candidates a reply lists.
-        fetch: keys -> key: (id, item). Called once, with each key that a reply shows.
+        fetch: keys -> key: (id, item), the item a text, a picture or an [`Undecoded`] one. Called once, with each key
+            that a reply shows.
 
     Raises:
         ValueError: a query has no hit.
+        BadImageError: the picture of a reply is missing or broken.
     """
     if not all(ranked):
         raise ValueError("no candidate remains: modality and exclude leave nothing of the pool")
@@ -99,10 +135,15 @@ def replies(
         for hits, text, image in zip(ranked, texts, images, strict=True)
     ]
     items = fetch({hits[i].key for hits, places in zip(ranked, shown, strict=True) for i in places})
+
+    def picture(key: Any) -> Image.Image:
+        item = items[key][1]
+        return item.image if isinstance(item, Undecoded) else item
+
     return [
         Retrieval(
             None if text is None else items[hits[text].key][1],
-            None if image is None else items[hits[image].key][1],
+            None if image is None else picture(hits[image].key),
             [
                 Candidate(items[hit.key][0], hit.kind, items[hit.key][1], hit.score, rank)
                 for rank, hit in enumerate(hits[:top_k], 1)

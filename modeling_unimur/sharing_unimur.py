@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import create_branch, create_repo, snapshot_download, upload_folder
 
+MODEL = "org/the-model-that-made-this-pool"  # in a card: a pool knows its model by fingerprint, not by name
+
 
 def upload_pool(
     pool, repo_id: str, *, max_shard_size: int | str = "500MB", private: bool | None = None, token: str | None = None,
@@ -74,10 +76,11 @@ retrieval by a UniMuR model. Only the model that made it can search it: a query 
 Approximate index: {index}.
 
 ```python
-from modeling_unimur import CandidatePool
+from transformers import AutoModel
 
-pool = CandidatePool.from_hub("{repo_id}")
-reply = model.retrieve(dialogue, pool)
+model = AutoModel.from_pretrained("{MODEL}", trust_remote_code=True)  # put its name here
+pool = model.pool_from_hub("{repo_id}")
+print(model.retrieve("hello!", pool).text)
 ```
 
 The licences and the origin of the images and texts are their own: whoever uploads a pool says here what they are.

@@ -10,6 +10,7 @@ words and pictures stay in the visitor's session.
 
 import argparse
 import base64
+import hashlib
 import html
 import io
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from PIL import Image
 from transformers import AutoModel
 
@@ -28,6 +30,9 @@ SHOWN = 8  # candidates beside the conversation
 MAX_UPLOADS = 24  # of a visitor, in the pool
 MAX_FILE = "8mb"
 MAX_PIXELS = 16_000_000
+MAX_SIDE = 1024  # of a picture that is kept: embedding it again and drawing it again stay cheap
+MAX_IMAGES = 16  # of a visitor, in a conversation
+MAX_TURNS = 64  # of a conversation, replies included
 MAX_TEXT = 2_000  # characters
 EXAMPLES = [
     "what do pandas look like?",
@@ -103,13 +108,21 @@ class App:
         Adds a turn of words and pictures and the reply to it.
 
         Raises:
-            ValueError: an empty turn, too long a text, a file that is no picture; the session stays as it was.
+            ValueError: an empty turn, too long a text, too many turns or pictures, a file that is no picture; the session
+                stays as it was.
         """
         text = (text or "").strip()
         if not text and not files:
             raise ValueError("Write something, or add a picture.")
         if len(text) > MAX_TEXT:
             raise ValueError(f"That is {len(text)} characters; at most {MAX_TEXT} go into a turn.")
+        if len(session.turns) + 2 > MAX_TURNS:
+            raise ValueError(f"A conversation has at most {MAX_TURNS} turns, replies included: start anew.")
+        shown = sum(p["type"] == "image" for t in session.turns if t["role"] == "user" for p in t["content"])
+        if shown + len(files) > MAX_IMAGES:
+            raise ValueError(
+                f"At most {MAX_IMAGES} pictures go into a conversation; {shown} are there already: show fewer, or start anew."
+            )
         parts = [{"type": "image", "image": self._picture(file)} for file in files]
         if text:
             parts.append({"type": "text", "text": text})
@@ -134,30 +147,30 @@ class App:
         reply = self.model.retrieve(list(asked), session.pool or self.pool, top_k=SHOWN, image_bias=float(image_bias))
         content = [{"type": "text", "text": reply.text}] if reply.text is not None else []
         if reply.image is not None:
-            content.append({"type": "image", "image": reply.image})
+            content.append({"type": "image", "image": _reduced(reply.image)})
         turns = (*asked, {"role": "assistant", "content": content})
         return replace(session, turns=turns, found=(reply,))
 
     def _picture(self, file: str) -> Image.Image:
         try:
-            return self.model.processor.decode(Path(file))
+            return _reduced(self.model.processor.decode(Path(file)))
         except ValueError as error:
             # The file's own path on the server is nobody's business.
             raise ValueError(str(error).replace(str(file), Path(file).name)) from error
 
 
 def chat(session: Session, folder: Path) -> list[dict[str, Any]]:
-    """The conversation as gradio's chat shows it; pictures are written to `folder`."""
+    """The conversation as gradio's chat shows it; each picture is written to `folder` once, by its content's name."""
     shown = []
     for at, turn in enumerate(session.turns):
         for part in turn["content"]:
             if part["type"] == "text":
                 shown.append({"role": turn["role"], "content": html.escape(part["text"])})
             else:
-                file = Path(tempfile.mkstemp(suffix=".png", dir=folder)[1])
-                _enlarged(part["image"]).save(file)
                 alt = "a picture of the reply" if turn["role"] == "assistant" else f"a picture of turn {at + 1}"
-                shown.append({"role": turn["role"], "content": {"path": str(file), "alt_text": alt}})
+                shown.append(
+                    {"role": turn["role"], "content": {"path": str(_written(part["image"], folder)), "alt_text": alt}}
+                )
     return shown
 
 
@@ -190,6 +203,26 @@ def ranking(session: Session) -> str:
     return '<div class="u-found"><h2>What was found, words and pictures in one order</h2>' + "".join(rows) + "</div>"
 
 
+def _written(image: Image.Image, folder: Path) -> Path:
+    """The file of an RGB picture in `folder`."""
+    name = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+    file = folder / f"{name}.png"
+    if not file.exists():
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:  # another visitor never sees half of it
+            _enlarged(image).save(part, "PNG")
+        os.replace(part.name, file)
+    return file
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    """A picture of at most `MAX_SIDE` pixels a side."""
+    if max(image.size) <= MAX_SIDE:
+        return image
+    image = image.copy()  # it may be the pool's
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.BICUBIC)
+    return image
+
+
 def _enlarged(image: Image.Image) -> Image.Image:
     """Small pictures by a whole factor, so that their pixels stay crisp."""
     factor = max(1, 192 // max(image.size))
@@ -213,8 +246,9 @@ def pool_line(session: Session, app: App) -> str:
 
 def build(app: App) -> gr.Blocks:
     """The page."""
-    folder = Path(tempfile.mkdtemp(prefix="unimur-"))
-    # Kept only as long as somebody may still look at them.
+    # The pictures of all conversations stay until the process ends; gradio's copies, which browsers fetch, go when they
+    # are two hours old, and a redraw makes them again.
+    folder = tempfile.TemporaryDirectory(prefix="unimur-")
     with gr.Blocks(title="UniMuR", analytics_enabled=False, delete_cache=(3600, 7200), fill_width=True) as page:
         session = gr.State(Session())
         gr.HTML(
@@ -255,7 +289,7 @@ def build(app: App) -> gr.Blocks:
                 anew = gr.Button("Start anew", size="sm", elem_id="anew")
 
         def shown(session: Session):
-            return session, chat(session, folder), ranking(session), pool_line(session, app)
+            return session, chat(session, Path(folder.name)), ranking(session), pool_line(session, app)
 
         def attempt(step, session: Session, *arguments: Any):
             try:
@@ -293,7 +327,8 @@ def load(model: str | None, pool: str | None) -> App:
     name = model or os.environ.get("UNIMUR_MODEL") or (beside if beside.is_dir() else MINIATURE)
     if name == MINIATURE and not MINIATURE.is_dir():
         raise SystemExit("no checkpoint: run `make demo` first, or give --model a folder or a name on the Hub")
-    loaded = AutoModel.from_pretrained(str(name), trust_remote_code=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = AutoModel.from_pretrained(str(name), trust_remote_code=True).to(device)
     return App(loaded, loaded.packed_pool if pool is None else loaded.open_pool(pool))
 
 

@@ -4,10 +4,13 @@ import base64
 import http.client
 import io
 import json
+import sys
 import threading
 
 import pytest
+import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from hub_card.serve import MAX_BODY_BYTES, load_handler, make_server
 from modeling_unimur import UniMuRModel
@@ -91,6 +94,29 @@ def test_parameters_narrow_the_search(ask):
     assert answer["image"] == answer["candidates"][0]["image"]
 
 
+def test_a_large_picture_is_sent_small_and_encoded_once(model, monkeypatch):
+    handler = load_handler_of(model)
+    large = model.build_pool(
+        images=[Image.effect_noise((900, 1800), 50).convert("RGB"), picture(2)], texts=["far"], show_progress_bar=False
+    )
+    handler.pool, module = large, sys.modules["handler"]
+    saved, encoded = [], module.encoded
+    monkeypatch.setattr(module, "encoded", lambda image: saved.append(image) or encoded(image))
+    answer = handler({"inputs": "hello", "parameters": {"image_bias": 3}})
+    sent = {c["id"]: base64.b64decode(c["image"]) for c in answer["candidates"] if c["modality"] == "image"}
+    shapes = {
+        id_: (image.format, image.size) for id_, image in ((i, Image.open(io.BytesIO(b))) for i, b in sent.items())
+    }
+    assert shapes == {"image-0": ("JPEG", (256, 512)), "image-1": ("PNG", (40, 30))}
+    first = next(c for c in answer["candidates"] if c["modality"] == "image")
+    assert answer["image"] == first["image"] and len(saved) == 2
+    reply = model.retrieve("hello", large, image_bias=3)
+    assert next(c.id for c in reply.candidates if c.modality == "image") == first["id"]
+    # A text alone is listed, and the picture beside it is shown all the same.
+    alone = handler({"inputs": "hello", "parameters": {"top_k": 1, "image_bias": -3, "exclude": []}})
+    assert [c["modality"] for c in alone["candidates"]] == ["text"] and alone["image"] == first["image"]
+
+
 @pytest.mark.parametrize(
     ("request_", "told"),
     [
@@ -101,6 +127,11 @@ def test_parameters_narrow_the_search(ask):
         ({"inputs": ""}, "empty text"),
         ({"inputs": 3}, "turn 0"),
         ({"inputs": "a" * 20_001}, "20001 characters"),
+        (
+            {"inputs": [message(*[{"type": "text", "text": "a" * 200}] * 101)]},
+            "20200 characters; a dialogue has at most",
+        ),
+        ({"inputs": ["a" * 11_000] * 2}, "up to turn 1 are 22000 characters"),
         ({"inputs": [message(*[{"type": "image", "image": "aGk="}] * 17)]}, "more than 16 images"),
         ({"inputs": [message({"type": "image", "image": "http://127.0.0.1/x.png"})]}, "not a URL or a path"),
         ({"inputs": [message({"type": "image", "image": "/etc/hostname"})]}, "turn 0"),
@@ -112,12 +143,21 @@ def test_parameters_narrow_the_search(ask):
         ({"inputs": "hi", "parameters": {"top_k": True}}, "cannot be bool"),
         ({"inputs": "hi", "parameters": {"modality": "video"}}, "modality='video'"),
         ({"inputs": "hi", "parameters": {"exclude": [1]}}, "list of ids"),
+        ({"inputs": "hi", "parameters": {"image_bias": 10**400}}, "between -1000 and 1000"),
+        ({"inputs": "hi", "parameters": {"image_bias": float("nan")}}, "between -1000 and 1000"),
     ],
 )
 def test_a_bad_request_is_told_what_is_wrong(ask, request_, told):
     status, answer = ask(request_)
     assert status == 400 and set(answer) == {"error"}
     assert told in answer["error"]
+
+
+def test_base64_may_be_broken_into_lines(ask):
+    whole = base64_of(picture(3))
+    broken = "\r\n".join(whole[at : at + 76] for at in range(0, len(whole), 76)) + "\n"
+    answers = [ask({"inputs": [message({"type": "image", "image": sent})]}) for sent in (whole, broken)]
+    assert answers[0] == answers[1] and answers[1][0] == 200
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(ask):
@@ -128,6 +168,8 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(ask):
 def test_a_body_that_is_no_json_or_too_long(ask):
     status, answer = ask(b"{")
     assert status == 400 and "error" in answer
+    status, answer = ask(b"[" * 100_000)
+    assert status == 400 and "nested too deeply" in answer["error"]
     status, answer = ask(b"", **{"Content-Length": str(MAX_BODY_BYTES + 1)})
     assert status == 413 and str(MAX_BODY_BYTES) in answer["error"]
 
@@ -141,6 +183,15 @@ def test_a_failure_of_the_server_tells_no_internals(caplog):
     assert answer.status == 500 and "missing" not in answer.read().decode()
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_the_model_goes_to_the_gpu_where_there_is_one(model, monkeypatch, there, device):
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(PreTrainedModel, "to", lambda self, *where: moved.append(*where) or self)
+    load_handler_of(model)
+    assert moved == [device]
 
 
 def test_a_repository_without_a_pool_says_so(tiny, tmp_path):

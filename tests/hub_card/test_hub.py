@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hub_card.check import hidden, python_blocks
 from modeling_unimur import UniMuRModel
+from modeling_unimur.sharing_unimur import MODEL
 from tests.conftest import picture
 from tests.hub import loopback_hub
 from tests.tiny import make_model
@@ -20,16 +22,6 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 pool = model.build_pool(images=["photo-1.jpg", "photo-2.jpg"], texts=["you are welcome."], show_progress_bar=False)
 print(model.push_to_hub("org/unimur-tiny", pool=pool))
-"""
-# A finder that does not find them is as if they were not installed.
-WITHOUT = """
-import importlib.machinery, sys
-BLOCKED = {blocked!r}
-class Without(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] in BLOCKED else super().find_spec(name, path, target)
-sys.meta_path[:] = [Without if f is importlib.machinery.PathFinder else f for f in sys.meta_path if "editable" not in str(f)]
 """
 OPTIONAL = [
     "modeling_unimur",
@@ -78,6 +70,7 @@ def test_a_push_uploads_everything_in_one_commit(hub):
     assert {
         "README.md", "config.json", "model.safetensors", "golden.safetensors", "processor_config.json", "tokenizer.json",
         "clip_tokenizer/tokenizer.json", "modules.json", "config_sentence_transformers.json", "pool/pool.json",
+        "requirements.txt",
     } <= set(files)  # fmt: skip
     assert REPO in files["README.md"].decode()
     assert not [name for name in files if name.endswith((".bin", ".pkl", ".pt"))]
@@ -103,8 +96,7 @@ def test_everything_loads_from_the_repository_id(hub, folder):
         assert torch.allclose(theirs, model.embed_texts(["hello", "a panda"]), atol=1e-5)
         torch.save(model.embed_dialogues(["hello", ["look", Image.open("photo-2.jpg")]]), "out.pt")
     """
-    without = WITHOUT.format(blocked=["modeling_unimur"])
-    ran(hub.run(without + textwrap.dedent(script), home=folder / "user", cwd=folder / "work"))
+    ran(hub.run(hidden("modeling_unimur") + textwrap.dedent(script), home=folder / "user", cwd=folder / "work"))
     theirs = torch.load(folder / "work" / "out.pt", weights_only=True)
     from PIL import Image
 
@@ -126,8 +118,7 @@ def test_nothing_optional_is_needed_to_load_and_embed(hub, folder):
         else:
             raise AssertionError("a pool without datasets")
     """
-    without = WITHOUT.format(blocked=OPTIONAL)
-    ran(hub.run(without + textwrap.dedent(script), home=folder / "bare", cwd=folder / "work"))
+    ran(hub.run(hidden(*OPTIONAL) + textwrap.dedent(script), home=folder / "bare", cwd=folder / "work"))
 
 
 def test_a_pinned_revision_then_offline(hub, folder):
@@ -243,6 +234,35 @@ def test_the_command_checks_then_uploads_the_model_and_its_space(folder, tmp_pat
         assert b"sdk: gradio" in page["README.md"] and not [name for name in page if "__pycache__" in name]
 
 
+@pytest.mark.parametrize("way", ["model", "command"])
+def test_a_pool_replaces_the_packed_one_and_its_index(folder, tmp_path, way):
+    pytest.importorskip("faiss")
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        import hub_card.push as push
+        push.check_folder = lambda made, repo_id: None
+        from modeling_unimur import UniMuRModel
+        full, way, repo = sys.argv[1:]
+        model = UniMuRModel.from_pretrained(full)
+        for at, texts in enumerate((["a", "b", "c"], ["d", "e"])):
+            pool = model.build_pool(texts=texts, show_progress_bar=False)
+            pool = pool if at else pool.build_index()
+            if way == "model":
+                model.push_to_hub(repo, pool=pool)
+            else:
+                pool.save_to_disk(f"pool-{{at}}")
+                push.main([full, repo, "--pool", f"pool-{{at}}"])
+        print(UniMuRModel.from_pretrained(repo).packed_pool)
+    """
+    with loopback_hub() as hub:
+        done = hub.run(
+            textwrap.dedent(script), folder / "full", way, REPO, home=tmp_path / "home", cwd=tmp_path / "work"
+        )
+        assert "CandidatePool(0 images, 2 texts, dimension 24)" in ran(done)
+        assert not [name for name in hub.files(REPO) if name.startswith("pool/index")]
+
+
 def test_a_pool_goes_to_the_hub_and_comes_back(hub, folder, tmp_path):
     push = """
         import sys
@@ -262,3 +282,21 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub, folder, tmp_path):
     files = hub.files("org/replies", kind="datasets")
     assert {"pool.json", "data-00000-of-00001.arrow", "README.md"} <= set(files)
     assert ran(hub.run(textwrap.dedent(fetch), home=tmp_path / "b", cwd=folder / "work")).split() == ["3", "True"]
+    # The card's own snippet, once the model's name is put in, and without this package.
+    (snippet,) = python_blocks(files["README.md"].decode())
+    assert MODEL in snippet
+    script = hidden("modeling_unimur") + snippet.replace(MODEL, REPO)
+    assert ran(hub.run(script, home=tmp_path / "c", cwd=folder / "work")) == "you are welcome.\n"
+
+
+def test_a_pool_of_another_model_is_refused_as_it_comes_from_the_hub(hub, folder, tmp_path):
+    script = """
+        import sys
+        from transformers import AutoModel
+        model = AutoModel.from_pretrained("org/unimur-tiny", trust_remote_code=True)
+        model.packed_pool.push_to_hub("org/theirs")
+        model.W_t2m.weight.data += 1
+        model.pool_from_hub("org/theirs")
+    """
+    done = hub.run(textwrap.dedent(script), home=tmp_path / "home", cwd=folder / "work")
+    assert done.returncode and "made by another model; these differ: maps" in done.stderr

@@ -1,6 +1,8 @@
 """What is pushed has been called as its users would; what is not fit is not uploaded."""
 
+import importlib.metadata
 import json
+import shutil
 
 import pytest
 
@@ -46,6 +48,34 @@ def test_a_dry_run_needs_a_folder(checkpoint):
         main([str(checkpoint / "full"), "org/x", "--dry_run"])
 
 
+def test_a_former_pool_in_the_folder_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint / "pool", tmp_path / "made" / "pool")
+    with pytest.raises(ValueError, match=r"made/pool' is a former pool.*delete it, or give --pool"):
+        main([str(checkpoint / "full"), "org/x", "--folder", str(tmp_path / "made"), "--dry_run"])
+
+
+def test_an_endpoint_installs_what_the_package_requires_and_its_pool(checkpoint, tmp_path):
+    pytest.importorskip("faiss")
+    required = [line for line in importlib.metadata.requires("modeling-unimur") if "extra" not in line]
+    model = UniMuRModel.from_pretrained(checkpoint / "full")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "requirements.txt").read_text().splitlines() == required
+    pool = model.build_pool(texts=["a", "b"], show_progress_bar=False).build_index()
+    model.save_pretrained(tmp_path, pool=pool)
+    *plain, faiss = (tmp_path / "requirements.txt").read_text().splitlines()
+    assert plain == required and faiss.startswith("faiss-cpu>=")
+
+
+def test_requirements_come_from_the_checkpoint_where_the_package_is_not_installed(checkpoint, tmp_path, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    UniMuRModel.from_pretrained(checkpoint / "full").save_pretrained(tmp_path)
+    written = (checkpoint / "full" / "requirements.txt").read_text()
+    assert "datasets" in written and (tmp_path / "requirements.txt").read_text() == written
+
+
 @pytest.fixture
 def made(checkpoint, tmp_path):
     model = UniMuRModel.from_pretrained(checkpoint / "full")
@@ -77,6 +107,21 @@ def test_an_adapter_on_towers_of_this_machine_is_refused(tiny, tmp_path):
         check_folder(tmp_path, "org/x")
     with pytest.raises(ValueError, match="is a folder of this machine"):
         tiny().push_to_hub("org/x")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("import modeling_unimur", "No module named 'modeling_unimur'"),
+        ("from huggingface_hub import HfApi; HfApi().model_info('someone/other')", "OfflineModeIsEnabled"),
+    ],
+)
+def test_what_its_users_do_not_have_the_check_has_not_either(made, monkeypatch, line, told):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    readme = made / "README.md"
+    readme.write_text(readme.read_text().replace("## Use", f"```python\n{line}\n```\n\n## Use", 1))
+    with pytest.raises(NotFitError, match=told):
+        check_folder(made, "org/x", say=lambda part: None)
 
 
 def test_a_snippet_that_fails_is_shown(made):

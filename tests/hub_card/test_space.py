@@ -1,5 +1,6 @@
 """The page: what it does, apart from a browser and in one."""
 
+import os
 import re
 import shutil
 import socket
@@ -7,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
 
 gr = pytest.importorskip("gradio", reason="gradio is optional: pip install 'modeling-unimur[space]'")
-from hub_card.space.app import LAUNCH, Session, build, chat, load, pool_line, ranking  # noqa: E402
+from hub_card.space.app import LAUNCH, MAX_SIDE, Session, build, chat, load, pool_line, ranking  # noqa: E402
 
 MINIATURE = Path(__file__).parents[2] / "runs" / "miniature" / "checkpoint"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -91,6 +94,38 @@ def test_too_many_pixels_are_refused(app, tmp_path):
         app.say(Session(), "", [str(tmp_path / "large.png")], 0.0)
 
 
+def test_a_conversation_is_bounded_in_pictures_and_turns(app, checkpoint):
+    photo = str(checkpoint / "1.png")
+    said = app.say(Session(), "", [photo] * 15, 0.0)
+    with pytest.raises(
+        ValueError, match=r"At most 16 pictures go into a conversation; 15 are there already: .*start anew"
+    ):
+        app.say(said, "", [photo] * 2, 0.0)
+    assert app.say(said, "", [photo], 0.0).asked == 3
+    with pytest.raises(ValueError, match="at most 64 turns, replies included: start anew"):
+        app.say(replace(said, turns=said.turns[:1] * 63), "hi", [], 0.0)
+
+
+def test_a_kept_picture_is_reduced(app, tmp_path):
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "large.png")
+    image = app.say(Session(), "", [str(tmp_path / "large.png")], 0.0).turns[0]["content"][0]["image"]
+    assert image.size == (MAX_SIDE, MAX_SIDE * 3 // 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors as Linux lists them")
+def test_a_redraw_writes_no_picture_again_and_leaves_none_open(app, checkpoint, tmp_path):
+    said = app.say(Session(), "", [str(checkpoint / "1.png"), str(checkpoint / "2.png")], -3.0)
+    shown, opened = chat(said, tmp_path), len(os.listdir("/proc/self/fd"))
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert len(written) == 2
+    for _ in range(5):
+        assert chat(said, tmp_path) == shown
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == written
+    assert len(os.listdir("/proc/self/fd")) == opened
+    with Image.open(shown[0]["content"]["path"]) as drawn, Image.open(checkpoint / "1.png") as given:
+        assert drawn.getpixel((0, 0)) == given.getpixel((0, 0))
+
+
 def test_nothing_from_outside_becomes_markup(app, tmp_path):
     said = app.say(Session(), "<img src=x onerror=alert(1)>", [], -3.0)
     page = ranking(said)
@@ -105,6 +140,22 @@ def test_the_ranking_marks_what_the_reply_uses(app):
     reply = said.found[0]
     assert len(used) == 2 and reply.candidates[0].id in used
     assert next(c.id for c in reply.candidates if c.item == reply.text) in used
+
+
+def test_the_model_goes_to_the_gpu_where_there_is_one(checkpoint, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(PreTrainedModel, "to", lambda self, *where: moved.append(*where) or self)
+    load(str(checkpoint / "checkpoint"), None)
+    assert moved == ["cuda"]
+
+
+def test_the_space_installs_what_the_package_states_and_an_indexed_pools_faiss():
+    root = Path(__file__).parents[2]
+    stated = (root / "pyproject.toml").read_text()
+    lines = (root / "hub_card" / "space" / "requirements.txt").read_text().split()
+    assert [line for line in lines if f'"{line}"' not in stated] == []
+    assert any(line.startswith("faiss-cpu") for line in lines)
 
 
 def test_without_a_checkpoint_it_says_how_to_get_one(tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def test_the_card_says_what_made_it_and_how_it_is_opened(hub):
     assert card.data.size_categories == ["1K<n<10K"] and card.data.library_name == "datasets"
     assert "0 images and 1,200 texts" in card.text and "| maps | `m0` |" in card.text
     assert re.search(r"sq8, recall@10 \d\.\d{3} for texts \(200 of the pool's own", card.text)
-    assert 'CandidatePool.from_hub("someone/mine")' in card.text
+    assert 'model.pool_from_hub("someone/mine")' in card.text and "from modeling_unimur" not in card.text
     assert CandidatePool.from_hub("someone/mine").index.about["kind"] == "sq8"
     CandidatePool.empty(MADE_BY).append("text", ["a"], unit(1)).push_to_hub("mine")  # the old index goes
     assert not list(Path(hub.folder, "someone", "mine").glob("index*"))
