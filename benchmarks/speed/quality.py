@@ -184,7 +184,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="upper left")
     axis.set_title(f"Time to quality on the miniature's pairs, {len(results)} seed(s)", loc="left", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=140)

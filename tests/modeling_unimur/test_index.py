@@ -45,7 +45,7 @@ def test_each_kind_finds_nearly_what_exact_search_finds(pool, kind):
 
 
 def test_the_joint_query_merges_the_modalities(pool, monkeypatch):
-    monkeypatch.setattr("modeling_unimur.pool_unimur.decode_image", lambda image: "decoded")
+    monkeypatch.setattr("modeling_unimur.replies_unimur.decode_image", lambda image: "decoded")
     queries = unit(20, 5)
     indexed = pool.build_index("sq8")
     for arguments in ({}, {"calibrate": True}, {"image_bias": 0.1}, {"top_k": 1}, {"modality": "image"}):
