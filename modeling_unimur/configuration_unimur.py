@@ -39,9 +39,10 @@ class UniMuRConfig(PreTrainedConfig):
     in the checkpoint itself.
 
     What the paper leaves open has the default that did best on the miniature, where one did (the repository's
-    `benchmarks/results`), by overall R@1. Over five seeds: `[RET]` as the space of candidate texts, by 20 points; the
-    normalised target averaged over q, by 1 to 2 points (the others find a dialogue's image better); a learned temperature
-    and one fixed at 0.07 are alike, 0.01 is worse; `lambda2` is the paper's, although 1 did no worse.
+    `benchmarks/results`), by overall R@1. Over five seeds: `[RET]` as the space of candidate texts, by 20 points; eq. 6's
+    target normalised or raw is alike (raw shows fewer images and finds a dialogue's image better), normalised and summed
+    over q it is 2 points worse; a learned temperature and one fixed at 0.07 are alike, 0.01 is worse; `lambda2` is the paper's,
+    although 1 did no worse.
     Over two seeds: [RET] frozen, by 4 points; CLIP's pooled and projected outputs are alike; 6 visual tokens beat 1,
     FROMAGe's, so the miniature's configuration takes 6.
 
