@@ -20,7 +20,7 @@ from .load import KINDS, load
 from .measure import Measure
 from .protocols import TASKS, Protocol, paper, protocols
 from .schema import MAX_MISSING_SHARE, Dialogues, Questions
-from .systems import System
+from .systems import DoesNotApplyError, System
 from .tables import markdown
 from .tasks import answers, image, response, vqa
 
@@ -33,7 +33,7 @@ def evaluate(
         if protocol.kind == "response":
             return response.run(system, data, protocol, clip or system)
         return {"image": image, "answers": answers, "vqa": vqa}[protocol.kind].run(system, data, protocol)
-    except NotImplementedError:
+    except DoesNotApplyError:
         return None
 
 

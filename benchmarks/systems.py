@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 
 
+class DoesNotApplyError(Exception):
+    """A system has no such answer. Its own class: torch says `NotImplementedError` of an operation a device lacks."""
+
+
 class System:
     """
-    A model as the tasks see it. A system answers with what it can; the rest raises `NotImplementedError`, and the task
+    A model as the tasks see it. A system answers with what it can; the rest raises [`DoesNotApplyError`], and the task
     says that it does not apply.
 
     Attributes:
@@ -33,15 +37,15 @@ class System:
 
     def embed_dialogues(self, dialogues: Sequence[Any], **kwargs) -> torch.Tensor:
         """Each as [`parse_dialogue`] takes it -> `(n, q)` float32, L2-normalised."""
-        raise NotImplementedError
+        raise DoesNotApplyError
 
     def embed_images(self, images: Sequence[Any], **kwargs) -> torch.Tensor:
         """`(n, q)` float32, L2-normalised (or `(n, vectors, q)`, see `similarity`)."""
-        raise NotImplementedError
+        raise DoesNotApplyError
 
     def embed_texts(self, texts: Sequence[str], **kwargs) -> torch.Tensor:
         """`(n, q)` float32, L2-normalised."""
-        raise NotImplementedError
+        raise DoesNotApplyError
 
     def similarity(self, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """`(n, q)`, `(m, q)` -> `(n, m)`: cosine. A candidate of several vectors counts by its best one."""
@@ -61,11 +65,11 @@ class System:
         self, contexts: Sequence[Any], options: Sequence[Sequence[str]], **protocol
     ) -> list[torch.Tensor]:
         """For each context, a score an option `(options,)`, higher is likelier; see [`benchmarks.language`]."""
-        raise NotImplementedError
+        raise DoesNotApplyError
 
     def answers(self, contexts: Sequence[Any], max_new_tokens: int = 10) -> list[str]:
         """What the language model says after each context, greedily, up to a line's end."""
-        raise NotImplementedError
+        raise DoesNotApplyError
 
 
 class Embedder(System):

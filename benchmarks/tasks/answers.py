@@ -20,7 +20,7 @@ def run(system: System, data: Dialogues, protocol: Protocol) -> dict[str, Measur
         `R@1`, `R@5`, `R@10`, `MRR`, `mean rank` (a number) over all rounds, `NDCG` over those with dense relevances.
 
     Raises:
-        NotImplementedError: by likelihood, for a system without a language model.
+        DoesNotApplyError: by likelihood, for a system without a language model.
     """
     contexts = [context_of(d, data.images, protocol["serialisation"]) for d in data.dialogues]
     if protocol["by"] == "likelihood":

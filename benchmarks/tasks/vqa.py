@@ -25,7 +25,7 @@ def run(system: System, data: Questions, protocol: Protocol) -> dict[str, Measur
 
     Raises:
         BadDataError: the questions come without answers, as VQAv2's test splits do.
-        NotImplementedError: by generation, for a system without a language model.
+        DoesNotApplyError: by generation, for a system without a language model.
     """
     if not any(q["answers"] for q in data.questions):
         raise BadDataError("these questions have no answers (VQAv2's test splits are published without): use val2014")

@@ -14,6 +14,7 @@ from benchmarks.miniature import load_split
 from benchmarks.protocols import TASKS
 from benchmarks.schema import BadDataError
 from train.miniature import dialogues as train_dialogues
+from train.miniature import sentences as said_sentences
 from train.miniature.world import CAPTIONS, captions, splits
 
 SPLITS = ("validation", "test")
@@ -116,10 +117,10 @@ def test_image_replies_are_those_of_mmdialog():
 
 def test_sentences_are_learnt_from_the_dialogues():
     sentences, idle = read_sentences(train_dialogues.visdial(splits()["train"], 300))
-    expected = {q: (a, s) for a, pairs in train_dialogues._QUESTIONS.items() for q, s in pairs}
+    expected = {q: (a, s) for a, pairs in said_sentences.QUESTIONS.items() for q, s in pairs}
     placeholders = {"animal": "an_a", "hat": "an_h", "activity": "v", "place": "p"}
     assert sentences == {q: (a, s.replace(f"{{{placeholders[a]}}}", "{}")) for q, (a, s) in expected.items()}
-    assert idle == sorted({answer for _, answer in train_dialogues._IDLE_QUESTIONS})
+    assert idle == sorted({answer for _, answer in said_sentences.IDLE_QUESTIONS})
 
 
 def test_answers_after_the_image_and_the_rounds_before(undrawn):
@@ -133,7 +134,7 @@ def test_answers_after_the_image_and_the_rounds_before(undrawn):
         assert lines(d) == lines(whole)[: n - 1]
         assert data.texts[d["gold"]["text_ids"][0]] == lines(whole)[n - 1]
         asked[lines(d)[-1]] += 1
-    assert set(asked) == {q for pairs in train_dialogues._QUESTIONS.values() for q, _ in pairs}
+    assert set(asked) == {q for pairs in said_sentences.QUESTIONS.values() for q, _ in pairs}
 
 
 def test_a_hundred_options_and_their_relevance(undrawn):

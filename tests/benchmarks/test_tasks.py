@@ -285,3 +285,14 @@ def test_a_task_that_does_not_apply_is_none(tiny):
     )
     assert evaluate(Chance(), dialogues, by_likelihood) is None
     assert evaluate(UniMuR(tiny()), dialogues, by_likelihood)["R@1"].n == 3
+
+
+def test_an_operation_that_a_device_lacks_is_no_task_that_does_not_apply():
+    class Broken(System):
+        def embed_dialogues(self, dialogues, **kwargs):
+            raise NotImplementedError("the operator is not implemented for this device")
+
+    ranking = protocols("visdial", True)[0]
+    assert evaluate(System(), SEEN, ranking) is None
+    with pytest.raises(NotImplementedError, match="this device"):
+        evaluate(Broken(), SEEN, ranking)

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from train.miniature import pictures
-from train.miniature.dialogues import ASK_IMAGE, figure1, interleaved, responses, visdial, without_context_images
+from train.miniature.dialogues import figure1, interleaved, responses, visdial, without_context_images
 from train.miniature.prepare import training_documents, training_pairs
+from train.miniature.sentences import ASK_IMAGE
 from train.miniature.towers import documents, pretrain_clip, pretrain_opt
 from train.miniature.world import captions, draw, every_scene, held_out_pairs, splits
 from train.parallel import side_by_side

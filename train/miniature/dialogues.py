@@ -17,112 +17,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from train.miniature.sentences import (
+    ASK_IMAGE,
+    ASK_TEXT,
+    IDLE_QUESTIONS,
+    IMAGINE,
+    LISTEN,
+    NAMES,
+    NUMBERS,
+    QUESTIONS,
+    REPLY_IMAGE,
+    REPLY_TEXT,
+    SHOW_FRIEND,
+    TELL_THERE,
+    TELL_WHAT,
+    TELL_WHERE,
+    TELL_WHO,
+)
 from train.miniature.world import FAVOURITES, Scene, facts, phrases, plural
-
-ASK_IMAGE = (
-    "show me!",
-    "can i see it?",
-    "what does it look like?",
-    "do you have a picture?",
-    "please show it to me.",
-    "i would love to see that.",
-    "could you send a photo?",
-    "let me have a look!",
-)
-ASK_TEXT = (
-    "thanks!",
-    "how old is it?",
-    "what is it doing again?",
-    "is it happy?",
-    "what is its name?",
-    "tell me about it.",
-    "do you like it?",
-    "who is its friend?",
-)
-_REPLY_IMAGE = (
-    "sure, {an_a} in {an_h}, {v} {p}.",
-    "here you are: the {a} with the {h} is {v} {p}.",
-    "of course. {p}, {an_a} {v}, with {an_h} on.",
-    "this is it, {v} {p}: {an_a} wearing {an_h}.",
-)
-_REPLY_TEXT = {
-    "thanks!": (
-        "you are welcome, and so says the {a} with the {h}, {v} {p}.",
-        "any time! {v} {p} suits {an_a} in {an_h}.",
-    ),
-    "how old is it?": (
-        "the {a} with the {h} is {n} years old, and still {v} {p}.",
-        "{n} years, old enough for {v} {p}. such {an_a}, in {an_h}!",
-    ),
-    "what is it doing again?": ("{v} {p}, that {a} in the {h}.", "the {a} with the {h} on? it is {v} {p}."),
-    "is it happy?": (
-        "yes, {v} {p} makes {an_a} in {an_h} happy.",
-        "very. the {a} loves its {h}, {p}, {v}.",
-    ),
-    "what is its name?": (
-        "we call it {name}, the {a} with {an_h}, {v} {p}.",
-        "{name}. {v} {p} is what this {a} in its {h} does.",
-    ),
-    "tell me about it.": (
-        "well, it is {an_a} with {an_h}, {p}, and it is {v}.",
-        "it wears {an_h}, it is {v} {p}, and it is {an_a}.",
-    ),
-    "do you like it?": (
-        "i do! {an_a} {v} {p}, and what {an_h}!",
-        "yes, i like {plural}, and this one is {v} {p} in {an_h}.",
-    ),
-    "who is its friend?": (
-        "i am. i met the {a} in the {h} {p}, {v}.",
-        "{name} is a friend of the {a}, {v} {p} in its {h}.",
-    ),
-}
-_NAMES = ("bob", "lily", "max", "ruby", "otto", "nina", "tom", "ella")
-_NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-# Openings give a part of the scene each, so that only the whole context tells it.
-_TELL_WHO = (
-    "i met {an_a} today. it had {an_h} on.",
-    "there was {an_a} with {an_h}.",
-    "guess what: {an_a} in {an_h}!",
-    "do you know the {a} with the {h}?",
-    "my friend is {an_a}. it likes its {h}.",
-)
-_TELL_WHAT = (
-    "it was {v} {p}.",
-    "{p}, it was {v}.",
-    "now it is {v} {p}.",
-    "it is {p}, {v}.",
-    "it spends the day {v} {p}.",
-)
-_TELL_WHERE = ("i was {p} today.", "i spent the morning {p}.", "we went for a walk {p}.")
-_TELL_THERE = (
-    "{an_a} with {an_h} was {v}.",
-    "i saw {an_a} {v}. it had {an_h}.",
-    "there was {an_a} in {an_h}, {v}.",
-)
-_LISTEN = ("oh, tell me more.", "really?", "and then?", "how nice.", "what was it up to?")
-# With a picture: who it is stands in the picture, and the words move it elsewhere.
-_SHOW_FRIEND = ("here is my friend.", "look who i met.", "this is my friend.", "do you remember this one?")
-_IMAGINE = (
-    "now imagine it {v} {p}.",
-    "today it was {v} {p}.",
-    "later i saw it again, {v} {p}.",
-    "think of it {p}, {v}.",
-)
-_QUESTIONS = {
-    "animal": (("what animal is it?", "it is {an_a}."), ("which animal do you see?", "{an_a}.")),
-    "hat": (("what does it wear?", "{an_h}."), ("what is on its head?", "there is {an_h}.")),
-    "activity": (("what is it doing?", "it is {v}."), ("what is going on?", "{v}.")),
-    "place": (("where is it?", "it is {p}."), ("where was the picture taken?", "{p}.")),
-}
-_IDLE_QUESTIONS = (
-    ("is it a good picture?", "yes."),
-    ("are there any people?", "no."),
-    ("is it sunny?", "i can not tell."),
-    ("is the picture old?", "i do not think so."),
-    ("does it look happy?", "yes, it does."),
-    ("is it in colour?", "yes."),
-)
 
 
 @dataclass
@@ -154,25 +66,25 @@ def _turns(contents: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def _reply(scene: Scene, ask: str, rng: random.Random) -> str:
     """The gold reply's words: the scene told anew."""
-    template = rng.choice(_REPLY_IMAGE if ask in ASK_IMAGE else _REPLY_TEXT[ask])
-    extra = {"n": rng.choice(_NUMBERS), "name": rng.choice(_NAMES), "plural": plural(scene.animal)}
+    template = rng.choice(REPLY_IMAGE if ask in ASK_IMAGE else REPLY_TEXT[ask])
+    extra = {"n": rng.choice(NUMBERS), "name": rng.choice(NAMES), "plural": plural(scene.animal)}
     return template.format(**phrases(scene, rng), **extra)
 
 
 def _told(scene: Scene, ask: str, rng: random.Random) -> list[list[dict[str, Any]]]:
     """A context of words: the scene in two turns, the other speaker between, the request at the end."""
     words = phrases(scene, rng)
-    first, second = rng.choice(((_TELL_WHO, _TELL_WHAT), (_TELL_WHERE, _TELL_THERE)))
+    first, second = rng.choice(((TELL_WHO, TELL_WHAT), (TELL_WHERE, TELL_THERE)))
     first, second = rng.choice(first).format(**words), rng.choice(second).format(**words)
-    return [[_text(first)], [_text(rng.choice(_LISTEN))], [_text(second)], [_text(ask)]]
+    return [[_text(first)], [_text(rng.choice(LISTEN))], [_text(second)], [_text(ask)]]
 
 
 def _shown(scene: Scene, image_id: str, ask: str, rng: random.Random) -> list[list[dict[str, Any]]]:
     """A context whose picture gives the animal and its hat, and whose words give the rest."""
-    contents = [[_text(rng.choice(_SHOW_FRIEND)), _image(image_id)]]
-    told = _text(rng.choice(_IMAGINE).format(**phrases(scene, rng)))
+    contents = [[_text(rng.choice(SHOW_FRIEND)), _image(image_id)]]
+    told = _text(rng.choice(IMAGINE).format(**phrases(scene, rng)))
     if rng.random() < 0.5:
-        return [*contents, [_text(rng.choice(_LISTEN))], [told], [_text(ask)]]
+        return [*contents, [_text(rng.choice(LISTEN))], [told], [_text(ask)]]
     contents[0].append(_text(" " + told["text"]))
     return [*contents, [_text(ask)]]
 
@@ -277,14 +189,14 @@ def visdial(scenes: Sequence[Scene], n: int, seed: int = 0, *, name: str = "visd
     Raises:
         ValueError: too few scenes or rounds.
     """
-    if n > len(scenes) or rounds < len(_QUESTIONS):
+    if n > len(scenes) or rounds < len(QUESTIONS):
         raise ValueError(f"{n} dialogues of {rounds} rounds need {n} scenes (have {len(scenes)}) and 4 rounds")
     rng = random.Random(f"{name}-{seed}")
     result = DialogueSet()
     for i, scene in enumerate(rng.sample(scenes, n)):
         words = phrases(scene, rng)
-        asked = [rng.choice(options) for options in _QUESTIONS.values()]
-        asked += rng.sample(_IDLE_QUESTIONS, rounds - len(asked))
+        asked = [rng.choice(options) for options in QUESTIONS.values()]
+        asked += rng.sample(IDLE_QUESTIONS, rounds - len(asked))
         rng.shuffle(asked)
         contents = [[_text(line.format(**words))] for pair in asked for line in pair]
         image_id = f"{name}-image-{i}"
