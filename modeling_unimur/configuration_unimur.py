@@ -55,6 +55,8 @@ class UniMuRConfig(PreTrainedConfig):
         text_adapter (`bool`, defaults to `False`): the LLM carries a LoRA, in `lora/` of the checkpoint.
         ret_token_id, image_token_id (`int`): tokenizer ids of `[RET]` and `<image>`. They never index the LLM's
             embedding table, so they may lie beyond it.
+        ret_prompt (`str`, defaults to `""`): words before every `[RET]`, such as `"\nKeywords:"`, which ask an LLM that
+            was never taught [RET] for the gist of what came before. The processor puts them there and has to agree.
         n_visual_tokens (`int`, defaults to 1): visual tokens an image becomes (FROMAGe 1, GILL 4; the paper is silent).
         image_feature (`"pooled"` | `"projected"`): what `W_i2t` reads: CLIP's pooled output, or the q-dimensional
             embedding that the paper's shared symbol c suggests.
@@ -92,6 +94,7 @@ class UniMuRConfig(PreTrainedConfig):
     text_adapter: bool = False
     ret_token_id: int | None = None
     image_token_id: int | None = None
+    ret_prompt: str = ""
     n_visual_tokens: int = 1
     image_feature: str = "pooled"
     text_candidates: str = "ret"
