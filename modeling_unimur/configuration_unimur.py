@@ -64,6 +64,8 @@ class UniMuRConfig(PreTrainedConfig):
         matching_feature (`"pooled"` | `"projected"`): what `W_v2m` reads of an image: CLIP's output before its
             projection, or behind it.
         train_image_map (`bool`, defaults to `False`): train `W_v2m` too, as FROMAGe does; else it is frozen.
+        ret_prompt (`str`, defaults to `""`): words before every `[RET]`, such as `"\nKeywords:"`, which ask an LLM that
+            was never taught [RET] for the gist of what came before. The processor puts them there and has to agree.
         n_visual_tokens (`int`, defaults to 1): visual tokens an image becomes (FROMAGe 1, GILL 4; the paper is silent).
         image_feature (`"pooled"` | `"projected"`): what `W_i2t` reads: CLIP's pooled output, or the q-dimensional
             embedding that the paper's shared symbol c suggests.
@@ -105,6 +107,7 @@ class UniMuRConfig(PreTrainedConfig):
     shared_width: int | None = None
     matching_feature: str = "pooled"
     train_image_map: bool = False
+    ret_prompt: str = ""
     n_visual_tokens: int = 1
     image_feature: str = "pooled"
     text_candidates: str = "ret"

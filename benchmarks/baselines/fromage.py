@@ -77,7 +77,7 @@ class FromageModel(UniMuRModel):
 
     config_class = FromageConfig
     _auto_class = None
-    own_tensors = (*UniMuRModel.own_tensors, "W_v2m")
+    own_tensors = UniMuRModel.own_tensors
     _keep_in_fp32_modules_strict = list(own_tensors)
 
     @staticmethod
