@@ -99,7 +99,7 @@ class CheckpointMixin:
         A new, untrained UniMuR over two pre-trained towers (folders or Hub names).
 
         Args:
-            processor: its `n_visual_tokens` becomes the model's, as do the ids of [RET] and `<image>`.
+            processor: its `n_visual_tokens` and `ret_prompt` become the model's, as do the ids of [RET] and `<image>`.
             ret_init: a token of the LLM whose input embedding [RET] starts from; the mean row by default.
             dtype: of the towers.
             config_fields: fields of [`UniMuRConfig`].
@@ -118,7 +118,7 @@ class CheckpointMixin:
         # Copies: a composite model resets the attention of its sub-configs, which the loaded towers still read.
         config = cls.config_class(
             text_config=deepcopy(text.config), clip_config=deepcopy(clip.config), ret_token_id=processor.ret_token_id,
-            image_token_id=processor.image_token_id, n_visual_tokens=processor.n_visual_tokens,
+            image_token_id=processor.image_token_id, n_visual_tokens=processor.n_visual_tokens, ret_prompt=processor.ret_prompt,
             text_model_name_or_path=text_model, clip_model_name_or_path=clip_model, **config_fields,
         )  # fmt: skip
         model = cls(config)
@@ -196,15 +196,24 @@ class CheckpointMixin:
 
     @property
     def processor(self) -> UniMuRProcessor:
-        """The checkpoint's processor, loaded from beside its weights when first needed."""
+        """
+        The checkpoint's processor, loaded from beside its weights when first needed. Raises `ValueError` where its
+        `ret_prompt` is not the config's.
+        """
         if self._processor is None:
             if not self._source:
                 raise ValueError("this model was not loaded from a checkpoint: set model.processor first")
-            self._processor = UniMuRProcessor.from_pretrained(**self._source)
+            self.processor = UniMuRProcessor.from_pretrained(**self._source)
         return self._processor
 
     @processor.setter
     def processor(self, processor: UniMuRProcessor) -> None:
+        if processor.ret_prompt != self.config.ret_prompt:
+            raise ValueError(
+                f"the processor puts {processor.ret_prompt!r} before [RET] and the model's config says "
+                f"{self.config.ret_prompt!r}: the embeddings would be another model's. Make ret_prompt the same in "
+                "config.json and processor_config.json, as it was in training"
+            )
         self._processor = processor
 
     @property

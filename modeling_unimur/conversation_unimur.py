@@ -49,7 +49,7 @@ class Conversation:
         processor = self.model.processor
         (parsed,) = parse_dialogue([turn])
         images = [element for element in parsed if not isinstance(element, str)]
-        needed = len(processor.turn_ids([parsed])) + 1
+        needed = len(processor.turn_ids([parsed])) + len(processor.ending)
         if needed > processor.max_length:
             raise ValueError(f"a turn of {needed} positions exceeds the LLM's {processor.max_length}: shorten it")
         features = torch.empty(0, self.model.config.image_feature_width, device=self.model.device)
@@ -69,7 +69,7 @@ class Conversation:
         """
         if not self.turns:
             raise ValueError("nothing was said yet: call say() first")
-        model, config = self.model, self.model.config
+        model, config, ending = self.model, self.model.config, self.model.processor.ending
         ids = self._fit()
         # Tokens may merge across the end of a turn, so what is kept is what the ids have in common.
         known = next(
@@ -80,7 +80,7 @@ class Conversation:
         cache, self._cache, self._computed = self._cache, DynamicCache(), []
         if known < cache.get_seq_length():
             cache.crop(known - cache.get_seq_length())
-        rest = torch.tensor([[*ids[known:], config.ret_token_id]], device=model.device)
+        rest = torch.tensor([[*ids[known:], *ending]], device=model.device)
         shown = ids[:known].count(config.image_token_id) // config.n_visual_tokens
         embeds = model.input_embeddings(rest, torch.cat(self._features)[shown:])
         hidden = model.language_model.base_model(
@@ -89,7 +89,7 @@ class Conversation:
             position_ids=torch.arange(known, known + rest.shape[1], device=model.device)[None],
         ).last_hidden_state  # fmt: skip
         embedding = model.finished(model.W_t2m(hidden[0, -1].float()))
-        cache.crop(-1)  # [RET] ends every dialogue, and is no part of the next
+        cache.crop(-len(ending))  # they end every dialogue, and are no part of the next
         self._cache, self._computed = cache, ids
         return embedding
 
@@ -99,13 +99,13 @@ class Conversation:
         return pool.search(self.embed()[None], **search)[0]
 
     def _fit(self) -> list[int]:
-        """The ids of the turns, after the oldest were left out where they and [RET] exceed the LLM's positions."""
+        """The ids of the turns, after the oldest were left out where they and what ends them exceed the LLM's positions."""
         processor = self.model.processor
-        ids = processor.turn_ids(self.turns)
-        if len(ids) + 1 <= processor.max_length:
+        ids, ending = processor.turn_ids(self.turns), len(processor.ending)
+        if len(ids) + ending <= processor.max_length:
             return ids
         gone = 0
-        while gone < len(self.turns) - 1 and len(ids) + 1 > processor.max_length // 2:
+        while gone < len(self.turns) - 1 and len(ids) + ending > processor.max_length // 2:
             gone += 1
             ids = processor.turn_ids(self.turns[gone:])
         # Every position moves, and equal ids may stand for other images.

@@ -25,7 +25,8 @@ class UniMuRProcessor(ProcessorMixin):
 
     A context becomes `BOS turn \n turn … [RET]`, without a space before `[RET]`, as trained; the parts of a turn follow
     each other directly, and an image becomes `n_visual_tokens` copies of `<image>`. `BOS` is there where the LLM's own
-    tokenizer puts one. Text is never read as a special token, whatever it contains.
+    tokenizer puts one. Text is never read as a special token, whatever it contains. A `ret_prompt` stands before `[RET]`,
+    tokenised on its own, so that it is the same ids behind every text.
 
     Args:
         image_processor: CLIP's.
@@ -34,9 +35,11 @@ class UniMuRProcessor(ProcessorMixin):
         n_visual_tokens (`int`): as in the model's config.
         max_length (`int`): positions of the LLM, in tokens.
         max_image_pixels (`int`): an image of more is refused before it is decoded.
+        ret_prompt (`str`): words before every `[RET]`, as in the model's config; they count among the positions.
 
     Raises:
-        ValueError: `clip_tokenizer` is not CLIP's, which is what a checkpoint without that subfolder gives.
+        ValueError: `clip_tokenizer` is not CLIP's, which is what a checkpoint without that subfolder gives, or
+            `ret_prompt` leaves no position for a text.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class UniMuRProcessor(ProcessorMixin):
         max_image_pixels: int = 50_000_000,
         ret_token: str = "[RET]",
         image_token: str = "<image>",
+        ret_prompt: str = "",
         **kwargs,
     ):
         if "CLIP" not in type(clip_tokenizer).__name__:
@@ -59,13 +63,20 @@ class UniMuRProcessor(ProcessorMixin):
         self.n_visual_tokens = n_visual_tokens
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
-        self.ret_token, self.image_token = ret_token, image_token
+        self.ret_token, self.image_token, self.ret_prompt = ret_token, image_token, ret_prompt
         tokenizer.add_tokens([ret_token, image_token], special_tokens=True)
         super().__init__(image_processor, tokenizer, clip_tokenizer, **kwargs)
         self.ret_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids([ret_token, image_token])
         bos = tokenizer.bos_token_id
         self._prefix = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
         self._separator = "\n"
+        check_characters(ret_prompt, "ret_prompt")
+        self._ending = [*(self._tokenize(ret_prompt) if ret_prompt else []), self.ret_token_id]
+        if len(self._prefix) + len(self._ending) >= max_length:
+            raise ValueError(
+                f"ret_prompt {ret_prompt!r} and [RET] are {len(self._ending)} tokens, which leave no room for a text among "
+                f"the LLM's {max_length} positions: shorten it"
+            )
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -80,13 +91,18 @@ class UniMuRProcessor(ProcessorMixin):
 
     # What a model reads
 
+    @property
+    def ending(self) -> list[int]:
+        """The ids that end every context and text to be embedded: those of `ret_prompt`, then `[RET]`."""
+        return list(self._ending)
+
     def contexts(self, dialogues: Sequence[Any], *, end_with_ret: bool = True, reserve: int = 0) -> BatchFeature:
         """
-        Dialogues ending in `[RET]`.
+        Dialogues ending in `ret_prompt` and `[RET]`.
 
         Args:
             dialogues: each as [`parse_dialogue`] takes it.
-            end_with_ret: `False` leaves `[RET]` away, for the LLM to go on from there.
+            end_with_ret: `False` leaves both away, for the LLM to go on from there.
             reserve: positions to keep free for what is to follow.
 
         Returns:
@@ -97,13 +113,13 @@ class UniMuRProcessor(ProcessorMixin):
             ValueError: the item and what is wrong with it.
 
         A dialogue beyond `max_length` loses its oldest turns, then the oldest parts of what remains; a warning says how
-        many. `[RET]` always stays.
+        many. `ret_prompt` and `[RET]` always stay.
         """
         if not dialogues:
             raise ValueError("no dialogues given")
         images: list = []
         rows = []
-        end = [self.ret_token_id] if end_with_ret else []
+        end = self.ending if end_with_ret else []
         for item, dialogue in enumerate(dialogues):
             try:
                 turns = parse_dialogue(dialogue)
@@ -119,7 +135,7 @@ class UniMuRProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def turn_ids(self, turns: list[Turn]) -> list[int]:
-        """The ids of parsed turns, with BOS and without `[RET]`, however many they are."""
+        """The ids of parsed turns, with BOS and without what ends them, however many they are."""
         ids = list(self._prefix)
         for unit in self._units(turns):
             ids += [self.image_token_id] * self.n_visual_tokens if isinstance(unit, list) else [unit]
@@ -128,7 +144,7 @@ class UniMuRProcessor(ProcessorMixin):
     def texts(self, texts: Sequence[str], *, end_with_ret: bool = True) -> BatchFeature:
         """Candidate texts for the LLM: `input_ids`, `attention_mask` `(n, length)`; with `[RET]` at the end or without."""
         self._check_texts(texts)
-        end = [self.ret_token_id] if end_with_ret else []
+        end = self.ending if end_with_ret else []
         room = self.max_length - len(self._prefix) - len(end)
         # Tokenised in one call, which a pool's many texts feel; one that is too long goes the way of dialogues.
         rows = self._tokenize(list(texts))
@@ -203,7 +219,7 @@ class UniMuRProcessor(ProcessorMixin):
                 labels.append([IGNORE] * prefix + row[prefix:])
                 rows.append(row)
                 slots += kept
-            row, kept = self._serialise(item["context"], end=[self.ret_token_id], item=i)
+            row, kept = self._serialise(item["context"], end=self.ending, item=i)
             ret_rows.append(row)
             ret_slots += kept
         batch = {f"ret_{key}": value for key, value in self._pad(ret_rows).items()}
@@ -251,7 +267,9 @@ class UniMuRProcessor(ProcessorMixin):
                 k: v for k, v in self.image_processor.to_dict().items() if not k.startswith("_") and k != "auto_map"
             },
             "tokenizers": [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.clip_tokenizer)],
-            "own": [self.max_length, self.ret_token, self.image_token, self._prefix],
+            # Without a prompt as before there was one, so that older pools still open.
+            "own": [self.max_length, self.ret_token, self.image_token, self._prefix]
+            + ([self.ret_prompt] if self.ret_prompt else []),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -19,7 +19,15 @@ import torch
 import yaml
 from accelerate import PartialState
 from torch.utils.data import ConcatDataset
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPTokenizer, HfArgumentParser, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -27,6 +35,7 @@ from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
 from train.closed_form import start
 from train.collate import PairCollator, SkipCounter
 from train.data import load_pairs, streamed_length
+from train.dequantise import dequantise
 from train.features import cache_caption_states, cache_image_features
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
@@ -39,13 +48,23 @@ SHUFFLED = 2_000  # undecoded pairs of streamed shards that are mixed, besides t
 class ModelArguments:
     """The towers and what the paper leaves open; see `UniMuRConfig` for the meaning of each field."""
 
-    text_model: str | None = field(default=None, metadata={"help": "The frozen LLM: a folder or a Hub name."})
+    text_model: str | None = field(
+        default=None, metadata={"help": "The frozen LLM: a folder, a Hub name, or a GGUF file on this machine."}
+    )
+    text_model_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where a GGUF is kept as bfloat16 safetensors: output_dir/text_model by default."},
+    )
     clip_model: str | None = field(default=None, metadata={"help": "The frozen CLIP: a folder or a Hub name."})
     text_model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
     clip_model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the towers: auto, bfloat16, float16 or float32."})
     ret_init: str | None = field(
         default=None, metadata={"help": "Token that [RET] starts from; the mean row by default."}
+    )
+    ret_prompt: str = field(
+        default=UniMuRConfig.ret_prompt,
+        metadata={"help": "Words before every [RET], none by default; an LLM that was never taught [RET] needs them."},
     )
     init: str = field(
         default="random",
@@ -74,7 +93,7 @@ class ModelArguments:
 
     def config_fields(self) -> dict:
         own = {f.name for f in fields(self)} & {f.name for f in fields(UniMuRConfig)}
-        return {name: getattr(self, name) for name in own - {"text_model", "clip_model", "n_visual_tokens", "dtype"}}
+        return {name: getattr(self, name) for name in own - {"n_visual_tokens", "ret_prompt", "dtype"}}
 
 
 @dataclass
@@ -154,8 +173,20 @@ def make_processor(model_args: ModelArguments) -> UniMuRProcessor:
         AutoTokenizer.from_pretrained(model_args.text_model, revision=model_args.text_model_revision),
         CLIPTokenizer.from_pretrained(**clip),
         n_visual_tokens=model_args.n_visual_tokens,
-        max_length=config.max_position_embeddings,
+        max_length=positions(config),
+        ret_prompt=model_args.ret_prompt,
     )
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """Positions of an LLM. Its config says, not its tokenizer. Raises `ValueError` where it does not."""
+    found = getattr(config, "max_position_embeddings", None)
+    if not found:
+        raise ValueError(
+            f"the config of this {config.model_type} names no max_position_embeddings, which bounds a dialogue: add to its "
+            "config.json how many positions it was trained with"
+        )
+    return found
 
 
 def add_lora(model: UniMuRModel, rank: int, targets: list[str]) -> None:
@@ -182,14 +213,13 @@ def main(argv: list[str] | None = None) -> dict:
     if data_args.train_data == "miniature":
         from train.miniature import prepare
 
-        torch.set_num_threads(1)  # models this small lose more by a second thread than they gain
+        if model_args.text_model is None:
+            torch.set_num_threads(1)  # models this small lose more by a second thread than they gain
         with args.main_process_first(desc="the miniature"):
             miniature = prepare(data_args.miniature, args.seed)
-        pairs, model_args.text_model, model_args.clip_model = (
-            miniature.pairs,
-            miniature.text_model,
-            miniature.clip_model,
-        )
+        pairs = miniature.pairs
+        model_args.text_model = model_args.text_model or miniature.text_model
+        model_args.clip_model = model_args.clip_model or miniature.clip_model
         documents = miniature.documents if data_args.interleaved else None
     else:
         if data_args.interleaved:
@@ -198,6 +228,10 @@ def main(argv: list[str] | None = None) -> dict:
     for name in ("text_model", "clip_model"):
         if getattr(model_args, name) is None:
             raise ValueError(f"--{name} is missing: a folder or a Hub name such as facebook/opt-6.7b")
+    if model_args.text_model.lower().endswith(".gguf"):
+        folder = Path(model_args.text_model_dir or Path(args.output_dir) / "text_model")
+        with args.main_process_first(desc="the GGUF"):
+            model_args.text_model = str(dequantise(model_args.text_model, folder))
     streamed = not hasattr(pairs, "__len__")
     if streamed and args.max_steps < 0:
         args.max_steps = _steps(streamed_length(data_args.train_data), args)

@@ -152,3 +152,58 @@ def test_what_is_missing_is_said(folder, change, message):
 def test_cores_that_the_towers_leave_decode(monkeypatch, device, cores, processes, workers):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert spare_cores(torch.device(device), processes) == workers
+
+
+def test_a_gguf_trains_and_is_dequantised_once(folder, monkeypatch):
+    from modeling_unimur import UniMuRModel
+    from tests.gguf_file import write_gguf
+    from train import dequantise
+
+    write_gguf(folder / "tiny.gguf")
+    settings = {**base(folder), "text_model": str(folder / "tiny.gguf"), "max_steps": 2, "evaluate_pairs": 0}
+    settings |= {"ret_prompt": "\nGist", "ret_init": ":"}
+    (folder / "g.yaml").write_text(yaml.safe_dump(settings))
+    model = UniMuRModel.from_pretrained(main([str(folder / "g.yaml")])["checkpoint"])
+    assert model.language_model.dtype == torch.bfloat16
+    assert model.config.text_model_name_or_path == str(folder / "out" / "text_model")
+    # No BOS is put by this tokenizer, and it names no length of its own.
+    assert model.processor.contexts(["b"])["input_ids"].shape[1] == 1 + len("\nGist") + 1
+    assert model.processor.max_length == 128 and model.config.ret_prompt == "\nGist"
+    monkeypatch.setattr(dequantise, "check", lambda _: pytest.fail("dequantised again"))
+    main([str(folder / "g.yaml"), "--max_steps=1"])
+    # A cache by name serves several runs.
+    main([str(folder / "g.yaml"), "--max_steps=1", f"--output_dir={folder / 'other'}",
+          f"--text_model_dir={folder / 'out' / 'text_model'}"])  # fmt: skip
+    assert not (folder / "other" / "text_model").exists()
+
+
+@pytest.mark.parametrize("given", [(), ("text_model",), ("text_model", "clip_model")])
+def test_the_miniature_honours_the_towers_that_are_named(folder, monkeypatch, given):
+    import train.miniature
+    from modeling_unimur import UniMuRModel
+    from train.data import load_pairs
+
+    own = dict(zip(("text_model", "clip_model"), map(str, make_towers(folder / "miniature", seed=1)), strict=True))
+    pairs = load_pairs(folder / "photos")
+    made = train.miniature.Miniature(own["text_model"], own["clip_model"], pairs, None, {}, 0.0)
+    monkeypatch.setattr(train.miniature, "prepare", lambda *_: made)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    settings = {**base(folder), "train_data": "miniature", "max_steps": 1, "evaluate_pairs": 0}
+    named = {name: settings.pop(name) for name in own}
+    (folder / "n.yaml").write_text(yaml.safe_dump(settings))
+    config = UniMuRModel.from_pretrained(
+        main([str(folder / "n.yaml"), *(f"--{name}={named[name]}" for name in given)])["checkpoint"]
+    ).config
+    expected = own | {name: named[name] for name in given}
+    assert (config.text_model_name_or_path, config.clip_model_name_or_path) == tuple(expected.values())
+    assert threads == ([] if "text_model" in given else [1])  # a larger LLM gains by every core
+
+
+def test_a_config_without_positions_is_named():
+    from transformers import BloomConfig
+
+    from train.run import positions
+
+    with pytest.raises(ValueError, match=r"this bloom names no max_position_embeddings"):
+        positions(BloomConfig())

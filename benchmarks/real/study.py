@@ -1,0 +1,169 @@
+"""
+Every ordering of the paper with a real language model, settings chosen on validation and measured once on test.
+
+    python -m benchmarks.real.study --seeds 0 1 2 --output benchmarks/results/real.json
+
+The seeds are those of the trained maps: of their start, batches and noise. Canonical correlation has none; the towers, the
+captions and the dialogues are the same for all.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Measure
+from benchmarks.report import write
+from train.canonical import STATE, Decomposition, Setting, grid
+
+from . import visual
+from .bench import DIALOGUE, Bench, make_bench
+from .fetch import ABOUT
+from .settings import PAIRS, RET_INIT, RET_PROMPT
+from .spaces import OBJECTIVES, Fit, Pairs, Space, canonical, learn, moments_of
+
+WIDTHS, RIDGES, POWERS = (32, 48, 64, 96), (0.01, 0.03, 0.1, 0.3, 1.0), (1.0, 2.0, 3.0, 4.0)
+RATES, NOISES = (1e-3, 3e-3, 1e-2), (0.0, 0.5)
+VALIDATION = 300  # dialogues of each kind
+OURS, OURS_TRAINED = "UniMuR (canonical)", "UniMuR (canonical), W_i2t trained"
+CRITERION = "the mean of dialogue to image R@1 and overall R@1"
+
+# What the paper says, the better row, the worse one, and by which measure.
+ORDERINGS = [
+    ("DAT's overall R@1 is above VM's (Table 4)", "DAT", "VM", "overall R@1"),
+    ("DAT's overall R@1 is above TM's (Table 4)", "DAT", "TM", "overall R@1"),
+    ("DAT's text R@1 is above VM's (Table 4)", "DAT", "VM", "text R@1"),
+    ("VM shows images more often than DAT (Table 4)", "VM", "DAT", "image retrieval rate"),
+    ("TM shows images less often than DAT (Table 4)", "DAT", "TM", "image retrieval rate"),
+    ("MSE's overall R@1 is above InfoNCE's (Table 5)", "DAT", "DAT, InfoNCE", "overall R@1"),
+    ("InfoNCE's overall R@1 is above max-margin's (Table 5)", "DAT, InfoNCE", "DAT, max-margin", "overall R@1"),
+    *((f"UniMuR is above FROMAGe ({table})", form, "FROMAGe's heads", measure)
+      for table, measure in (("Table 1", "overall R@1"), ("Table 1", "image retrieval rate"),
+                             ("Table 2", "contextual image R@1"), ("Table 3", "dialogue to image R@1"))
+      for form in ("DAT", OURS)),
+    *(("UniMuR finds more of a dialogue's images than CLIP (Table 3)", form, "CLIP", "dialogue to image R@1")
+      for form in ("DAT", OURS)),
+]  # fmt: skip
+
+
+def criterion(measures: Mapping[str, Measure]) -> float:
+    """What a setting is chosen by."""
+    return (measures["dialogue to image R@1"].value + measures["overall R@1"].value) / 2
+
+
+def choose_canonical(bench: Bench, pairs: Pairs, states: dict) -> tuple[Setting, list[dict[str, Any]]]:
+    """The best setting of the grid on validation, and every one's measures."""
+    moments, solved, found = moments_of(pairs), {}, []
+    widest = min(moments.widths[STATE], pairs.features.shape[1])
+    for setting in grid([k for k in WIDTHS if k <= widest], RIDGES, POWERS, [0.0]):
+        if setting.ridge not in solved:
+            solved = {setting.ridge: Decomposition(moments, setting.ridge)}
+        maps = solved[setting.ridge].maps(setting.width, setting.power)
+        space = Space(lambda rows, m=maps: m("state", rows), lambda features, _, m=maps: m("image", features))
+        found.append((setting, bench.measure(bench.embedded(space, "validation", states), "validation")))
+    return _best(found)
+
+
+def choose_fit(bench: Bench, pairs: Pairs, states: dict, name: str) -> tuple[Fit, list[dict[str, Any]]]:
+    """The same for what is learnt by Adam, with seed 0."""
+    found = []
+    for rate in RATES:
+        for noise in NOISES:
+            fit = Fit(rate, noise)
+            space = learn(pairs, OBJECTIVES[name], fit, 0)
+            found.append((fit, bench.measure(bench.embedded(space, "validation", states), "validation")))
+    return _best(found)
+
+
+def _best(found: list[tuple[Any, dict[str, Measure]]]) -> tuple[Any, list[dict[str, Any]]]:
+    best = max(found, key=lambda row: criterion(row[1]))[0]
+    return best, [asdict(setting) | {name: m.value for name, m in measures.items()} for setting, measures in found]
+
+
+def measured(
+    bench: Bench, pairs: Pairs, chosen: Mapping[str, Any], seed: int, split: str = "test"
+) -> dict[str, dict[str, Measure]]:
+    """
+    Every system of one seed on a split, those without a seed with seed 0 alone.
+
+    Args:
+        chosen: OURS -> its setting, and an objective's name -> its fit.
+    """
+    states = bench.evaluation_states(split)
+    spaces = {OURS: canonical(pairs, chosen[OURS])} | {
+        name: learn(pairs, OBJECTIVES[name], fit, seed) for name, fit in chosen.items() if name != OURS
+    }
+    found = {name: bench.measure(bench.embedded(space, split, states), split) for name, space in spaces.items()}
+    if seed == 0:
+        found["CLIP"] = bench.measure(bench.embedded_by(bench.clip, split), split)
+    return found
+
+
+def rows_of(found: Mapping[str, Mapping[str, Measure]], seed: int) -> list[dict[str, Any]]:
+    """Rows for the json: values with intervals, and our form's value less each row's on the same items."""
+    ours = found[OURS]
+    return [
+        {"system": name, "seed": seed, "metrics": {k: m.summary() for k, m in measures.items()}}
+        | (
+            {}
+            if name == OURS
+            else {"first_less_this": {k: ours[k].against(m) for k, m in measures.items() if k in ours}}
+        )
+        for name, measures in found.items()
+    ]
+
+
+def judge(found: Mapping[int, Mapping[str, Mapping[str, Measure]]]) -> list[dict[str, Any]]:
+    """Every ordering: both values by seed, and the difference with its paired 95 % interval."""
+    judged = []
+    for says, better, worse, measure in ORDERINGS:
+        differences = []
+        for seed, systems in found.items():
+            # A row without a seed is compared with every seed of the other.
+            a, b = (systems.get(n) or found[min(found)][n] for n in (better, worse))
+            differences.append({"seed": seed, "better": a[measure].value, "worse": b[measure].value}
+                               | {"difference": a[measure].against(b[measure])})  # fmt: skip
+        judged.append({"says": says, "better": better, "worse": worse, "measure": measure, "seeds": differences})
+    return judged
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/real"), help="of the LLM and the states")
+    parser.add_argument("--miniature", type=Path, help="of the miniature's towers; by default in the folder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/real/real.json"))
+    arguments = parser.parse_args(argv)
+    start = time.perf_counter()
+    bench = make_bench(arguments.folder, arguments.miniature, seed=0)
+    pairs = bench.pairs(PAIRS)
+    visual.closed_form(bench, pairs.features)
+    bench.evaluation("validation", VALIDATION)
+    states = bench.evaluation_states("validation")
+    chosen, searched = {}, {}
+    chosen[OURS], searched[OURS] = choose_canonical(bench, pairs, states)
+    for name in OBJECTIVES:
+        chosen[name], searched[name] = choose_fit(bench, pairs, states, name)
+        print(f"{name}: {chosen[name]}", flush=True)
+    found = {seed: measured(bench, pairs, chosen, seed) for seed in arguments.seeds}
+    first = arguments.seeds[0]
+    visual.train(bench, pairs.features, arguments.folder / "W_i2t.safetensors")
+    space = canonical(pairs, chosen[OURS])
+    trained = bench.evaluation_states("test", which="trained")
+    found[first][OURS_TRAINED] = bench.measure(bench.embedded(space, "test", trained), "test")
+    rows = [row for seed, systems in found.items() for row in rows_of(systems, seed)]
+    result = {
+        "about": ABOUT, "ret_prompt": RET_PROMPT, "ret_init": RET_INIT, "pairs": PAIRS,
+        "validation_dialogues": len(states[DIALOGUE]), "chosen_by": CRITERION,
+        "chosen": {name: asdict(setting) for name, setting in chosen.items()}, "validation": searched, "rows": rows,
+        "orderings": judge(found), "dtype": str(bench.model.language_model.dtype),
+        "seconds": round(time.perf_counter() - start),
+    }  # fmt: skip
+    write(arguments.output, result)
+    print(f"written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""W_i2t for a frozen LLM: in closed form, and trained from there on natural captions (eq. 1-2)."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from train.canonical import FLOOR
+from train.moments import Moments, inverse_power
+
+from .bench import Bench
+
+RATE = 3e-3
+STEPS, BATCH = 40, 32
+
+
+@torch.no_grad()
+def closed_form(bench: Bench, features: torch.Tensor) -> None:
+    """
+    Every visual token at the ridge regression of its caption's mean input embedding on CLIP's feature.
+
+    Args:
+        features: CLIP's pooled outputs `(n, c)` of the first n train pictures.
+    """
+    model = bench.model
+    captions = [texts[0] for texts in bench.world.pairs[: len(features)]["captions"]]
+    table = model.language_model.get_input_embeddings()
+    means = torch.stack(
+        [table(torch.tensor(row)).float().mean(0) for row in model.processor.tokenizer(captions)["input_ids"]]
+    )
+    moments = Moments({"feature": features.shape[1], "caption": means.shape[1]})
+    moments.add({"feature": features, "caption": means})
+    weight = moments.covariance("caption", "feature") @ inverse_power(
+        moments.covariance("feature", "feature"), 1.0, FLOOR
+    )
+    bias = moments.mean("caption") - weight @ moments.mean("feature")
+    tokens = model.config.n_visual_tokens
+    model.W_i2t.weight.copy_(weight.float().repeat(tokens, 1))
+    model.W_i2t.bias.copy_(bias.float().repeat(tokens))
+
+
+def train(bench: Bench, features: torch.Tensor, path: Path, seed: int = 0) -> float | None:
+    """
+    Trains W_i2t on the captions of the first n pictures, from where it stands; taken from `path` where an earlier call
+    left it.
+
+    Args:
+        features: as in `closed_form`.
+
+    Returns:
+        The mean loss of the last ten steps; `None` where it was taken from disk.
+    """
+    model = bench.model
+    if path.is_file():
+        with torch.no_grad():
+            for name, value in load_file(path).items():
+                getattr(model.W_i2t, name).copy_(value)
+        return None
+    rows = bench.world.pairs[: len(features)]
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.W_i2t.parameters(), lr=RATE)
+    losses = []
+    for step in tqdm(range(STEPS), "training W_i2t", unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 5) * (1 - step / STEPS)
+        chosen = torch.randint(len(features), (BATCH,), generator=generator).tolist()
+        batch = model.processor.pairs(None, [rows["captions"][i][0] for i in chosen])
+        inputs = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "labels", "label_positions", "image_indices")
+        }
+        loss = model(**inputs, image_features=features[chosen]).loss_cap
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    temporary = path.with_suffix(".tmp")
+    save_file({name: p.detach().clone() for name, p in model.W_i2t.named_parameters()}, temporary)
+    temporary.replace(path)
+    return sum(losses[-10:]) / 10

@@ -1,0 +1,147 @@
+"""The report page's part on the real language model, from `real.json` and what lies beside it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MEASURES = (
+    "dialogue to image R@1", "dialogue to image R@5", "contextual image R@1", "contextual image, image informs R@1",
+    "contextual image, image informs but is removed R@1", "image retrieval rate",
+    "image retrieval rate on text-only turns", "image R@1", "text R@1", "overall R@1",
+)  # fmt: skip
+LEADING = ("dialogue to image R@1", "overall R@1")
+
+
+def page(folder: Path) -> str:
+    """Markdown of `real.json`, and of `real-prompts.json` and `real-likelihood.json` where they lie beside it."""
+    result = json.loads((folder / "real.json").read_text())
+    parts = ["## A real language model, untaught", introduction(result), systems(result), orderings(result)]
+    for name, render in (("real-prompts", prompts), ("real-likelihood", likelihood)):
+        if (folder / f"{name}.json").is_file():
+            parts.append(render(json.loads((folder / f"{name}.json").read_text())))
+    return "\n\n".join(parts)
+
+
+def introduction(result: Mapping[str, Any]) -> str:
+    """What was run, in words."""
+    seeds = sorted({row["seed"] for row in result["rows"]})
+    return (
+        f"{result['about']} It stands in the place of the miniature's own language model, which was taught; CLIP, pictures and "
+        f"dialogues are the miniature's. The words {result['ret_prompt']!r} stand before [RET], which starts from the "
+        f"embedding of {result['ret_init']!r}. The maps are fitted to {result['pairs']:,} natural captions of train scenes. "
+        f"Settings were chosen on {result['validation_dialogues']} validation dialogues of each kind without a picture, by "
+        f"{result['chosen_by']}; test was measured once. Values are means over the seeds {', '.join(map(str, seeds))} of the "
+        "trained maps, the smallest and largest in brackets; canonical correlation and CLIP have no seed. Chance R@1 in the "
+        "pool of 1,000 pictures is 0.1."
+    )
+
+
+def systems(result: Mapping[str, Any]) -> str:
+    """A row a system; behind it our form less the row, with the paired 95 % interval (first seed)."""
+    names = list(dict.fromkeys(row["system"] for row in result["rows"]))
+    shown = [m for m in MEASURES if any(m in row["metrics"] for row in result["rows"])]
+    lines = _head(["", *shown, *(f"{names[0]} less this, {m}" for m in LEADING)])
+    for name in names:
+        rows = [row for row in result["rows"] if row["system"] == name]
+        cells = [_span([r["metrics"][m]["value"] for r in rows if m in r["metrics"]]) for m in shown]
+        less = rows[0].get("first_less_this", {})
+        cells += [_interval(less[m]) if m in less else "" for m in LEADING]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def orderings(result: Mapping[str, Any]) -> str:
+    """The paper's orderings: values, the difference's interval on each seed, and a verdict."""
+    lines = ["### Which of the paper's orderings hold with a real language model", ""]
+    lines += _head(["the paper says", "the better row here", "here", "difference, 95 % by seed", "verdict"])
+    for row in result["orderings"]:
+        a, b = ([s[side] for s in row["seeds"]] for side in ("better", "worse"))
+        sign = ">" if np.mean(a) > np.mean(b) else "<" if np.mean(a) < np.mean(b) else "="
+        lines.append(
+            f"| {row['says']}, {row['measure']} | {row['better']} | {100 * np.mean(a):.1f} {sign} {100 * np.mean(b):.1f} | "
+            f"{'; '.join(_interval(s['difference']) for s in row['seeds'])} | {verdict(row['seeds'])} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict(seeds: Iterable[Mapping[str, Any]]) -> str:
+    """Holds or not where every seed's interval lies on one side of zero; else it is open."""
+    differences = [s["difference"] for s in seeds]
+    above, below = (sum(test(d) for d in differences) for test in (lambda d: d["low"] > 0, lambda d: d["high"] < 0))
+    if above == len(differences):
+        return "holds"
+    if below == len(differences):
+        return "does not hold"
+    return f"open: above zero on {above}, below on {below} of {len(differences)}"
+
+
+def prompts(result: Mapping[str, Any], count: int = 12) -> str:
+    """The best places to read at, the best of each prompt only."""
+    best = {}
+    for row in sorted(result["rows"], key=lambda r: -r["R@1"]):
+        best.setdefault((row["words"], row["chat"]), row)
+    lines = [
+        "### Where the gist is read", "",
+        f"Dialogue to image R@1 on validation ({result['dialogues']} dialogues, {result['pool']:,} pictures, "
+        f"{result['captions']:,} captions), the best of the settings of canonical correlation for each. {result['about']}", "",
+        *_head(["words before [RET]", "read", "R@1"]),
+    ]  # fmt: skip
+    for row in list(best.values())[:count]:
+        chat = " (chat template)" if row["chat"] else ""
+        lines.append(f"| `{row['words']!r}`{chat} | {READ.get(row['read'], row['read'])} | {row['R@1']:.1f} |")
+    return "\n".join(lines)
+
+
+READ = {"last": "the last token", "before": "the token before the last", "mean": "the mean over the words"}
+
+
+def likelihood(result: Mapping[str, Any]) -> str:
+    """Texts by likelihood."""
+    mine = result["miniature"]
+    lines = [
+        "### Texts by likelihood", "",
+        f"The right reply of {mine['dialogues']} test dialogues out of {mine['texts']} replies, by the frozen LLM's "
+        f"likelihood (\"FROMAGe-ppl\"); chance R@1 is {100 / mine['texts']:.1f}. {result['about']}", "",
+        *_head(["score", "R@1", "R@5"]),
+    ]  # fmt: skip
+    lines += [
+        f"| {name} | {_with_interval(m['R@1'])} | {_with_interval(m['R@5'])} |" for name, m in mine["scores"].items()
+    ]
+    if "visdial_answers" in result:
+        answers = result["visdial_answers"]
+        lines += ["", f"VisDial's published answer options ({answers['rounds']} rounds of the sample, 100 options each). The "
+                  "pictures are not at hand: the contexts are words alone.", "", *_head(["variant", "R@1", "MRR", "NDCG"])]  # fmt: skip
+        for name, metrics in answers["variants"].items():
+            lines.append(
+                f"| {name} | " + " | ".join(_with_interval(metrics[m]) for m in ("R@1", "MRR", "NDCG")) + " |"
+            )
+    return "\n".join(lines)
+
+
+def _head(cells: Iterable[str]) -> list[str]:
+    cells = list(cells)
+    return ["| " + " | ".join(cells) + " |", "|---|" + "---:|" * (len(cells) - 1)]
+
+
+def _span(values: list[float | None]) -> str:
+    if not values or None in values:
+        return "-"
+    scaled = 100 * np.array(values)
+    if len(scaled) == 1 or scaled.max() - scaled.min() < 0.05:
+        return f"{scaled.mean():.1f}"
+    return f"{scaled.mean():.1f} ({scaled.min():.1f}–{scaled.max():.1f})"
+
+
+def _interval(difference: Mapping[str, float | None]) -> str:
+    if difference["mean"] is None or difference["low"] is None:
+        return "-"
+    return f"{100 * difference['mean']:+.1f} [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+
+
+def _with_interval(metric: Mapping[str, Any]) -> str:
+    if metric["value"] is None or metric["low"] is None:
+        return "-"
+    return f"{100 * metric['value']:.1f} [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
