@@ -29,6 +29,9 @@ from .tasks import image, response
 
 SEED = 7  # of the dialogues that are measured, whatever the model's seed
 FROMAGE_RATE = 2e-3  # of 1e-3, 2e-3, 5e-3 and 1e-2, the best on seed 0's validation split (dialogue to image R@1)
+# With what its heads go on after that: see the search below these lines.
+FROMAGE_START = {"width": 64, "ridge": 0.01, "power": 2.0}  # of `start_canonical`
+FROMAGE_HEADS = {"noise": 0.3, "learning_rate": 1e-3, "steps": 640, "batch_size": 1024}  # of `train_heads`
 PERPLEXITY_LIMIT = 100  # dialogues whose 1,000 texts are ranked by perplexity
 
 
@@ -151,7 +154,9 @@ def _has_weights(path: Path) -> bool:
 def _fromage(folder: Path, seed: int, rate: float = FROMAGE_RATE) -> None:
     from .baselines.fromage_train import train_fromage
 
-    train_fromage(folder / "fromage", prepare(folder, seed), seed, learning_rate=rate)
+    train_fromage(
+        folder / "fromage", prepare(folder, seed), seed, learning_rate=rate, heads=FROMAGE_HEADS, start=FROMAGE_START
+    )  # fmt: skip
 
 
 def _blip2(folder: Path, seed: int) -> None:

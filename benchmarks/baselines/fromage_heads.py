@@ -8,6 +8,8 @@ from tqdm.auto import tqdm
 
 from benchmarks.baselines.fromage import FromageModel
 from modeling_unimur.losses_unimur import info_nce
+from train.canonical import STATE, Correlations
+from train.moments import Moments
 
 BETAS, MAX_GRADIENT = (0.9, 0.95), 1.0  # FROMAGe's own
 
@@ -49,6 +51,33 @@ def caption_states(
         inputs = model.processor.texts([flat[i] for i in rows]).to(model.device)
         states[rows] = model.ret_states(inputs["input_ids"], inputs["attention_mask"]).cpu()
     return CaptionStates(states, features, torch.tensor([len(row) for row in captions]))
+
+
+@torch.no_grad()
+def start_canonical(model: FromageModel, data: CaptionStates, *, width: int, ridge: float, power: float) -> None:
+    """
+    Puts `W_t2m` and `W_v2m` at the canonical correlation of all captions with their images (see [`train.canonical`]),
+    turned into FROMAGe's wider space at random, which leaves every cosine as it is and no row of the maps at zero.
+
+    Args:
+        width, ridge, power: of [`train.canonical.Setting`].
+
+    Raises:
+        ValueError: there are fewer directions than `width`, or the space is narrower.
+    """
+    moments = Moments({STATE: data.states.shape[1], "pooled": data.features.shape[1]})
+    images = torch.arange(len(data.counts)).repeat_interleave(data.counts)
+    moments.add({STATE: data.states, "pooled": data.features[images]})
+    directions, s = Correlations(moments).directions("pooled", ridge)
+    shared = model.config.shared_dim
+    if not 1 <= width <= min(shared, len(s)):
+        raise ValueError(f"width={width}: there are {len(s)} canonical directions, and shared_dim={shared}")
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(shared, width, generator=generator, dtype=torch.float64))[0]
+    for linear, view in ((model.W_t2m, STATE), (model.W_v2m, "pooled")):
+        weight = turn @ (s[:width, None] ** power * directions[view][:, :width].T)
+        linear.weight.copy_(weight)
+        linear.bias.copy_(-weight @ moments.mean(view))
 
 
 def train_heads(

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.baselines.fromage import FromageModel
-from benchmarks.baselines.fromage_heads import CaptionStates, caption_states, train_heads
+from benchmarks.baselines.fromage_heads import CaptionStates, caption_states, start_canonical, train_heads
 from benchmarks.baselines.fromage_train import train_fromage
 from tests.benchmarks.tiny_fromage import WORDS, make, rows_of
 from tests.tiny import make_towers
+from train.canonical import STATE, TEXT, Correlations, Setting
+from train.moments import Moments
 
 HEADS = {"W_t2m.weight", "W_t2m.bias", "W_v2m.weight", "W_v2m.bias", "logit_scale"}
 SETTINGS = {"noise": 0.3, "learning_rate": 1e-2, "steps": 60, "batch_size": 16}
@@ -72,6 +74,25 @@ def test_the_noise_is_in_units_of_the_states_deviation(model, monkeypatch):
     assert 0.45 < ((noisy - plain).std() / data.states.std(0).mean()).item() < 0.55
 
 
+@torch.no_grad()
+def test_a_canonical_start_gives_the_cosines_of_the_canonical_maps(tmp_path):
+    model, data = make(tmp_path, shared_dim=40), pairs()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    start_canonical(model, data, width=5, ridge=0.1, power=2)
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == HEADS - {"logit_scale"}
+    moments = Moments({STATE: 32, TEXT: 32, "pooled": 32})
+    features = data.features.repeat_interleave(2, dim=0)
+    moments.add({STATE: data.states, TEXT: features, "pooled": features})
+    maps = Correlations(moments).maps(Setting("pooled", width=5, ridge=0.1, power=2))
+    expected = F.normalize(maps.of(STATE)(data.states), dim=-1) @ F.normalize(maps.of("pooled")(data.features), dim=-1).T
+    found = F.normalize(model.W_t2m(data.states), dim=-1) @ F.normalize(model.W_v2m(data.features), dim=-1).T
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert (model.W_t2m.weight.norm(dim=1) > 0).all()  # a row at zero would stay there
+    for width in (0, 33):
+        with pytest.raises(ValueError, match=f"width={width}: there are 32 canonical directions, and shared_dim=40"):
+            start_canonical(model, data, width=width, ridge=0.1, power=2)
+
+
 def test_the_miniatures_fromage_goes_on_with_its_heads(tmp_path):
     import datasets
 
@@ -83,8 +104,11 @@ def test_the_miniatures_fromage_goes_on_with_its_heads(tmp_path):
         text_model=str(text), clip_model=str(clip), pairs=datasets.Dataset.from_list(rows, features=FEATURES)
     )
     few = {"learning_rate": 1e-2, "max_steps": 2, "per_device_train_batch_size": 8, "warmup_steps": 0}
-    joint, further = (
-        dict(FromageModel.from_pretrained(train_fromage(tmp_path / name, miniature, 3, heads=heads, **few)).named_parameters())
-        for name, heads in (("joint", None), ("further", SETTINGS | {"steps": 3}))
+    heads, start = SETTINGS | {"steps": 1, "learning_rate": 1e-4}, {"width": 4, "ridge": 0.1, "power": 1}
+    joint, further, canonical = (
+        dict(FromageModel.from_pretrained(train_fromage(tmp_path / name, miniature, 3, **few | more)).named_parameters())
+        for name, more in (("joint", {}), ("further", {"heads": heads}), ("canonical", {"heads": heads, "start": start}))
     )  # fmt: skip
-    assert {name for name, p in joint.items() if not torch.allclose(p, further[name])} == HEADS
+    for trained, near in ((further, True), (canonical, False)):
+        assert {name for name, p in joint.items() if not torch.equal(p, trained[name])} == HEADS
+        assert torch.allclose(joint["W_t2m.weight"], trained["W_t2m.weight"], atol=1e-3) is near
