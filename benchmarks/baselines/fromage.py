@@ -19,7 +19,13 @@ from modeling_unimur.losses_unimur import caption_loss, info_nce
 from modeling_unimur.processing_unimur import IGNORE
 
 MAX_NEW_TOKENS = 32  # FROMAGe's own
-FROMAGES_OWN = {"image_feature": "pooled", "text_candidates": "ret", "lambda2": 0.0, "ret_prompt": "", "alignment": "paper"}
+FROMAGES_OWN = {
+    "image_feature": "pooled",
+    "text_candidates": "ret",
+    "lambda2": 0.0,
+    "ret_prompt": "",
+    "alignment": "paper",
+}
 
 
 @strict

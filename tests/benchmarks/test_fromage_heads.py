@@ -84,7 +84,9 @@ def test_a_canonical_start_gives_the_cosines_of_the_canonical_maps(tmp_path):
     features = data.features.repeat_interleave(2, dim=0)
     moments.add({STATE: data.states, TEXT: features, "pooled": features})
     maps = Correlations(moments).maps(Setting("pooled", width=5, ridge=0.1, power=2))
-    expected = F.normalize(maps.of(STATE)(data.states), dim=-1) @ F.normalize(maps.of("pooled")(data.features), dim=-1).T
+    expected = (
+        F.normalize(maps.of(STATE)(data.states), dim=-1) @ F.normalize(maps.of("pooled")(data.features), dim=-1).T
+    )
     found = F.normalize(model.W_t2m(data.states), dim=-1) @ F.normalize(model.W_v2m(data.features), dim=-1).T
     assert torch.allclose(found, expected, atol=1e-4)
     assert (model.W_t2m.weight.norm(dim=1) > 0).all()  # a row at zero would stay there
