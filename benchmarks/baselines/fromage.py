@@ -19,6 +19,13 @@ from modeling_unimur.losses_unimur import caption_loss, info_nce
 from modeling_unimur.processing_unimur import IGNORE
 
 MAX_NEW_TOKENS = 32  # FROMAGe's own
+FROMAGES_OWN = {
+    "image_feature": "pooled",
+    "text_candidates": "ret",
+    "lambda2": 0.0,
+    "ret_prompt": "",
+    "alignment": "paper",
+}
 
 
 @strict
@@ -31,7 +38,7 @@ class FromageConfig(UniMuRConfig):
         shared_dim (`int`, defaults to 256): q, the width of the space of images and [RET].
 
     Raises:
-        ValueError: `image_feature`, `text_candidates` or `lambda2` is not FROMAGe's.
+        ValueError: a field of `FROMAGES_OWN` has another value.
     """
 
     model_type = "fromage"
@@ -43,7 +50,7 @@ class FromageConfig(UniMuRConfig):
 
     def validate_fromage(self):
         """Refuses UniMuR's choices that FROMAGe does not have."""
-        for name, own in (("image_feature", "pooled"), ("text_candidates", "ret"), ("lambda2", 0.0)):
+        for name, own in FROMAGES_OWN.items():
             if getattr(self, name) != own:
                 raise ValueError(f"{name}={getattr(self, name)!r}: FROMAGe knows only {own!r}")
         if self.shared_dim < 1:

@@ -122,9 +122,7 @@ def _ret_row(table: Any, given: dict[str, Any], path: Path, d: int) -> torch.Ten
         return table[0]
     index = require(given, "retrieval_token_idx", int, ARGUMENTS)
     if not 0 <= index < len(table):
-        raise BadDataError(
-            f"{path}: {TABLE} has {len(table)} rows, but {ARGUMENTS} says retrieval_token_idx={index}"
-        )
+        raise BadDataError(f"{path}: {TABLE} has {len(table)} rows, but {ARGUMENTS} says retrieval_token_idx={index}")
     return table[index]
 
 

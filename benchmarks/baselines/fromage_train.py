@@ -1,7 +1,7 @@
 """FROMAGe trained as UniMuR is: by the same trainer, on the miniature's pairs, over the same towers."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback, set_seed
 
 from benchmarks.baselines.fromage import FromageModel
+from benchmarks.baselines.fromage_heads import caption_states, start_canonical, train_heads
 from modeling_unimur import UniMuRProcessor
 from modeling_unimur.processing_unimur import IGNORE
 from train.collate import PairCollator, SkipCounter
@@ -97,7 +98,8 @@ def train_fromage(
     output_dir: str | Path, miniature: Miniature, seed: int, *, learning_rate: float, max_steps: int = 320,
     per_device_train_batch_size: int = 64, gradient_accumulation_steps: int = 2, warmup_steps: int = 30,
     lr_scheduler_type: str = "cosine", ret_init: str | None = "#", n_visual_tokens: int = 6, shared_dim: int = 256,
-    concatenate: float = 0.5, logging_steps: int = 20,
+    concatenate: float = 0.5, logging_steps: int = 20, heads: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """
     Trains FROMAGe on the miniature's caption pairs.
@@ -106,6 +108,9 @@ def train_fromage(
     method and the `learning_rate` alone.
 
     Args:
+        heads: arguments of [`train_heads`], which goes on with W_t2m, W_v2m and the temperature after the steps above;
+            by default it does not.
+        start: arguments of [`start_canonical`], by which these two heads then begin; by default they go on as they are.
         output_dir: gets `checkpoint/`, an adapter over the miniature's towers, and `trainer_state.json` with the losses.
         seed: of the maps' start and of the order of the pairs.
 
@@ -135,6 +140,12 @@ def train_fromage(
     trainer.skips = skips
     trainer.train()
     trainer.save_state()
+    if heads:
+        features = torch.from_numpy(rows["image_features"][range(len(rows))])
+        data = caption_states(model, rows["captions"], features)
+        if start:
+            start_canonical(model, data, **start)
+        train_heads(model, data, seed=seed, **heads)
     checkpoint = str(Path(output_dir) / "checkpoint")
     model.save_pretrained(checkpoint)
     return checkpoint

@@ -45,6 +45,8 @@ def test_configuration_refuses_what_fromage_does_not_have():
         {"image_feature": "projected"},
         {"text_candidates": "clip_text"},
         {"lambda2": 1.0},
+        {"ret_prompt": "Keywords:"},
+        {"alignment": "canonical", "shared_width": 8},
         {"shared_dim": 0},
     ):
         # Strict dataclasses wrap a ValueError.

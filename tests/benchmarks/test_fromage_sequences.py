@@ -59,10 +59,10 @@ def test_joining_is_drawn_with_its_probability_and_only_where_it_fits(model):
         drawn.append(len(collator(rows)["input_ids"]) == 1)
     assert 0.38 < sum(drawn) / 200 < 0.62
     assert joined([[1, 2], [3], [4]], 3) == [[1, 2, 3], [4]] and joined([[1, 2], [3]], 2) == [[1, 2], [3]]
-    short = FromageProcessor.like(make_processor(2, max_length=12))
-    # "BOS a red fox RET" has 11 positions, and 12 behind its image without [RET].
+    # "BOS a red fox RET" has 11 positions; behind its image, without [RET], the caption loses its end.
+    short = FromageProcessor.like(make_processor(2, max_length=11))
     batch = FromageCollator(short, concatenate=1.0)(rows)
-    assert rows_in(batch) == [ids_of(model, "image", "BOS", word) for word in WORDS[:2]]
+    assert rows_in(batch) == [ids_of(model, "image", "BOS", words) for words in ("a red fo", "two dogs")]
     with pytest.raises(ValueError, match="probability"):
         FromageCollator(model.processor, concatenate=1.5)
 
@@ -96,9 +96,10 @@ def test_bos_stands_before_text(model, dialogue, first, every):
 
 
 def test_more_bos_take_their_room(model):
-    dialogue = ["x" * 60, picture(1), "y" * 60, picture(2), "z"]
-    for bos in (FIRST_TEXT, EVERY_TEXT):
-        assert len(contexts_of(model, dialogue, bos)) <= 128
+    dialogue = ["x" * 116, picture(1), "y", picture(2), "z"]
+    assert len(contexts_of(model, dialogue)) == 128  # all the LLM has; two more BOS and the oldest must go
+    parts = ["image", "BOS", "\ny\n", "image", "BOS", "\nz", "RET"]
+    assert contexts_of(model, dialogue, EVERY_TEXT) == ids_of(model, *parts)
 
 
 def test_a_conversation_serialises_as_its_contexts_do(model):

@@ -204,7 +204,9 @@ def test_relevances_count_for_the_next_round_where_the_protocol_has_that_defect(
     pool = {"text_ids": ["t1", "t2", "t3"], "image_ids": []}
     relevances = [[1.0, 0.5, 0], None, [1.0, 0, 0]]
     items = [{**dialogue(str(i), "q", pool, ["t1"]), "relevance": r} for i, r in enumerate(relevances)]
-    data = Dialogues([{k: v for k, v in i.items() if v is not None} for i in items], {t: t for t in pool["text_ids"]}, {})
+    data = Dialogues(
+        [{k: v for k, v in i.items() if v is not None} for i in items], {t: t for t in pool["text_ids"]}, {}
+    )
     corrected, compat = (
         dataclasses.replace(p, settings=p.settings | {"serialisation": {"A": "{text}"}, "squash": None})
         for p in protocols("visdial_answers")[:2]
