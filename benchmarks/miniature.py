@@ -132,9 +132,17 @@ def train_systems(folder: Path, seed: int) -> dict[str, float]:
     prepare(folder, seed)
     seconds["towers"] = time.perf_counter() - start
     config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={seed}", f"--miniature={folder}"]
+    forms = {
+        "UniMuR": [],
+        "UniMuR, pairs alone": ["--interleaved=false"],
+        "UniMuR, pairs alone, image head trained": ["--interleaved=false", "--train_image_map=true"],
+        "UniMuR, pairs alone, the paper's form": ["--interleaved=false", "--config", str(CONFIGS / "paper.yaml")],
+    }
+    places = checkpoints(folder)
     jobs = {
-        "UniMuR": (train, {"argv": [*config, f"--output_dir={folder / 'unimur'}"]}),
-        "UniMuR, pairs alone": (train, {"argv": [*config, "--interleaved=false", f"--output_dir={folder / 'pairs'}"]}),
+        name: (train, {"argv": [*config, *form, f"--output_dir={places[name].parent}"]})
+        for name, form in forms.items()
+    } | {
         "FROMAGe": (_fromage, {"folder": folder, "seed": seed}),
         "BLIP-2": (_blip2, {"folder": folder, "seed": seed}),
         "Frozen": (_frozen, {"folder": folder, "seed": seed}),
@@ -147,8 +155,10 @@ def train_systems(folder: Path, seed: int) -> dict[str, float]:
 
 def checkpoints(folder: Path) -> dict[str, Path]:
     """Where each system's weights are."""
-    names = {"UniMuR": "unimur", "UniMuR, pairs alone": "pairs", "FROMAGe": "fromage", "BLIP-2": "blip2",
-             "Frozen": "frozen"}  # fmt: skip
+    names = {
+        "UniMuR": "unimur", "UniMuR, pairs alone": "pairs", "UniMuR, pairs alone, image head trained": "head",
+        "UniMuR, pairs alone, the paper's form": "paper", "FROMAGe": "fromage", "BLIP-2": "blip2", "Frozen": "frozen",
+    }  # fmt: skip
     return {name: folder / at / "checkpoint" for name, at in names.items()}
 
 
@@ -185,9 +195,8 @@ def measure_seed(folder: Path, seed: int, split: str = "test") -> list[dict[str,
 
 
 def _systems(folder: Path) -> dict[str, System]:
-    kinds = {"UniMuR": "unimur", "UniMuR, pairs alone": "unimur", "FROMAGe": "fromage", "BLIP-2": "blip2",
-             "Frozen": "frozen"}  # fmt: skip
-    systems = {name: load(kinds[name], str(path), name) for name, path in checkpoints(folder).items()}
+    kinds = {"FROMAGe": "fromage", "BLIP-2": "blip2", "Frozen": "frozen"}
+    systems = {name: load(kinds.get(name, "unimur"), str(path), name) for name, path in checkpoints(folder).items()}
     return systems | {"CLIP": ClipBaseline(systems["UniMuR"].model), "chance": Chance()}
 
 
