@@ -25,6 +25,9 @@ MATCHING = ("image retrieval rate", "image retrieval rate on text-only turns", "
             "dialogue to image R@1")  # fmt: skip
 VISUAL = ("contextual image R@1", "contextual image, image informs R@1", "overall R@1")
 
+SPACE = {"alignment": "canonical", "lambda2": 0.0, "temperature": 0.05}
+NEAR = {"state_noise": 0.3, "negatives_bank": 4096}
+
 # name -> (what it asks, the measure that chooses the rate, the measures shown, rows; the first is the default)
 TABLES: dict[str, tuple[str, str, Sequence[str], list[Row]]] = {
     "4": ("Table 4: the training strategy", "overall R@1", MATCHING,
@@ -35,6 +38,17 @@ TABLES: dict[str, tuple[str, str, Sequence[str], list[Row]]] = {
           ("dialogue to image R@1", "dialogue to image R@5", "dialogue to image R@10"),
           [Row("OPT 128 x 2 layers"), Row("OPT 64 x 1 layer", language_model="opt-64x1"),
            Row("OPT 192 x 3 layers", language_model="opt-192x3")]),
+    "alignment": ("the space in which [RET] and images meet", "overall R@1", (*MATCHING, "contextual image R@1"),
+                  [Row("canonical correlation, then steps", SPACE, training=NEAR),
+                   Row("canonical correlation alone", SPACE, steps=0),
+                   Row("alone, of CLIP's projected embedding", SPACE, steps=0, grid={"features": ("projected",)}),
+                   Row("alone, CLIP's text a third view", SPACE, steps=0, grid={"text_weights": (1.0,)}),
+                   Row("then steps, with eq. 6 at weight 1", SPACE | {"lambda2": 1.0}, training=NEAR),
+                   Row("then steps, with eq. 6 at weight 10", SPACE | {"lambda2": 10.0}, training=NEAR),
+                   Row("then steps, without noise", SPACE, training=NEAR | {"state_noise": 0.0}),
+                   Row("then steps, image map trained", SPACE | {"train_image_map": True}, training={"state_noise": 0.3}),
+                   Row("the paper's (DAT)"),
+                   Row("the paper's, with noise and a bank", training=NEAR)]),
     "text candidates": ("the space of candidate texts (Section 3.4)", "overall R@1", MATCHING,
                         [Row("[RET]"), *(Row(name.replace("_", " "), {"text_candidates": name})
                                          for name in ("last_output", "input_embeddings", "clip_text"))]),
@@ -98,7 +112,7 @@ def ablate(tables: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[st
             "rows": [
                 {"name": e["row"].name, "fields": e["row"].fields, "part": e["row"].part, "steps": e["row"].steps,
                  "training": e["row"].training,
-                 "language_model": e["row"].language_model, "rate": e["rate"],
+                 "language_model": e["row"].language_model, "rate": e["rate"], "rates": list(e["row"].rates),
                  "validation": {f"{r:g}": v for r, v in e["validation"].items()}, "seeds": e["seeds"]}
                 for e in chosen[name]
             ],

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from modeling_unimur import UniMuRModel
+from train.closed_form import Grid, start
 from train.collate import PairCollator, SkipCounter
 from train.features import MatchingStates, cache_image_features
 from train.miniature import prepare
@@ -36,6 +37,7 @@ from .tasks.contexts import context_of
 # The ablations are the paper's, so they are made in its form.
 PAPER = ("--config", str(CONFIGS / "miniature.yaml"), "--config", str(CONFIGS / "paper.yaml"))
 RATES = (3e-3, 1e-2)  # where the LLM runs in every step
+CANONICAL_RATES = (1e-4, 3e-4, 1e-3)  # where canonical correlation has put W_t2m near its place
 MATCHING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # on cached states a run takes seconds
 BASE_RATE = 1e-2  # of the part that a row shares with the others
 SIZES = {"opt": None, "opt-64x1": {"width": 64, "layers": 1, "heads": 4}, "opt-192x3": {"width": 192, "layers": 3}}
@@ -52,8 +54,9 @@ class Row:
         part: what is trained for it: `"matching"` (W_t2m alone, on cached states), `"captioning"` (W_i2t alone),
             `"joint"` or `"alternating"` (everything, the LLM in the loop).
         language_model: one of `SIZES`.
-        steps: instead of the miniature's own.
+        steps: instead of the miniature's own; 0 is the closed form alone.
         training: of `train/run.py`'s flags, instead of the miniature's own.
+        grid: of [`train.closed_form.Grid`]'s fields, for the canonical alignment.
     """
 
     name: str
@@ -62,10 +65,15 @@ class Row:
     language_model: str = "opt"
     steps: int | None = None
     training: dict | None = None
+    grid: dict | None = None
 
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates to choose from, the same for every row of a table."""
+        if self.steps == 0:
+            return (0.0,)
+        if self.fields.get("alignment") == "canonical":
+            return CANONICAL_RATES
         return MATCHING_RATES if self.part == "matching" else RATES
 
     @property
@@ -102,6 +110,8 @@ class Seed:
         for name, value in row.fields.items():
             setattr(model_args, name, value)
         model_args.text_model, model_args.clip_model = self.tower(row.language_model), self.miniature.clip_model
+        if model_args.alignment == "canonical":
+            model_args.init = "cca"
         set_seed(self.seed)
         return UniMuRModel.from_pretrained_towers(
             model_args.text_model, model_args.clip_model, make_processor(model_args), ret_init=model_args.ret_init,
@@ -116,6 +126,9 @@ class Seed:
             shared = self._tensors(Row("shared", {}, other[0]), BASE_RATE)
             tensors |= {n: t for n, t in shared.items() if n.startswith(other[1])}
         model = self.model(row)
+        if model.config.alignment == "canonical":
+            width, read = len(tensors["W_t2m.bias"]), tensors["W_v2m.weight"].shape[1]
+            model.set_shared_space(width, "pooled" if read == model.config.image_feature_width else "projected")
         model.load_state_dict(tensors, strict=False)
         return model.eval()
 
@@ -133,12 +146,17 @@ class Seed:
         _, _, args = parse([
             *PAPER, f"--learning_rate={rate}", f"--schedule={row.part}",
             f"--seed={self.seed}", f"--output_dir={self.runs}", "--disable_tqdm=true", "--logging_steps=1000",
-            *([f"--max_steps={row.steps}"] if row.steps else []),
+            *([] if row.steps is None else [f"--max_steps={row.steps}"]),
             *(f"--{name}={value}" for name, value in (row.training or {}).items()),
         ])  # fmt: skip
         if row.part == "matching":
             rows = self.states(row.language_model, model)
             collator = rows.collate
+            if model.config.alignment == "canonical":
+                pairs = PairCollator(model.processor, seed=self.seed)
+                start(model, rows.pairs, pairs, SkipCounter(), batch_size=256, grid=Grid(**(row.grid or {})))
+            if row.steps == 0:
+                return
         else:
             rows, collator = self.pairs(model), PairCollator(model.processor, seed=self.seed)
         UniMuRTrainer(model=model, args=args, train_dataset=rows, data_collator=collator).train()
@@ -266,8 +284,8 @@ def run_test(
 @torch.no_grad()
 def _hidden(model: UniMuRModel, contexts: Sequence) -> torch.Tensor:
     parts = []
-    for start in range(0, len(contexts), 64):
-        inputs = model.processor.contexts(contexts[start : start + 64])
+    for first in range(0, len(contexts), 64):
+        inputs = model.processor.contexts(contexts[first : first + 64])
         features = model.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
         parts.append(model.ret_states(inputs["input_ids"], inputs["attention_mask"], features))
     return torch.cat(parts)

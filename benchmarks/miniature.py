@@ -135,7 +135,11 @@ def train_systems(folder: Path, seed: int) -> dict[str, float]:
     forms = {
         "UniMuR": [],
         "UniMuR, pairs alone": ["--interleaved=false"],
-        "UniMuR, pairs alone, image head trained": ["--interleaved=false", "--train_image_map=true"],
+        "UniMuR, pairs alone, image head trained": [
+            "--interleaved=false",
+            "--train_image_map=true",
+            "--negatives_bank=0",
+        ],
         "UniMuR, pairs alone, the paper's form": ["--interleaved=false", "--config", str(CONFIGS / "paper.yaml")],
     }
     places = checkpoints(folder)

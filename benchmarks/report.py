@@ -191,8 +191,10 @@ def ablation(table: Mapping[str, Any]) -> str:
     lines += _head(["", "learning rate", *table["shown"]])
     for row in table["rows"]:
         cells = [_span([s["metrics"][c]["value"] for s in row["seeds"]], 1, 100) for c in table["shown"]]
-        edge = " (edge)" if row["rate"] in (min(table["rates"]), max(table["rates"])) else ""
-        lines.append(f"| {row['name']} | {row['rate']:g}{edge} | " + " | ".join(cells) + " |")
+        rates = row.get("rates", table["rates"])
+        edge = " (edge)" if row["rate"] in (min(rates), max(rates)) else ""
+        rate = f"{row['rate']:g}{edge}" if row["rate"] else "no step"
+        lines.append(f"| {row['name']} | {rate} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -134,7 +134,8 @@ class UniMuRConfig(PreTrainedConfig):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
-        if (self.alignment == "canonical") != (self.shared_width is not None) or (self.shared_width or 1) < 1:
+        width = self.shared_width
+        if (self.alignment == "canonical") != (width is not None) or (width is not None and width < 1):
             raise ValueError(
                 f"alignment={self.alignment!r} with shared_width={self.shared_width!r}: the canonical space needs its width, "
                 "at least 1, and the paper's has CLIP's"

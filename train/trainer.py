@@ -96,6 +96,10 @@ class UniMuRTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.groups = groups
         self.skips = SkipCounter()
+        if self.args.negatives_bank and self.model.config.train_image_map:
+            raise ValueError(
+                "--negatives_bank keeps past embeddings of images, which --train_image_map changes: give one"
+            )
         self.bank = NegativesBank(self.args.negatives_bank) if self.args.negatives_bank else None
         self._to_bank: torch.Tensor | None = None
         self._parts: dict[str, torch.Tensor] = {}
