@@ -5,6 +5,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# MKL otherwise chooses its kernels by where in memory a matrix happens to lie, and the last bits with them.
+export MKL_CBWR ?= AUTO,STRICT
 
 .PHONY: demo test test-oldest style quality clean
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from modeling_unimur import UniMuRModel
-from train.closed_form import Grid, start
+from train.closed_form import Grid, Sums, solve_canonical, sum_pairs
 from train.collate import PairCollator, SkipCounter
 from train.features import MatchingStates, cache_image_features
 from train.miniature import prepare
@@ -95,6 +95,7 @@ class Seed:
         self.runs = folder / "ablation"
         self.runs.mkdir(parents=True, exist_ok=True)
         self._rows, self._states, self._hidden, self._evaluation = None, {}, {}, {}
+        self._sums: Sums | None = None
 
     def tower(self, name: str) -> str:
         if SIZES[name] is None:
@@ -153,8 +154,7 @@ class Seed:
             rows = self.states(row.language_model, model)
             collator = rows.collate
             if model.config.alignment == "canonical":
-                pairs = PairCollator(model.processor, seed=self.seed)
-                start(model, rows.pairs, pairs, SkipCounter(), batch_size=256, grid=Grid(**(row.grid or {})))
+                solve_canonical(self.sums(rows, model), grid=Grid(**(row.grid or {}))).apply(model)
             if row.steps == 0:
                 return
         else:
@@ -173,6 +173,13 @@ class Seed:
         if language_model not in self._states:
             self._states[language_model] = MatchingStates(self.pairs(model), model, self.seed)
         return self._states[language_model]
+
+    def sums(self, rows: MatchingStates, model: UniMuRModel) -> Sums:
+        """What the canonical alignment is solved from, of every caption."""
+        if self._sums is None:
+            collator = PairCollator(model.processor, seed=self.seed)
+            self._sums = sum_pairs(model, rows.pairs, collator, SkipCounter(), batch_size=256)
+        return self._sums
 
     # Evaluation
 

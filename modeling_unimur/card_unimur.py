@@ -130,7 +130,7 @@ No evaluation was given when this card was written.
 
 {{ training_data }}
 
-The two linear maps{{ also_trained }} were trained by captioning and by alignment to CLIP's image and text embeddings; language
+The two linear maps{{ also_trained }} were trained by captioning and by {{ aligned }}; language
 model and CLIP stayed frozen.
 
 ## Intended use and limits
@@ -247,6 +247,9 @@ def model_card(
         evaluation_note=evaluation_note,
         has_pool=has_pool,
         training_data=training_data or "What it was trained on was not stated by who pushed this.",
+        aligned="alignment to CLIP's image and text embeddings" if config.alignment == "paper" else
+        f"alignment to images in a space of {config.shared_width} canonical correlations, into which a fixed map brings CLIP's "
+        "image features",
         also_trained=" and the input embedding of `[RET]`" if config.train_ret_embedding else "",
         licences=[("the trained maps" if config.is_adapter else "the checkpoint", own), *licences],
     )  # fmt: skip

@@ -48,7 +48,7 @@ def base(folder):
 
 @pytest.mark.parametrize("size", ["1.3b", "6.7b", "13b"])
 def test_the_papers_configs_parse_to_the_papers_settings(size):
-    model, _, args = parse([str(CONFIGS / f"opt-{size}.yaml")])
+    model, _, args = parse([str(CONFIGS / f"opt-{size}.yaml"), "--config", str(CONFIGS / "paper.yaml")])
     assert model.text_model == f"facebook/opt-{size}" and model.clip_model == "openai/clip-vit-large-patch14"
     for name, value in REQUIRED.items():
         assert getattr(model, name, None) == value or getattr(args, name, None) == value, name
@@ -62,7 +62,7 @@ def test_without_arguments_it_is_the_miniature_and_flags_win():
 
 
 def test_model_defaults_are_the_configs():
-    model = parse(["--train_data", "x"])[0]
+    model = parse(["--train_data", "x", "--alignment", "paper"])[0]
     config = UniMuRConfig()
     for name, value in model.config_fields().items():
         assert getattr(config, name) == value, name
