@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from modeling_unimur import UniMuRModel
+from train.arguments import CONFIGS, parse
 from train.closed_form import Grid, Sums, solve_canonical, sum_pairs
 from train.collate import PairCollator, SkipCounter
 from train.features import MatchingStates, cache_image_features
 from train.miniature import prepare
 from train.miniature.towers import pretrain_opt
 from train.miniature.world import splits
-from train.run import CONFIGS, make_processor, parse
+from train.run import make_processor
 from train.trainer import UniMuRTrainer
 
 from .baselines.clip import ClipBaseline

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from modeling_unimur import CandidatePool, Retrieval, UniMuRModel
+from train.arguments import CONFIGS
 from train.miniature import encode, prepare
 from train.parallel import side_by_side
-from train.run import CONFIGS
 from train.run import main as train
 
 from .baselines.chance import Chance

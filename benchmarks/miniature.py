@@ -10,11 +10,11 @@ from typing import Any
 from PIL import Image
 
 from modeling_unimur import UniMuRModel
+from train.arguments import CONFIGS
 from train.miniature import pictures, prepare
 from train.miniature.dialogues import DialogueSet, figure1, responses, visdial, without_context_images
 from train.miniature.world import splits
 from train.parallel import side_by_side
-from train.run import CONFIGS
 from train.run import main as train
 
 from .baselines.chance import Chance

@@ -70,8 +70,13 @@ class Sums:
         for name, at in places.items():
             if numbers[name] is not None:
                 self.held.add(numbers[name], {view: value[at].cpu() for view, value in rows.items()})
-        for surplus in self.held.surplus(slack=self.held.size):
-            self.fit(surplus)
+        self.fit_surplus(slack=self.held.size)
+
+    def fit_surplus(self, slack: int = 0) -> None:
+        """Adds what is held beyond the size, and by choice some more, to the moments after all."""
+        for rows in self.held.surplus(slack):
+            if self._enters(rows):
+                self.fit(_stacked(rows))
 
     def fit(self, rows: Rows, at: Sequence[int] | slice = slice(None)) -> None:
         """Adds some of the rows to the moments."""
@@ -89,17 +94,24 @@ class Sums:
             raise ValueError(f"{without} of the processes had no row to add up: use fewer processes or more shards")
         self.moments.reduce()
         self.held.gather()
-        for surplus in self.held.surplus():
-            self.fit(surplus)
+        self.fit_surplus()
         return self
 
     def whole(self) -> Moments:
         """The moments of all rows, those held out too."""
         rest = Moments(self.moments.widths, self.moments.device)
-        for rows in self.held.rows():
-            if all(view in rows for view in self.views):
-                rest.add({view: rows[view].reshape(-1, rows[view].shape[-1]) for view in self.views})
+        for rows in filter(self._enters, self.held.rows()):
+            rest.add({view: value for view, value in _stacked(rows).items() if view in self.views})
         return self.moments + rest
+
+    def _enters(self, rows: Rows) -> bool:
+        """A document whose reply has no image is held out to be asked for, and enters no moments."""
+        return all(view in rows for view in self.views)
+
+
+def _stacked(rows: Rows) -> Rows:
+    """The rows of one item, `(m, width)` or `(width,)`, as `(m, width)`."""
+    return {view: value.reshape(-1, value.shape[-1]) for view, value in rows.items()}
 
 
 @dataclass
@@ -314,6 +326,7 @@ def _add_documents(sums: Sums, model: UniMuRModel, batch: dict[str, Any]) -> Non
             words = model.processor.texts([reply]).to(model.device)
             views["reply"] = model.ret_states(words["input_ids"], words["attention_mask"])[0].cpu()
         sums.held.add(number, views)
+    sums.fit_surplus(slack=sums.held.size)
     if fitted:
         images = [targets[row] for row in fitted]
         unit = F.normalize(embeds[images].float(), dim=-1)

@@ -15,7 +15,8 @@ from transformers import AutoConfig, CLIPConfig
 from benchmarks.baselines.fromage import FromageModel
 from benchmarks.schema import BadDataError, read_json, require
 from modeling_unimur.towers_unimur import non_finite_tensors
-from train.run import ModelArguments, make_processor
+from train.arguments import ModelArguments
+from train.run import make_processor
 
 ARGUMENTS, WEIGHTS = "model_args.json", "pretrained_ckpt.pth.tar"
 # FROMAGe's names -> ours. All of them must be there, and nothing else.

@@ -13,10 +13,11 @@ from benchmarks.baselines.fromage import FromageModel
 from benchmarks.baselines.fromage_heads import caption_states, start_canonical, train_heads
 from modeling_unimur import UniMuRProcessor
 from modeling_unimur.processing_unimur import IGNORE
+from train.arguments import ModelArguments
 from train.collate import PairCollator, SkipCounter
 from train.features import cache_image_features
 from train.miniature import Miniature
-from train.run import ModelArguments, make_processor
+from train.run import make_processor
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
 

@@ -10,10 +10,11 @@ from transformers.configuration_utils import SubConfigSpec
 
 from benchmarks.language import LanguageSystem
 from modeling_unimur import UniMuRConfig, UniMuRModel
+from train.arguments import CONFIGS, parse
 from train.collate import PairCollator
 from train.miniature.prepare import Miniature
 from train.miniature.world import SIZE
-from train.run import CONFIGS, make_processor, parse
+from train.run import make_processor
 from train.trainer import UniMuRTrainer
 
 

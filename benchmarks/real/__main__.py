@@ -20,8 +20,8 @@ from benchmarks.measure import Measure
 from benchmarks.miniature import table
 from benchmarks.report import write
 from modeling_unimur import UniMuRModel
+from train.arguments import CONFIGS
 from train.parallel import side_by_side
-from train.run import CONFIGS
 from train.run import main as train
 
 from . import visual

@@ -23,10 +23,11 @@ from benchmarks.tasks.contexts import context_of
 from modeling_unimur import UniMuRModel
 from modeling_unimur.dialogues_unimur import parse_dialogue
 from modeling_unimur.towers_unimur import digest
+from train.arguments import ModelArguments
 from train.extract import values_hash
 from train.miniature import Miniature, prepare
 from train.miniature.dialogues import without_context_images
-from train.run import ModelArguments, make_processor
+from train.run import make_processor
 from train.shards import Shard, ShardedTable, build_shards
 
 from .fetch import smollm2

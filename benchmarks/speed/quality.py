@@ -7,9 +7,9 @@ On the miniature's caption pairs, one thread. The reference (see [`benchmarks.sp
 epoch and trains [RET]'s row too; its learning rate is the best of three by the recall it ends with on the first seed. The
 others are `train/run.py`'s trainer at the miniature's settings, in the paper's form (random maps, CLIP's own space) or from
 canonical correlation, which here sees one caption of each image. Every run makes the same number of steps over the same
-batch size, but for canonical correlation alone, which makes none. Recall is dialogue to image R@1 on validation, whose queries are words alone; it is measured outside the clock.
-What a run needs before its first step is inside it: the cache of images, or of images and captions, and the closed form.
-Loading the towers, the same for all, is not.
+batch size, but for canonical correlation alone, which makes none. Recall is dialogue to image R@1 on validation, whose
+queries are words alone; it is measured outside the clock. What a run needs before its first step is inside it: the cache of
+images, or of images and captions, and the closed form. Loading the towers, the same for all, is not.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, get_cosine_schedule_with_warmup, set_seed
 
 from modeling_unimur import UniMuRModel
+from train.arguments import parse
 from train.closed_form import start
 from train.collate import PairCollator, SkipCounter
 from train.features import cache_caption_states, cache_image_features
-from train.run import parse
 from train.trainer import UniMuRTrainer
 
 from .. import ablation

@@ -9,9 +9,9 @@ import yaml
 from benchmarks import ablation
 from benchmarks.ablation import Seed
 from benchmarks.data import miniature
+from train.arguments import CONFIGS
 from train.miniature.towers import pretrain_clip, pretrain_opt
 from train.miniature.world import splits
-from train.run import CONFIGS
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def launch(data: Path, out: Path, processes: int, *more: str) -> dict:
         "train/run.py", f"--text_model={data}/towers/text", f"--clip_model={data}/towers/clip",
         f"--train_data={data}/photos", f"--output_dir={out}", "--max_steps=4", "--learning_rate=0.01", "--warmup_steps=0",
         "--logging_steps=1", "--save_strategy=no", "--disable_tqdm=true", f"--per_device_train_batch_size={8 // processes}",
-        "--use_cpu=true", "--max_grad_norm=1.0", "--text_matching=infonce", "--evaluate_pairs=0", *more,
+        "--use_cpu=true", "--max_grad_norm=1.0", "--text_matching=infonce", "--evaluate_pairs=0", "--alignment=paper", *more,
     ]  # fmt: skip
     config = ROOT / "train" / "configs" / "accelerate" / "two_cpu.yaml"
     command = [sys.executable, *flags]
@@ -68,6 +68,19 @@ def test_two_processes_train_as_one(data, tmp_path, more):
     read_for_the_cache = 8 if "--cache_features=true" in more else 0
     one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
     check_alike(one, two, tmp_path, seen=32 + read_for_the_cache)
+
+
+def test_two_processes_solve_the_canonical_alignment_as_one(data, tmp_path):
+    more = ("--alignment=canonical", "--max_steps=0", "--cca_widths=3", "--cca_ridges=0.1", "--cca_powers=1")
+    one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
+    assert (one["processes"], two["processes"]) == (1, 2) and one["pairs_seen"] == two["pairs_seen"] == 8
+    assert one["closed_form"] == pytest.approx(two["closed_form"], nan_ok=True)
+    first, second = (load_file(tmp_path / n / "checkpoint" / "model.safetensors") for n in "12")
+    for name in ("W_t2m", "W_v2m", "W_x2m"):
+        # A direction may point either way, on both sides alike; what a cosine sees is the same.
+        a, b = (torch.cat([w[f"{name}.weight"], w[f"{name}.bias"][:, None]], 1) for w in (first, second))
+        assert torch.allclose(a.T @ a, b.T @ b, rtol=1e-3, atol=1e-4), name
+    assert torch.allclose(first["W_i2t.weight"], second["W_i2t.weight"], atol=1e-5)
 
 
 def check_alike(one: dict, two: dict, folder: Path, seen: int) -> None:

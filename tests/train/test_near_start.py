@@ -6,8 +6,8 @@ import yaml
 
 from tests.tiny import make_model
 from tests.train.test_trainer import pairs, trainer_of
+from train.arguments import CONFIGS, parse
 from train.collate import PairCollator
-from train.run import CONFIGS, parse
 
 
 def test_the_matching_maps_have_a_rate_of_their_own(tmp_path):

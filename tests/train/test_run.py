@@ -11,7 +11,8 @@ import yaml
 from modeling_unimur import UniMuRConfig
 from tests.conftest import picture
 from tests.tiny import make_towers
-from train.run import CONFIGS, main, parse, spare_cores
+from train.arguments import CONFIGS, parse
+from train.run import main, spare_cores
 
 REQUIRED = {
     "dtype": "bfloat16",
