@@ -178,7 +178,8 @@ class Seed:
         if key not in self._hidden:
             self._hidden[key] = _hidden(model, contexts), (_hidden(model, [[t] for t in texts]) if texts else None)
         if (split, which) not in self._hidden:
-            self._hidden[split, which] = model.embed_images(images)
+            with torch.no_grad():
+                self._hidden[split, which] = model.encode_images(model.processor.pixels(images))
         queries, words = self._hidden[key]
         with torch.no_grad():
             if texts and model.config.text_candidates != "ret":
@@ -186,7 +187,8 @@ class Seed:
             elif texts:
                 words = F.normalize(model.W_t2m(words), dim=-1)
             queries = F.normalize(model.W_t2m(queries), dim=-1)
-        return Embedded(queries, words, self._hidden[split, which], text_rows, image_rows)
+            pictures = F.normalize(model.unify_images(*self._hidden[split, which]), dim=-1)
+        return Embedded(queries, words, pictures, text_rows, image_rows)
 
     def response(self, model: UniMuRModel, split: str, image_bias: float = 0.0) -> dict[str, Measure]:
         """Table 1's measures."""

@@ -210,7 +210,7 @@ def model_card(
     described = [
         f"[{name}](https://huggingface.co/{name})" if name else f"its own, {tower.model_type} of width {width}"
         for name, tower, width in zip(
-            named, (config.text_config, config.clip_config), (config.text_width, config.embedding_width), strict=True
+            named, (config.text_config, config.clip_config), (config.text_width, config.clip_width), strict=True
         )
     ]
     data = ModelCardData(

@@ -21,6 +21,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 CHOICES = {
+    "alignment": ("paper", "canonical"),
+    "matching_feature": ("pooled", "projected"),
     "image_feature": ("pooled", "projected"),
     "text_candidates": ("ret", "last_output", "input_embeddings", "clip_text"),
     "text_target": ("normalized", "raw"),
@@ -57,6 +59,13 @@ class UniMuRConfig(PreTrainedConfig):
             embedding table, so they may lie beyond it.
         ret_prompt (`str`, defaults to `""`): words before every `[RET]`, such as `"\nKeywords:"`, which ask an LLM that
             was never taught [RET] for the gist of what came before. The processor puts them there and has to agree.
+        alignment (`"paper"` | `"canonical"`): the space in which [RET] and images meet. `"paper"` is Section 3.2's: CLIP's
+            own embeddings, as they are. `"canonical"`: the space of canonical correlation, into which `W_v2m` maps images
+            and `W_x2m` CLIP's texts; both are found in closed form (the repository's `train/canonical.py`).
+        shared_width (`int`, *optional*): k, the width of the canonical space; the paper's has CLIP's.
+        matching_feature (`"pooled"` | `"projected"`): what `W_v2m` reads of an image: CLIP's output before its
+            projection, or behind it.
+        train_image_map (`bool`, defaults to `False`): train `W_v2m` too, as FROMAGe does; else it is frozen.
         n_visual_tokens (`int`, defaults to 1): visual tokens an image becomes (FROMAGe 1, GILL 4; the paper is silent).
         image_feature (`"pooled"` | `"projected"`): what `W_i2t` reads: CLIP's pooled output, or the q-dimensional
             embedding that the paper's shared symbol c suggests.
@@ -95,6 +104,10 @@ class UniMuRConfig(PreTrainedConfig):
     ret_token_id: int | None = None
     image_token_id: int | None = None
     ret_prompt: str = ""
+    alignment: str = "paper"
+    shared_width: int | None = None
+    matching_feature: str = "pooled"
+    train_image_map: bool = False
     n_visual_tokens: int = 1
     image_feature: str = "pooled"
     text_candidates: str = "ret"
@@ -121,6 +134,18 @@ class UniMuRConfig(PreTrainedConfig):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
+        if (self.alignment == "canonical") != (self.shared_width is not None) or (self.shared_width or 1) < 1:
+            raise ValueError(
+                f"alignment={self.alignment!r} with shared_width={self.shared_width!r}: the canonical space needs its width, "
+                "at least 1, and the paper's has CLIP's"
+            )
+        if self.alignment == "paper" and self.train_image_map:
+            raise ValueError("train_image_map=True: the paper's alignment has no image map; set alignment='canonical'")
+        if self.alignment == "canonical" and self.matching_feature == "pooled" != self.image_feature:
+            raise ValueError(
+                "matching_feature='pooled' needs image_feature='pooled', since one feature of an image is kept beside its "
+                "embedding: set matching_feature='projected'"
+            )
         if self.n_visual_tokens < 1:
             raise ValueError(f"n_visual_tokens={self.n_visual_tokens}: an image needs at least one visual token")
         for name in ("lambda1", "lambda2", "margin"):
@@ -148,12 +173,22 @@ class UniMuRConfig(PreTrainedConfig):
     @property
     def image_feature_width(self) -> int:
         """c: width of what `W_i2t` reads."""
-        return self.clip_config.vision_config.hidden_size if self.image_feature == "pooled" else self.embedding_width
+        return self.clip_config.vision_config.hidden_size if self.image_feature == "pooled" else self.clip_width
+
+    @property
+    def clip_width(self) -> int:
+        """Width of CLIP's own embeddings of images and texts, its projection."""
+        return self.clip_config.projection_dim
 
     @property
     def embedding_width(self) -> int:
-        """q: width of the unified embedding, CLIP's projection."""
-        return self.clip_config.projection_dim
+        """q: width of the unified embedding: CLIP's in the paper's alignment, `shared_width` in the canonical one."""
+        return self.clip_width if self.alignment == "paper" else self.shared_width
+
+    @property
+    def matching_feature_width(self) -> int:
+        """Width of what `W_v2m` reads of an image."""
+        return self.image_feature_width if self.matching_feature == "pooled" else self.clip_width
 
 
 # transformers looks a checkpoint's config up even to load its tokenizer; unregistered, it would ask to run remote code.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
 from transformers import initialization as init
@@ -17,7 +18,7 @@ from .losses_unimur import linear_caption_loss, text_matching_loss, total_loss, 
 from .packing_unimur import block_mask, positions
 from .processing_unimur import IGNORE, UniMuRProcessor
 from .retrieval_unimur import RetrievalMixin
-from .towers_unimur import LORA, TRAINED
+from .towers_unimur import LORA, OWN_TENSORS
 
 
 @dataclass
@@ -27,8 +28,8 @@ class UniMuROutput(ModelOutput):
         loss: scalar, eq. 7 over the losses whose inputs were given.
         loss_cap, loss_vm, loss_tm: scalars, eq. 1-6, `None` where not computed.
         ret_embeds: `(n, q)` float32, e_t at [RET], not normalised.
-        image_embeds: `(images, q)` float32, CLIP's embeddings of the batch's images.
-        text_embeds: `(texts, q)` float32, CLIP's embeddings of the target texts.
+        image_embeds: `(images, q)` float32, the unified embeddings of the batch's images.
+        text_embeds: `(texts, q)` float32, the targets of eq. 6.
     """
 
     loss: torch.Tensor | None = None
@@ -44,8 +45,9 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
     """
     The model: `language_model` and `clip` frozen; `W_i2t` (image feature to `n_visual_tokens` input embeddings),
     `W_t2m` (last output at [RET] to the unified embedding e), the temperature, and by choice [RET]'s input embedding
-    trained. The trained tensors are float32 whatever the towers' dtype. Its verbs are those of [`RetrievalMixin`]; loading
-    and saving are [`CheckpointMixin`]'s.
+    trained. In the canonical alignment also `W_v2m` (image feature to the unified embedding) and `W_x2m` (CLIP's text
+    embedding to the same space), found in closed form and frozen. These tensors are float32 whatever the towers' dtype.
+    Its verbs are those of [`RetrievalMixin`]; loading and saving are [`CheckpointMixin`]'s.
     """
 
     config_class = UniMuRConfig
@@ -54,8 +56,8 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = list(TRAINED)
-    own_tensors = TRAINED  # names that start a tensor of the model's own rather than of a tower
+    _keep_in_fp32_modules_strict = list(OWN_TENSORS)
+    own_tensors = OWN_TENSORS  # names that start a tensor of the model's own rather than of a tower
 
     def __init__(self, config: UniMuRConfig):
         super().__init__(config)
@@ -77,15 +79,38 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
 
     @staticmethod
     def map_widths(config: UniMuRConfig) -> dict[str, tuple[int, int]]:
-        """The linear maps, all of them trained: name -> widths in and out."""
-        return {
+        """The linear maps: name -> widths in and out."""
+        widths = {
             "W_i2t": (config.image_feature_width, config.n_visual_tokens * config.text_width),
             "W_t2m": (config.text_width, config.embedding_width),
         }
+        if config.alignment == "canonical":
+            widths["W_v2m"] = (config.matching_feature_width, config.shared_width)
+            widths["W_x2m"] = (config.clip_width, config.shared_width)
+        return widths
+
+    @staticmethod
+    def trained_maps(config: UniMuRConfig) -> set[str]:
+        """Names of the maps that are trained; W_v2m and W_x2m are found in closed form."""
+        return {"W_i2t", "W_t2m"} | ({"W_v2m"} if config.train_image_map else set())
 
     @property
     def maps(self) -> list[nn.Linear]:
         return [getattr(self, name) for name in self.map_widths(self.config)]
+
+    def set_shared_space(self, width: int, feature: str) -> None:
+        """
+        Gives the canonical alignment another width k and image feature: `W_t2m`, `W_v2m` and `W_x2m` are new, to be filled.
+
+        Raises:
+            ValueError: the alignment is the paper's, or what [`UniMuRConfig`] refuses.
+        """
+        config = self.config
+        config.shared_width, config.matching_feature = width, feature
+        config.validate_unimur()
+        for name in ("W_t2m", "W_v2m", "W_x2m"):
+            setattr(self, name, nn.Linear(*self.map_widths(config)[name], device=self.device))
+        self._freeze()
 
     def _init_weights(self, module: nn.Module) -> None:
         if module in self.maps:
@@ -101,8 +126,8 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
 
     def _freeze(self) -> None:
         self.requires_grad_(False)
-        for module in self.maps:
-            module.requires_grad_(True)
+        for name in self.trained_maps(self.config):
+            getattr(self, name).requires_grad_(True)
         self.logit_scale.requires_grad_(self.config.learn_temperature)
         self.ret_embedding.requires_grad_(self.config.train_ret_embedding)
         for name, parameter in self.named_parameters():
@@ -128,16 +153,32 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
 
     def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        One pass of CLIP's visual tower: `(i, 3, h, w)` -> what `W_i2t` reads `(i, c)` and the image embedding `(i, q)`,
-        float32, neither normalised.
+        One pass of CLIP's visual tower: `(i, 3, h, w)` -> what `W_i2t` reads `(i, c)` and CLIP's image embedding
+        `(i, clip_width)`, float32, neither normalised. Nothing in them is trained.
         """
         with torch.no_grad():
             pooled = self.clip.vision_model(pixel_values.to(self.clip.dtype)).pooler_output
             embeds = self.clip.visual_projection(pooled).float()
         return (pooled.float() if self.config.image_feature == "pooled" else embeds), embeds
 
+    def unify_images(self, features: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """
+        The unified embedding `(i, q)` float32, not normalised, of images as `encode_images` gives them: CLIP's own in the
+        paper's alignment, W_v2m's in the canonical one.
+        """
+        if self.config.alignment == "paper":
+            return embeds
+        return self.W_v2m(features if self.config.matching_feature == "pooled" else F.normalize(embeds, dim=-1))
+
+    def unify_clip_texts(self, embeds: torch.Tensor) -> torch.Tensor:
+        """
+        CLIP's text embeddings `(n, clip_width)`, not normalised, in the unified space: `(n, q)`. Canonical correlation
+        saw them normalised, and so W_x2m reads them.
+        """
+        return embeds if self.config.alignment == "paper" else self.W_x2m(F.normalize(embeds, dim=-1))
+
     def encode_clip_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """CLIP's text embedding `(n, q)`, float32, not normalised."""
+        """CLIP's text embedding `(n, clip_width)`, float32, not normalised."""
         with torch.no_grad():
             pooled = self.clip.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
             return self.clip.text_projection(pooled).float()
@@ -229,7 +270,8 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
 
         L_cap is computed where `labels` are given, L_vm and L_tm where `ret_input_ids` are; the weights lambda1 and
         lambda2 of zero skip their loss. CLIP runs once per image, for prefix and target both, and not at all where
-        `image_features` `(i, c)` and `image_embeds` `(i, q)` are given, or `text_embeds` `(texts, q)`. With [RET] frozen
+        `image_features` `(i, c)` and `image_embeds` `(i, clip_width)` are given, CLIP's as `encode_images` has them, or
+        `text_embeds` `(texts, clip_width)`, CLIP's too. With [RET] frozen
         the LLM's output there may be given too: `ret_states` `(n, d)` instead of `ret_input_ids`. `packing` and
         `ret_packing` are [`plan_packing`]'s of the two passes, `negatives` `(m, q)` further images of eq. 4.
 
@@ -258,6 +300,8 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         if ret_states is not None:
             ret_embeds = self.W_t2m(ret_states)
             scale = self.logit_scale.exp().clamp(max=100)
+            if image_embeds is not None:
+                image_embeds = self.unify_images(image_features, image_embeds)
             if config.lambda1:
                 loss_vm = visual_matching_loss(  # eq. 3-5
                     ret_embeds[image_rows], image_embeds[target_indices], scale, negatives
@@ -265,6 +309,7 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
             if config.lambda2:
                 if text_embeds is None:
                     text_embeds = self.encode_clip_texts(clip_input_ids, clip_attention_mask)
+                text_embeds = self.unify_clip_texts(text_embeds)
                 loss_tm = text_matching_loss(  # eq. 6
                     ret_embeds[text_rows], text_embeds, kind=config.text_matching, target=config.text_target,
                     reduction=config.text_target_reduction, logit_scale=scale, margin=config.margin,

@@ -33,7 +33,7 @@ class RetrievalMixin:
     def embed_images(
         self, images: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False
     ) -> torch.Tensor:
-        """CLIP embeddings of candidate images (PIL, paths, bytes or datasets' undecoded ones): as `embed_dialogues`."""
+        """Unified embeddings of candidate images (PIL, paths, bytes or datasets' undecoded ones): as `embed_dialogues`."""
         return self._embed("images", images, batch_size, show_progress_bar)
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 32, show_progress_bar: bool = False) -> torch.Tensor:
@@ -54,10 +54,11 @@ class RetrievalMixin:
     def encode(self, kind: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Embeddings `(n, q)` float32, not normalised, of what `prepare` made of n items of this kind."""
         if kind == "images":
-            return self.encode_images(inputs["pixel_values"])[1]
+            return self.unify_images(*self.encode_images(inputs["pixel_values"]))
         space = self.config.text_candidates
         if kind == "texts" and space == "clip_text":
-            return self.encode_clip_texts(inputs["clip_input_ids"], inputs["clip_attention_mask"])
+            embeds = self.encode_clip_texts(inputs["clip_input_ids"], inputs["clip_attention_mask"])
+            return self.unify_clip_texts(embeds)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if kind == "dialogues" or space == "ret":
             features = self.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
 from transformers.utils import is_peft_available
 
-TRAINED = ("W_i2t", "W_t2m", "ret_embedding", "logit_scale")
+# What a checkpoint holds beside its towers; W_v2m and W_x2m in the canonical alignment alone.
+OWN_TENSORS = ("W_i2t", "W_t2m", "W_v2m", "W_x2m", "ret_embedding", "logit_scale")
 LORA = ".lora_"  # in the name of every tensor of a LoRA
 LORA_FOLDER = "lora"
 # Of the arguments a user gives for the adapter, those that hold for its towers too. Never revision or subfolder: each

@@ -1,292 +1,366 @@
-r"""
-The two maps without a gradient step: ridge regressions solved from moments that are accumulated in one pass.
+"""
+Both maps without a gradient step: moments summed in one pass over the data, from which the solution is chosen.
 
-With h a caption's output at [RET] `(d,)`, v its image's CLIP embedding, L2-normalised `(q,)`, and S_ab the covariance of
-a and b over the pairs:
-
-    ridge      B = S_vh (S_hh + rho tr(S_hh)/d I)^-1          v's best linear prediction from h
-    whitening  P = (S_vv + eps tr(S_vv)/q I)^-p                p = 0: none; p = 1/2: whitened once; p = 1: fully
-    W_t2m      W = a P B,   b = -W E[h]
-
-L_tm (eq. 6) alone is the ridge with CLIP's text embedding as its target and p = 0. The image target with p > 0 stands
-for L_vm (eq. 3-5): without the mean, and with the common directions of CLIP's embeddings turned down, a cosine with an
-image tells it apart from the others, which is what InfoNCE asks for. The mean of v does not enter b, since it adds the
-same to every image's score. The factor a gives e_t the mean square length one, that of eq. 6's target.
-
-It ranks images among images and texts among texts. In a pool of both, two texts seen through one map lie closer together
-than a text and an image, so that texts come first: search with `calibrate=True` or an `image_bias`, or train on from here.
-
-    W_i2t      V = S_zf (S_ff + rho tr(S_ff)/c I)^-1,   b = E[z] - V E[f]
-
-with f the image feature `(c,)` and z the mean of its caption's input embeddings `(d,)`; every visual token starts there.
+`--init cca` solves the canonical alignment ([`train.canonical`]), `--init closed-form` the paper's ([`train.ridge`]). What
+a solution leaves open is chosen by the replies it finds for pairs, and documents where there are any, that were held out
+([`train.held_out`]); every pair counts in the maps themselves.
 """
 
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from modeling_unimur import UniMuRModel
+from train.canonical import STATE, TEXT, Correlations, Setting
 from train.collate import PairCollator, SkipCounter
+from train.held_out import HeldOut, Rows, document_replies, pair_replies
+from train.moments import Moments, Spectrum
+from train.ridge import matching_map, ridge_map
 
 logger = logging.get_logger("train")
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-FLOOR = 1e-4  # eps: of the mean eigenvalue, beside each eigenvalue that is raised to a negative power
-HELD_OUT = 1000  # pairs at most, of which one in `ONE_IN` is held out for the choice
-ONE_IN = 10
-
-Batch = dict[str, torch.Tensor]
+POOLED, PROJECTED, WORDS = "pooled", "projected", "words"  # an image's two features; a caption's mean input embedding
+PAIR_VIEWS, DOCUMENT_VIEWS = (STATE, POOLED, PROJECTED, TEXT, WORDS), (STATE, POOLED, PROJECTED)
+RIDGES, POWERS = (1e-4, 1e-3, 1e-2, 1e-1), (0.0, 0.25, 0.5, 0.75, 1.0)  # of the paper's alignment
+WORDS_RIDGE = 1e-2  # of W_i2t
 
 
-class Moments:
+@dataclass(frozen=True)
+class Grid:
+    """What the canonical alignment chooses from; one value is no choice. See [`train.canonical.Setting`]."""
+
+    features: Sequence[str] = (POOLED, PROJECTED)
+    widths: Sequence[int] = (32, 64, 128, 256, 512)
+    ridges: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    powers: Sequence[float] = (1.0, 1.5, 2.0, 3.0)
+    text_weights: Sequence[float] = (0.0,)
+    document_shares: Sequence[float] = (0.25, 0.5, 0.75)
+
+
+class Sums:
     """
-    Count, sums and products of the rows of two matrices, in float64 whatever the rows' dtype.
+    The moments of the rows that are fitted, and the rows held out.
 
     Args:
-        widths: of x and y.
-        device: of the sums.
-
-    Sums commute, so the order and the size of the batches change the result by float64's rounding alone.
+        views: those of a row that enter the moments.
     """
 
-    def __init__(self, widths: tuple[int, int], device: torch.device | str = "cpu"):
-        x, y = widths
-        self.count = 0
-        self.sum_x, self.sum_y, self.xx, self.yx, self.yy = (
-            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((x,), (y,), (x, x), (y, x), (y, y))
-        )
+    def __init__(self, views: Sequence[str]):
+        self.views, self.held = views, HeldOut()
+        self.moments: Moments | None = None
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """
-        Takes in rows `x` `(n, d)` and `y` `(n, q)`.
+    def add(self, rows: Rows, items: Sequence[str]) -> None:
+        """Takes in rows of all views; `items` names the item of each, such as the pair that a caption is of."""
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(items):
+            places.setdefault(name, []).append(place)
+        numbers = {name: self.held.number(name) for name in places}
+        self.fit(rows, [place for name, at in places.items() if numbers[name] is None for place in at])
+        for name, at in places.items():
+            if numbers[name] is not None:
+                self.held.add(numbers[name], {view: value[at].cpu() for view, value in rows.items()})
+        for surplus in self.held.surplus(slack=self.held.size):
+            self.fit(surplus)
 
-        Raises:
-            ValueError: the rows do not match, or hold NaN or infinity, which would spoil everything added before.
-        """
-        if x.shape != (len(y), len(self.sum_x)) or y.shape[1:] != self.sum_y.shape:
-            raise ValueError(f"expected rows of widths {len(self.sum_x)} and {len(self.sum_y)}, got {tuple(x.shape)} and "
-                             f"{tuple(y.shape)}")  # fmt: skip
-        x, y = x.to(self.xx), y.to(self.xx)
-        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
-            raise ValueError("a state or a target is NaN or infinite: look at the towers' weights and dtype")
-        self.count += len(x)
-        self.sum_x += x.sum(0)
-        self.sum_y += y.sum(0)
-        self.xx += x.T @ x
-        self.yx += y.T @ x
-        self.yy += y.T @ y
+    def fit(self, rows: Rows, at: Sequence[int] | slice = slice(None)) -> None:
+        """Adds some of the rows to the moments."""
+        if self.moments is None:
+            first = rows[self.views[0]]
+            self.moments = Moments({view: rows[view].shape[1] for view in self.views}, first.device)
+        self.moments.add({view: rows[view][at] for view in self.views})
 
-    def __add__(self, other: "Moments") -> "Moments":
-        both = Moments((len(self.sum_x), len(self.sum_y)), self.xx.device)
-        both.count = self.count + other.count
-        for name in ("sum_x", "sum_y", "xx", "yx", "yy"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
-        return both
+    def finish(self) -> "Sums":
+        """Adds up those of all processes. Raises `ValueError` where one of them had no row to add."""
+        without = sum(gather_object([self.moments is None]))
+        if without == PartialState().num_processes:
+            return self
+        if without:
+            raise ValueError(f"{without} of the processes had no row to add up: use fewer processes or more shards")
+        self.moments.reduce()
+        self.held.gather()
+        for surplus in self.held.surplus():
+            self.fit(surplus)
+        return self
 
-    @property
-    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.sum_x / self.count, self.sum_y / self.count
-
-    def covariances(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """S_xx `(d, d)`, S_yx `(q, d)`, S_yy `(q, q)`. Raises `ValueError` where fewer than two rows were added."""
-        if self.count < 2:
-            raise ValueError(f"{self.count} pairs have no covariance: give at least two")
-        x, y = self.means
-        return (
-            self.xx / self.count - torch.outer(x, x), self.yx / self.count - torch.outer(y, x),
-            self.yy / self.count - torch.outer(y, y),
-        )  # fmt: skip
-
-
-def ridge_map(moments: Moments, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The ridge regression of y on x with an intercept: `B` `(q, d)` and `b` `(q,)`, float64, minimising
-    `mean |y - B x - b|^2 + rho tr(S_xx)/d |B|^2`.
-
-    Args:
-        ridge: rho, in units of the mean variance of x.
-
-    Raises:
-        ValueError: x does not vary, or rho is too small for the covariance.
-    """
-    xx, yx, _ = moments.covariances()
-    scale = xx.diagonal().mean()
-    if not scale > 0:
-        raise ValueError("the states do not vary from pair to pair: there is nothing to regress on")
-    factor, failed = torch.linalg.cholesky_ex(xx + ridge * scale * torch.eye(len(xx)).to(xx))
-    if failed:
-        raise ValueError(f"the states' covariance is singular and a ridge of {ridge:g} does not mend it: raise it")
-    weight = torch.cholesky_solve(yx.T, factor).T
-    x, y = moments.means
-    return weight, y - weight @ x
-
-
-def inverse_power(covariance: torch.Tensor, power: float, floor: float = FLOOR) -> torch.Tensor:
-    """`(S + floor tr(S)/q I)^-power` of a covariance `(q, q)`, singular or not."""
-    values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp(min=0) + floor * values.clamp(min=0).mean()
-    return vectors * values.pow(-power) @ vectors.T
-
-
-def matching_map(moments: Moments, ridge: float, power: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """W_t2m's weight `(q, d)` and bias `(q,)`, float64, from the moments of states and image embeddings; see above."""
-    weight, _ = ridge_map(moments, ridge)
-    xx, _, yy = moments.covariances()
-    weight = inverse_power(yy, power) @ weight
-    weight = weight / ((weight @ xx) * weight).sum().sqrt()  # a: E|W (h - E[h])|^2 = 1
-    return weight, -weight @ moments.means[0]
+    def whole(self) -> Moments:
+        """The moments of all rows, those held out too."""
+        rest = Moments(self.moments.widths, self.moments.device)
+        for rows in self.held.rows():
+            if all(view in rows for view in self.views):
+                rest.add({view: rows[view].reshape(-1, rows[view].shape[-1]) for view in self.views})
+        return self.moments + rest
 
 
 @dataclass
 class ClosedForm:
-    """What was found: the maps, float32, and how; `recall` is R@1 (0 to 1) over the held-out pairs by (ridge, power)."""
+    """
+    A solution: the maps, float32, and how they were chosen.
 
-    matching: tuple[torch.Tensor, torch.Tensor]
-    captioning: tuple[torch.Tensor, torch.Tensor] | None
-    ridge: float
-    power: float
-    recall: dict[tuple[float, float], float]
-    pairs: int
+    Attributes:
+        maps: name of a map -> weight and bias.
+        setting: what was chosen, by name.
+        recall: of each setting tried, over what was held out (0 to 1).
+        score: that of the chosen one; `None` where nothing was held out.
+        pairs: captions that count in it.
+    """
+
+    maps: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    setting: dict[str, Any]
+    recall: dict[Any, float]
+    score: float | None
+    pairs: int = 0
+    documents: int = 0
 
     def apply(self, model: UniMuRModel) -> None:
-        """Starts the model's maps from them; W_i2t's only where they were asked for."""
-        _set(model.W_t2m, *self.matching)
-        if self.captioning is not None:
-            tokens = model.config.n_visual_tokens
-            weight, bias = self.captioning
-            _set(model.W_i2t, weight.repeat(tokens, 1), bias.repeat(tokens))
+        """Starts the model's maps from it; in the canonical alignment they take its width."""
+        if model.config.alignment == "canonical":
+            model.set_shared_space(len(self.maps["W_t2m"][0]), self.setting["feature"])
+        for name, (weight, bias) in self.maps.items():
+            if name == "W_i2t":  # every visual token starts at the same place
+                tokens = model.config.n_visual_tokens
+                weight, bias = weight.repeat(tokens, 1), bias.repeat(tokens)
+            linear = getattr(model, name)
+            with torch.no_grad():
+                linear.weight.copy_(weight)
+                linear.bias.copy_(bias)
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                           for name, value in self.setting.items())  # fmt: skip
+        recall = "nothing was held out to choose by" if self.score is None else f"held-out R@1 {100 * self.score:.1f} %"
+        return f"closed form of {self.pairs} captions and {self.documents} documents: {chosen}; {recall}"
 
 
-@torch.no_grad()
-def solve(batches: Iterable[Batch], ridges: Sequence[float] = RIDGES, powers: Sequence[float] = POWERS) -> ClosedForm:
+def solve_canonical(pairs: Sums, documents: Sums | None = None, grid: Grid | None = None) -> ClosedForm:
     """
-    Both maps in one pass over the data.
+    The canonical alignment from what was summed.
 
     Args:
-        batches: of `ids` (a str for each pair), `ret_states` `(n, d)`, `image_embeds` `(n, q)` and, for W_i2t, `image_features`
-            `(n, c)` and `caption_means` `(n, d)`, of any float dtype; row i of all is one pair.
-        ridges, powers: rho and p to choose from, by R@1 of caption to image over pairs held out by a hash of their id
-            (one in ten, at most a thousand). Every pair counts in the maps themselves.
+        pairs: of the views `"state"`, `"pooled"`, `"projected"`, `"text"` and, for W_i2t, `"words"`.
+        documents: of the first three.
 
     Raises:
-        ValueError: there are too few pairs, or what [`Moments`] and [`ridge_map`] refuse.
+        ValueError: there are too few pairs, or the states or the images do not vary.
     """
-    sums: dict[str, tuple[Moments, Moments]] = {}
-    states, targets = [], []
-    for batch in batches:
-        held = torch.tensor([zlib.crc32(f"held out {name}".encode()) % ONE_IN == 0 for name in batch["ids"]])
-        room = HELD_OUT - sum(map(len, states))
-        held &= held.cumsum(0) <= room
-        target = F.normalize(batch["image_embeds"].double(), dim=-1)
-        kinds = {"matching": (batch["ret_states"], target)}
-        if "caption_means" in batch:
-            kinds["captioning"] = (batch["image_features"], batch["caption_means"])
-        for name, (x, y) in kinds.items():
-            if name not in sums:
-                sums[name] = tuple(Moments((x.shape[1], y.shape[1]), x.device) for _ in range(2))
-            for moments, rows in zip(sums[name], (~held, held), strict=True):
-                moments.add(x[rows], y[rows])
-        states.append(batch["ret_states"][held].double())
-        targets.append(target[held])
-    if not sums or sums["matching"][0].count < 2:
-        raise ValueError("the closed form needs at least two pairs besides those held out")
-    states, targets = torch.cat(states), torch.cat(targets)
-    fitted, rest = sums["matching"]
+    grid = grid or Grid()
+    _check_enough(pairs)
+    if documents is not None and documents.moments is None:
+        logger.warning("no document has a reply with an image: they do not count in the closed form")
+        documents = None
+    replies = [r for r in (pair_replies(pairs.held), documents and document_replies(documents.held)) if r is not None]
+    fitted = Correlations(pairs.moments, documents and documents.moments)
+    shares = grid.document_shares if documents else (0.0,)
+    recall: dict[Setting, float] = {}
+    for feature, ridge, text_weight, share in product(grid.features, grid.ridges, grid.text_weights, shares):
+        directions = fitted.directions(feature, ridge, text_weight, share)
+        limit = min(len(directions[1]), int(pairs.moments.count) - 1)
+        for width, power in product(_widths(grid.widths, limit), grid.powers):
+            setting = Setting(feature, width, ridge, power, text_weight, share)
+            maps = fitted.cut(directions, setting)
+            recall[setting] = _mean([r.recall(maps.of(STATE), maps.of(feature), feature) for r in replies])
+    setting, score = _best(recall, bool(replies))
+    whole = Correlations(pairs.whole(), documents and documents.whole())
+    maps = whole.maps(setting).maps
+    solved = {"W_t2m": maps[STATE], "W_v2m": maps[setting.feature], "W_x2m": maps[TEXT]}
+    return _finished(solved, whole.pairs, asdict(setting), recall, score, documents and whole.documents)
+
+
+def solve_paper(pairs: Sums, ridges: Sequence[float] = RIDGES, powers: Sequence[float] = POWERS) -> ClosedForm:
+    """The paper's alignment from what was summed; the views and errors of `solve_canonical`."""
+    _check_enough(pairs)
+    replies = pair_replies(pairs.held)
+    moments, whole = pairs.moments, pairs.whole()
+    spectra = tuple(Spectrum(moments.covariance(v, v), f"the {v} of a pair") for v in (STATE, PROJECTED))
     recall = {}
-    for ridge in ridges:
-        for power in powers:
-            weight, bias = matching_map(fitted, ridge, power)
-            recall[ridge, power] = recall_at_1(states @ weight.T + bias, targets)
-    # The first of the best, so that equals are the same in every run; without held-out pairs the middle of the grid.
-    ridge, power = max(recall, key=recall.get) if len(states) else (ridges[len(ridges) // 2], powers[len(powers) // 2])
-    whole = fitted + rest
-    captioning = None
-    if "captioning" in sums:
-        captioning = tuple(t.float() for t in ridge_map(sums["captioning"][0] + sums["captioning"][1], ridge))
-    return ClosedForm(
-        tuple(t.float() for t in matching_map(whole, ridge, power)), captioning, ridge, power, recall, whole.count
-    )
+    for ridge, power in product(ridges, powers):
+        weight, bias = (t.float() for t in matching_map(moments, ridge, power, STATE, PROJECTED, spectra))
+        # Of images alone: this form returns no image out of a pool of both.
+        recall[ridge, power] = replies.image_recall(lambda h, w=weight, b=bias: h @ w.T + b) if replies else 0.0
+    (ridge, power), score = _best(recall, replies is not None)
+    solved = {"W_t2m": matching_map(whole, ridge, power, STATE, PROJECTED)}
+    return _finished(solved, whole, {"ridge": ridge, "power": power}, recall, score)
 
 
-def recall_at_1(queries: torch.Tensor, targets: torch.Tensor) -> float:
-    """Share of queries `(n, q)` whose own target, row for row, has the highest cosine; ties count as misses."""
-    if not len(queries):
-        return 0.0
-    scores = F.normalize(queries, dim=-1) @ F.normalize(targets, dim=-1).T
-    own = scores.diagonal()[:, None]
-    return ((scores >= own).sum(1) == 1).double().mean().item()
+def _check_enough(pairs: Sums) -> None:
+    if pairs.moments is None or pairs.moments.count < 2:
+        raise ValueError("the closed form needs at least two pairs besides those held out")
+
+
+def _widths(wanted: Sequence[int], limit: int) -> list[int]:
+    """Those there are directions for; where one is too large, all the directions there are."""
+    widths = [width for width in wanted if width <= limit]
+    if len(widths) == len(wanted):
+        return widths
+    if not widths:
+        logger.warning(f"there are {limit} canonical directions, fewer than {min(wanted)}: all of them are kept")
+    return sorted({*widths, limit})
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def _best(recall: dict[Any, float], by_recall: bool) -> tuple[Any, float | None]:
+    """The first of the best, so that equals are the same in every run; with nothing held out the middle of the grid."""
+    if not by_recall:
+        return list(recall)[len(recall) // 2], None
+    best = max(recall, key=recall.get)
+    return best, recall[best]
+
+
+def _finished(solved, pairs: Moments, setting, recall, score, documents: Moments | None = None) -> ClosedForm:
+    if WORDS in pairs.widths:
+        solved["W_i2t"] = ridge_map(pairs, WORDS_RIDGE, POOLED, WORDS)
+    maps = {name: (weight.float(), bias.float()) for name, (weight, bias) in solved.items()}
+    return ClosedForm(maps, setting, recall, score, int(pairs.count), 0 if documents is None else int(documents.count))
+
+
+# One pass over the data
 
 
 @torch.no_grad()
-def batches(model: UniMuRModel, collated: Iterable[dict], *, captioning: bool = True) -> Iterator[Batch]:
-    """
-    What [`solve`] reads, from the batches of [`train.collate.PairCollator`]: cached features where they are there, and
-    the towers' where not.
-
-    Args:
-        captioning: also what W_i2t starts from.
-    """
-    table = model.language_model.get_input_embeddings()
-    for number, batch in enumerate(collated):
-        batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        features, embeds = batch.get("image_features"), batch.get("image_embeds")
-        if embeds is None:
-            features, embeds = model.encode_images(batch["pixel_values"])
-        states = batch.get("ret_states")
-        if states is None:
-            states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"])
-        found = {"ids": [f"{number}-{i}" for i in range(len(states))]}  # the pairs' places, which no run changes
-        found |= {"ret_states": states, "image_embeds": embeds[batch["target_indices"]]}
-        if captioning:
-            found["image_features"] = features[batch["image_indices"]]
-            found["caption_means"] = _caption_means(batch, table, model)
-        yield found
+def pair_rows(model: UniMuRModel, batch: dict[str, Any]) -> Rows:
+    """The views of a collated batch of pairs, a row a caption: cached where they are, and the towers' where not."""
+    features, embeds = batch.get("image_features"), batch.get("image_embeds")
+    if embeds is None:
+        features, embeds = model.encode_images(batch["pixel_values"])
+    states, texts = batch.get("ret_states"), batch.get("text_embeds")
+    if states is None:
+        states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch.get("ret_packing"))
+    if texts is None:
+        texts = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
+    images = batch["target_indices"]
+    return {
+        STATE: states, POOLED: features[images], PROJECTED: F.normalize(embeds[images].float(), dim=-1),
+        TEXT: F.normalize(texts.float(), dim=-1), WORDS: _caption_means(batch, model),
+    }  # fmt: skip
 
 
-def _caption_means(batch: dict, table: nn.Module, model: UniMuRModel) -> torch.Tensor:
+def _caption_means(batch: dict[str, Any], model: UniMuRModel) -> torch.Tensor:
     """The mean input embedding of each caption's own tokens, `(n, d)` float32."""
     ids, eos = batch["labels"].clamp(min=0), model.processor.tokenizer.eos_token_id
     counted = (batch["labels"] >= 0) & (ids != (-1 if eos is None else eos))
-    rows = table(ids).float() * counted[..., None]
+    rows = model.language_model.get_input_embeddings()(ids).float() * counted[..., None]
     return rows.sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
 
 
-def start(
-    model: UniMuRModel, rows: Dataset, collator: PairCollator, skips: SkipCounter, *, batch_size: int, workers: int = 0
-) -> ClosedForm:
+def sum_pairs(
+    model: UniMuRModel, rows: Dataset, collator: PairCollator, skips: SkipCounter, *, batch_size: int, workers: int = 0,
+    every_caption: bool = True,
+) -> Sums:  # fmt: skip
     """
-    Puts both maps at their closed form, from one pass over the rows with a caption of each.
+    The moments of caption pairs. Each process reads its part; the sums are those of all.
 
     Args:
-        rows: caption pairs, cached or not, streamed or not. Every process reads all of them, which gives all the same
-            maps without any exchange.
-        skips: receives the counts of the pairs that could not be used.
+        rows: cached or not, streamed or not.
+        skips: receives the counts of the pairs that could not be used, of this process.
+        every_caption: each of an image's captions is a row; else the one that the collator draws.
     """
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator, num_workers=workers)
-
-    def counted() -> Iterator[dict]:
-        for batch in tqdm(loader, desc="closed form"):
-            skips.update(batch["skipped"], batch["n_seen"])
-            yield batch
-
-    found = solve(batches(model, counted()))
-    found.apply(model)
-    logger.info(
-        f"closed form of {found.pairs} pairs: ridge {found.ridge:g} and whitening power {found.power:g} give the best R@1 "
-        f"over pairs held out, {100 * found.recall[found.ridge, found.power]:.1f} %"
-    )
-    return found
+    sums = Sums(PAIR_VIEWS)
+    for batch in _collated(model, rows, collator, skips, "closed form: pairs", batch_size, workers, every_caption):
+        names = batch["names"]
+        sums.add(pair_rows(model, batch), [names[i] for i in batch["target_indices"].tolist()])
+    return sums.finish()
 
 
-def _set(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        linear.bias.copy_(bias)
+def sum_documents(
+    model: UniMuRModel, documents: Dataset, collator: PairCollator, skips: SkipCounter, *, batch_size: int,
+    workers: int = 0,
+) -> Sums:  # fmt: skip
+    """
+    The moments of interleaved documents whose reply has an image: the context's state, through W_i2t as it is, and the
+    image. What is held out may have a text alone.
+    """
+    sums = Sums(DOCUMENT_VIEWS)
+    for batch in _collated(model, documents, collator, skips, "closed form: documents", batch_size, workers, False):
+        _add_documents(sums, model, batch)
+    return sums.finish()
+
+
+@torch.no_grad()
+def _add_documents(sums: Sums, model: UniMuRModel, batch: dict[str, Any]) -> None:
+    features, embeds = batch.get("image_features"), batch.get("image_embeds")
+    if embeds is None and "pixel_values" in batch:
+        features, embeds = model.encode_images(batch["pixel_values"])
+    shown = None if features is None else features[batch["ret_image_indices"]]
+    states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], shown, batch.get("ret_packing"))
+    targets = dict(zip(batch["image_rows"].tolist(), batch["target_indices"].tolist(), strict=True))
+    fitted = []
+    for row, (name, reply) in enumerate(zip(batch["names"], batch["replies"], strict=True)):
+        number = sums.held.number(name)
+        if number is None:
+            fitted += [row] if row in targets else []
+            continue
+        views = {STATE: states[row].cpu()}
+        if row in targets:
+            image = targets[row]
+            views |= {POOLED: features[image].cpu(), PROJECTED: F.normalize(embeds[image].float(), dim=-1).cpu()}
+        if reply is not None:
+            words = model.processor.texts([reply]).to(model.device)
+            views["reply"] = model.ret_states(words["input_ids"], words["attention_mask"])[0].cpu()
+        sums.held.add(number, views)
+    if fitted:
+        images = [targets[row] for row in fitted]
+        unit = F.normalize(embeds[images].float(), dim=-1)
+        sums.fit({STATE: states[fitted], POOLED: features[images], PROJECTED: unit})
+
+
+def _collated(
+    model: UniMuRModel, rows: Dataset, collator: PairCollator, skips: SkipCounter, about: str, batch_size: int,
+    workers: int, every_caption: bool,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    collator = copy(collator)
+    collator.named, collator.every_caption = True, every_caption
+    loader = DataLoader(_own_part(rows), batch_size=batch_size, collate_fn=collator, num_workers=workers)
+    for batch in tqdm(loader, desc=about):
+        skips.update(batch["skipped"], batch["n_seen"])
+        yield {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def _own_part(rows: Dataset) -> Dataset:
+    """This process's share of the rows."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return rows
+    if not hasattr(rows, "__len__"):
+        return split_dataset_by_node(rows, rank=state.process_index, world_size=state.num_processes)
+    return Subset(rows, range(state.process_index, len(rows), state.num_processes))
+
+
+def start(
+    model: UniMuRModel, rows: Dataset, collator: PairCollator, skips: SkipCounter, *, batch_size: int, workers: int = 0,
+    documents: Dataset | None = None, grid: Grid | None = None, every_caption: bool = True,
+) -> ClosedForm:  # fmt: skip
+    """
+    Puts the model's maps at their closed form.
+
+    Args:
+        rows: caption pairs, cached or not, streamed or not.
+        skips: receives the counts of the pairs that could not be used.
+        documents: interleaved documents, for the canonical alignment; their contexts' images are read through the
+            W_i2t of the pairs' closed form.
+        grid: what the canonical alignment chooses from.
+    """
+    arguments = {"batch_size": batch_size, "workers": workers}
+    pairs = sum_pairs(model, rows, collator, skips, every_caption=every_caption, **arguments)
+    if model.config.alignment == "paper":
+        solved = solve_paper(pairs)
+    else:
+        solved = solve_canonical(pairs, None, grid)
+        if documents is not None:
+            solved.apply(model)
+            solved = solve_canonical(pairs, sum_documents(model, documents, collator, skips, **arguments), grid)
+    solved.apply(model)
+    logger.info(str(solved))
+    return solved

@@ -83,6 +83,9 @@ class PairCollator:
     `text_embeds` (captions, q), and `ret_states` (captions, d), give those of the drawn captions in place of their tokens.
 
     Attributes:
+        every_caption (`bool`): a pair gives an item for each of its captions, instead of one.
+        named (`bool`): a batch also has `names`, the row's id for each image of pairs and for each document, and `replies`,
+            the documents' texts.
         epoch (`int`): with the seed and the row's id, what the draw of captions goes by; set it before each epoch.
 
     Raises:
@@ -90,12 +93,14 @@ class PairCollator:
         ValueError: `caption` is neither of the two.
     """
 
+    every_caption = named = False
+
     def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0, pack: bool = False):
         if caption not in ("random", "first"):
             raise ValueError(f"caption must be 'random' or 'first', got {caption!r}")
         self.processor, self.caption, self.seed, self.pack = processor, caption, seed, pack
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it too
-        self._spare: tuple[dict[str, Any], list] | None = None
+        self._spare: tuple[list[dict[str, Any]], list, str] | None = None
         self._logged: Counter[str] = Counter()
 
     @property
@@ -107,9 +112,9 @@ class PairCollator:
         self._epoch.fill_(epoch)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        items, images, skips = [], [], SkipCounter()
+        items, images, names, skips = [], [], [], SkipCounter()
         for row in rows:
-            item, needed, problem = self._document(row) if "context" in row else self._pair(row)
+            given, needed, problem = self._document(row) if "context" in row else self._pair(row)
             why = "no caption"
             if problem is None:
                 try:
@@ -123,17 +128,19 @@ class PairCollator:
                     logger.warning(f"pair {row['id']!r} is left out ({problem}): {why}")
                 continue
             skips.seen += 1
-            items.append(_shifted(item, len(images)))
+            items += [_shifted(item, len(images)) for item in given]
             images += ready
-            self._spare = item, ready
+            names.append(row["id"])
+            self._spare = given, ready, row["id"]
         if not items:
             broken = f"all {len(rows)} pairs of a batch are broken: {dict(skips.counts)}{skips.details()}"
             if self._spare is None:
                 raise TooManyBadPairsError(broken)
             # A step needs a pair, in every process. Whether too many are broken is for the counts of all to say.
             logger.warning(f"{broken}\nthe last good pair is taken once more")
-            items, images = [_shifted(self._spare[0], 0)], list(self._spare[1])
+            items, images, names = list(self._spare[0]), list(self._spare[1]), [self._spare[2]]
         cached = bool(images) and isinstance(images[0], tuple)
+        replies = [item["text"] for item in items]
         states = self._captions([item.pop("cached", {}) for item in items])
         if "text_embeds" in states:
             items = [item | {"text": None} for item in items]
@@ -144,19 +151,25 @@ class PairCollator:
         if cached:
             for name, values in zip(("image_features", "image_embeds"), zip(*images, strict=True), strict=True):
                 batch[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
+        if self.named:
+            batch |= {"names": names, "replies": replies}
         return batch | {"skipped": dict(skips.counts), "n_seen": skips.seen}
 
-    def _pair(self, row: dict[str, Any]) -> tuple[dict, list, str | None]:
+    def _pair(self, row: dict[str, Any]) -> tuple[list[dict], list, str | None]:
         captions = usable_captions(row["captions"])
         if not captions:
-            return {}, [], "empty_caption"
-        at = 0
-        if self.caption == "random":
-            at = drawn_caption(self.seed, self.epoch, row["id"], len(captions))
-        caption = captions[at]
-        item = {"caption": (0, caption), "context": [[caption]], "image": 0, "text": caption}
-        item["cached"] = {name: row[name][at] for name in CACHED_CAPTIONS if name in row}
-        return item, [row], None
+            return [], [], "empty_caption"
+        chosen = range(1)
+        if self.every_caption:
+            chosen = range(len(captions))
+        elif self.caption == "random":
+            chosen = [drawn_caption(self.seed, self.epoch, row["id"], len(captions))]
+        items = [
+            {"caption": (0, captions[at]), "context": [[captions[at]]], "image": 0, "text": captions[at],
+             "cached": {name: row[name][at] for name in CACHED_CAPTIONS if name in row}}
+            for at in chosen
+        ]  # fmt: skip
+        return items, [row], None
 
     @staticmethod
     def _captions(cached: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
@@ -164,12 +177,12 @@ class PairCollator:
         names = [name for name in CACHED_CAPTIONS if all(name in given for given in cached)]
         return {name: torch.from_numpy(np.stack([given[name] for given in cached])) for name in names}
 
-    def _document(self, row: dict[str, Any]) -> tuple[dict, list, str | None]:
+    def _document(self, row: dict[str, Any]) -> tuple[list[dict], list, str | None]:
         names = list(row["images"])
         context = [[names.index(e[0]) if isinstance(e, tuple) else e for e in turn] for turn in row["context"]]
         target = None if row["image"] is None else names.index(row["image"])
         item = {"caption": None, "context": context, "image": target, "text": row["text"]}
-        return item, list(row["images"].values()), None
+        return [item], list(row["images"].values()), None
 
     def _image(self, row: dict[str, Any]) -> Any:
         if "image_features" in row:

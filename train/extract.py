@@ -34,7 +34,7 @@ def image_shards(
         _Rows(images), batch_sampler=[rows for _, rows in batches], num_workers=workers,
         collate_fn=Decode(model.processor), pin_memory=model.device.type == "cuda",
     )  # fmt: skip
-    widths = {"image_features": model.config.image_feature_width, "image_embeds": model.config.embedding_width}
+    widths = {"image_features": model.config.image_feature_width, "image_embeds": model.config.clip_width}
     with tqdm(total=sum(len(rows) for _, rows in batches), desc="CLIP features", unit="image") as bar:
         decoded = zip(batches, loader, strict=True)
         for number, rows in shards:

@@ -195,7 +195,8 @@ class MatchingStates(Dataset):
         seed: of the draw of a caption an epoch.
 
     Attributes:
-        ret_states `(captions, d)`, text_embeds `(captions, q)`, image_embeds `(images, q)`: [`ShardedArray`]s.
+        ret_states `(captions, d)`, text_embeds `(captions, clip_width)`, image_features `(images, c)`, image_embeds
+            `(images, clip_width)`: [`ShardedArray`]s.
         starts: the captions of pair i are those from `starts[i]` to before `starts[i + 1]`.
         epoch (`int`): as [`train.collate.PairCollator`]'s; `collate` draws by it.
 
@@ -214,7 +215,7 @@ class MatchingStates(Dataset):
             pairs = cache_caption_states(pairs, model, None, batch_size)
         self.pairs = pairs
         self.starts = pairs.starts
-        self.image_embeds = pairs.images["image_embeds"]
+        self.image_features, self.image_embeds = pairs.images["image_features"], pairs.images["image_embeds"]
         self.ret_states, self.text_embeds = pairs.captions["ret_states"], pairs.captions["text_embeds"]
 
     def __len__(self) -> int:
@@ -233,6 +234,7 @@ class MatchingStates(Dataset):
         return {
             "ret_states": torch.from_numpy(self.ret_states[chosen]),
             "text_embeds": torch.from_numpy(self.text_embeds[chosen]),
+            "image_features": torch.from_numpy(self.image_features[list(rows)]),
             "image_embeds": torch.from_numpy(self.image_embeds[list(rows)]),
             "image_rows": here, "target_indices": here, "text_rows": here, "skipped": {}, "n_seen": len(rows),
         }  # fmt: skip
@@ -258,7 +260,7 @@ def _span(rows: range) -> str:
 def _encode_captions(
     captions: list[str], model: UniMuRModel, batch_size: int, with_states: bool
 ) -> dict[str, np.ndarray]:
-    widths = {"text_embeds": model.config.embedding_width}
+    widths = {"text_embeds": model.config.clip_width}
     if with_states:
         widths["ret_states"] = model.config.text_width
     columns = {name: np.empty((len(captions), width), np.float32) for name, width in widths.items()}

@@ -25,6 +25,8 @@ MATCHING = (
     "text_rows", "clip_input_ids", "clip_attention_mask", "text_embeds", "ret_states",
 )  # fmt: skip
 
+MATCHING_TENSORS = ("W_t2m", "W_v2m", "logit_scale")
+
 
 @dataclass
 class UniMuRTrainingArguments(TrainingArguments):
@@ -59,6 +61,16 @@ class UniMuRTrainingArguments(TrainingArguments):
             "help": "Beyond the paper: past images that eq. 4 also contrasts each caption with; 0: in-batch alone."
         },
     )
+    matching_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of what eq. 3-6 alone train (W_t2m, the temperature, W_v2m where it is "
+                          "trained), which a closed form has put near its place; learning_rate by default."},
+    )  # fmt: skip
+    state_noise: float = field(
+        default=0.0,
+        metadata={"help": "Beyond the paper: Gaussian noise on the states that W_t2m reads in training, in units of their "
+                          "mean deviation within the batch. It keeps the map from fitting captions alone."},
+    )  # fmt: skip
     max_bad_share: float = field(
         default=0.05, metadata={"help": "Stop when more than this share of the pairs seen is broken."}
     )
@@ -94,6 +106,26 @@ class UniMuRTrainer(Trainer):
             self.add_callback(_EpochToCollator(drawing))
         if self.bank is not None:
             self.add_callback(_BankToCheckpoint(self))
+        if self.args.state_noise:
+            self.model.W_t2m.register_forward_pre_hook(self._add_noise)
+
+    def _add_noise(self, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
+        (states,) = inputs
+        if not module.training or len(states) < 2:
+            return None
+        deviation = (states - states.mean(0)).square().mean().sqrt().detach()
+        return states + self.args.state_noise * deviation * torch.randn_like(states)
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.matching_learning_rate is not None:
+            matching = {id(p) for n, p in self.model.named_parameters() if n.split(".")[0] in MATCHING_TENSORS}
+            for group in list(optimizer.param_groups):
+                slow = [p for p in group["params"] if id(p) in matching]
+                group["params"] = [p for p in group["params"] if id(p) not in matching]
+                if slow:
+                    optimizer.add_param_group(group | {"params": slow, "lr": self.args.matching_learning_rate})
+        return optimizer
 
     def _get_train_sampler(self, train_dataset=None):
         if self.groups is None:

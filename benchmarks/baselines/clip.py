@@ -38,9 +38,14 @@ class ClipBaseline(System):
         cut = f"{self.truncated} texts exceeded CLIP's {limit} positions and lost their oldest tokens"
         return [cut] if self.truncated else []
 
-    def embed_images(self, images: Sequence[Any], **kwargs) -> torch.Tensor:
-        """`(n, q)` float32, L2-normalised."""
-        return self.model.embed_images(images, **kwargs)
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Any], batch_size: int = 64, **kwargs) -> torch.Tensor:
+        """`(n, q)` float32, L2-normalised: CLIP's own, whatever space the model maps them to."""
+        parts = [torch.empty(0, self.model.config.clip_width)]
+        for start in range(0, len(images), batch_size):
+            pixels = self.model.processor.pixels(images[start : start + batch_size])
+            parts.append(self.model.encode_images(pixels.to(self.model.device))[1].cpu())
+        return F.normalize(torch.cat(parts), dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64, **kwargs) -> torch.Tensor:
@@ -59,7 +64,7 @@ class ClipBaseline(System):
         """`(n, q)` float32, L2-normalised."""
         flat = [[element for turn in parse_dialogue(dialogue) for element in turn] for dialogue in dialogues]
         texts = [" ".join(element for element in elements if isinstance(element, str)) for elements in flat]
-        sums = torch.zeros(len(flat), self.model.config.embedding_width)
+        sums = torch.zeros(len(flat), self.model.config.clip_width)
         spoken = [i for i, text in enumerate(texts) if text]
         if spoken:
             sums[spoken] = self.embed_texts([texts[i] for i in spoken])

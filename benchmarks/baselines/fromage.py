@@ -81,13 +81,17 @@ class FromageModel(UniMuRModel):
 
     @staticmethod
     def map_widths(config: FromageConfig) -> dict[str, tuple[int, int]]:
-        """The linear maps, all of them trained: name -> widths in and out."""
+        """The linear maps: name -> widths in and out."""
         return UniMuRModel.map_widths(config) | {"W_v2m": (config.image_feature_width, config.embedding_width)}
 
-    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(i, 3, h, w)` -> CLIP's pooled output `(i, c)` and the image embedding `(i, q)`, float32, not normalised."""
-        pooled, _ = super().encode_images(pixel_values)
-        return pooled, self.W_v2m(pooled)
+    @staticmethod
+    def trained_maps(config: FromageConfig) -> set[str]:
+        """All of them."""
+        return {"W_i2t", "W_t2m", "W_v2m"}
+
+    def unify_images(self, features: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """CLIP's pooled output `(i, c)` -> the image embedding `(i, q)`, float32, not normalised."""
+        return self.W_v2m(features)
 
     def vocabulary_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last outputs `(..., d)` -> float32 logits `(..., vocabulary + 1)`, the last of them [RET]'s."""
@@ -133,7 +137,7 @@ class FromageModel(UniMuRModel):
         if labels is None and ret_input_ids is None:
             raise ValueError("give labels (captioning), ret_input_ids (retrieval), or both")
         if pixel_values is not None and len(pixel_values):
-            image_features = super().encode_images(pixel_values)[0]
+            image_features = self.encode_images(pixel_values)[0]
         losses: dict[str, torch.Tensor] = {}
         ret_embeds = image_embeds = None
         if labels is not None:

@@ -64,6 +64,10 @@ class FrozenModel(UniMuRModel):
     def map_widths(config: FrozenConfig) -> dict[str, tuple[int, int]]:
         return {"W_i2t": (config.image_feature_width, config.n_visual_tokens * config.text_width)}
 
+    @staticmethod
+    def trained_maps(config: FrozenConfig) -> set[str]:
+        return {"W_i2t"}
+
     def _freeze(self) -> None:
         super()._freeze()
         self.logit_scale.requires_grad_(False)

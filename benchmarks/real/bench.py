@@ -134,11 +134,16 @@ class Bench:
         rows = self.world.pairs[:n]
         captions = [texts[0] for texts in rows["captions"]]
         features, embeds = self.clip_images(rows["image"])
-        texts = []
-        for start in range(0, n, 128):
-            words = self.model.processor.clip_texts(captions[start : start + 128])
-            texts.append(self.model.encode_clip_texts(words["clip_input_ids"], words["clip_attention_mask"]))
-        return Pairs(self.states(f"captions-{n}", captions), features, embeds, torch.cat(texts))
+        return Pairs(self.states(f"captions-{n}", captions), features, embeds, self.clip_texts(captions))
+
+    @torch.no_grad()
+    def clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """CLIP's embeddings `(n, q)` of texts."""
+        parts = []
+        for start in range(0, len(texts), 128):
+            words = self.model.processor.clip_texts(texts[start : start + 128])
+            parts.append(self.model.encode_clip_texts(words["clip_input_ids"], words["clip_attention_mask"]))
+        return torch.cat(parts)
 
     # What is measured
 

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from benchmarks.data import miniature
 from benchmarks.metrics import hit_rate_per_item
 from benchmarks.report import write
-from train.canonical import IMAGE, STATE, Decomposition, grid
+from train.canonical import Setting
 from train.miniature.world import CAPTIONS, phrases, splits
-from train.moments import Moments
 
 from .bench import Bench, make_bench
 from .fetch import ABOUT
+from .spaces import Pairs, canonical_spaces
 from .states import cached_states
 
 WORDS = (
@@ -84,8 +84,9 @@ def search(bench: Bench, folder: Path, chat: bool) -> list[dict[str, Any]]:
     states = {
         name: cached_states(llm, part, prompts, folder / f"{prefix}{name}", LAYERS) for name, part in rows.items()
     }
-    seen, _ = bench.clip_images(bench.world.pairs[:N_CAPTIONS]["image"])
-    pool, _ = bench.clip_images(list(data.images.values()))
+    seen, embeds = bench.clip_images(bench.world.pairs[:N_CAPTIONS]["image"])
+    told = bench.clip_texts(texts["captions"])
+    pool = bench.clip_images(list(data.images.values()))
     place = {name: i for i, name in enumerate(data.images)}
     right = [[place[d["gold"]["image_ids"][0]]] for d in data.dialogues[:N_DIALOGUES]]
     found = []
@@ -93,25 +94,19 @@ def search(bench: Bench, folder: Path, chat: bool) -> list[dict[str, Any]]:
         for kind, known in states["captions"][name].items():
             if len(prompts[name]) == 1 and kind in ("before", "mean"):
                 continue  # of one token, they are the last
-            recall, setting = max(recalls(known, seen, states["visdial"][name][kind], pool, right), key=lambda x: x[0])
+            pairs = Pairs(known, seen, embeds, told)
+            recall, setting = max(recalls(pairs, states["visdial"][name][kind], pool, right), key=lambda x: x[0])
             found.append({"words": name, "chat": chat, "read": kind, "R@1": recall, "setting": asdict(setting)})
     return found
 
 
 def recalls(
-    states: torch.Tensor, seen: torch.Tensor, queries: torch.Tensor, pool: torch.Tensor, right: list[list[int]]
-) -> Iterator[tuple[float, Any]]:
-    """R@1 (percent) of queries `(n, d)` in a pool of pictures `(m, c)` by every setting of canonical correlation."""
-    moments = Moments({STATE: states.shape[1], IMAGE: seen.shape[1], "text": 1})
-    moments.add(
-        {STATE: states, IMAGE: seen, "text": torch.randn(len(seen), 1, generator=torch.Generator().manual_seed(0))}
-    )
-    solved = {}
-    for setting in grid(WIDTHS, RIDGES, POWERS, [0.0]):
-        if setting.ridge not in solved:
-            solved = {setting.ridge: Decomposition(moments, setting.ridge)}
-        maps = solved[setting.ridge].maps(setting.width, setting.power)
-        a, b = F.normalize(maps(STATE, queries), dim=-1), F.normalize(maps(IMAGE, pool), dim=-1)
+    pairs: Pairs, queries: torch.Tensor, pool: tuple[torch.Tensor, torch.Tensor], right: list[list[int]]
+) -> Iterator[tuple[float, Setting]]:
+    """R@1 (percent) of queries `(n, d)` in a pool of pictures by every setting of canonical correlation."""
+    settings = [Setting("pooled", k, rho, w) for rho in RIDGES for k in WIDTHS for w in POWERS]
+    for setting, space in canonical_spaces(pairs, settings):
+        a, b = F.normalize(space.states(queries), dim=-1), F.normalize(space.images(*pool), dim=-1)
         yield 100 * float(hit_rate_per_item((a @ b.T).numpy(), right, (1,)).mean()), setting
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from benchmarks.measure import Measure
 from benchmarks.report import write
-from train.canonical import STATE, Decomposition, Setting, grid
+from train.canonical import Setting
 
 from . import visual
 from .bench import DIALOGUE, Bench, make_bench
 from .fetch import ABOUT
 from .settings import PAIRS, RET_INIT, RET_PROMPT
-from .spaces import OBJECTIVES, Fit, Pairs, Space, canonical, learn, moments_of
+from .spaces import OBJECTIVES, Fit, Pairs, canonical, canonical_spaces, learn
 
 WIDTHS, RIDGES, POWERS = (32, 48, 64, 96), (0.01, 0.03, 0.1, 0.3, 1.0), (1.0, 2.0, 3.0, 4.0)
 RATES, NOISES = (1e-3, 3e-3, 1e-2), (0.0, 0.5)
@@ -55,14 +55,12 @@ def criterion(measures: Mapping[str, Measure]) -> float:
 
 def choose_canonical(bench: Bench, pairs: Pairs, states: dict) -> tuple[Setting, list[dict[str, Any]]]:
     """The best setting of the grid on validation, and every one's measures."""
-    moments, solved, found = moments_of(pairs), {}, []
-    widest = min(moments.widths[STATE], pairs.features.shape[1])
-    for setting in grid([k for k in WIDTHS if k <= widest], RIDGES, POWERS, [0.0]):
-        if setting.ridge not in solved:
-            solved = {setting.ridge: Decomposition(moments, setting.ridge)}
-        maps = solved[setting.ridge].maps(setting.width, setting.power)
-        space = Space(lambda rows, m=maps: m("state", rows), lambda features, _, m=maps: m("image", features))
-        found.append((setting, bench.measure(bench.embedded(space, "validation", states), "validation")))
+    widths = [k for k in WIDTHS if k <= pairs.features.shape[1]]
+    settings = [Setting("pooled", k, rho, w) for rho in RIDGES for k in widths for w in POWERS]
+    found = [
+        (setting, bench.measure(bench.embedded(space, "validation", states), "validation"))
+        for setting, space in canonical_spaces(pairs, settings)
+    ]
     return _best(found)
 
 
