@@ -61,37 +61,33 @@ def captions() -> list[str]:
     return [rng.choice(CAPTIONS).format(**phrases(s, rng)) for s in splits()["train"][:N_CAPTIONS]]
 
 
+def vocabulary(bench: Bench) -> tuple[torch.Tensor, Any]:
+    """The LLM's input embeddings `(vocabulary, d)` and its tokenizer."""
+    return bench.model.language_model.get_input_embeddings().weight.detach(), bench.model.processor.tokenizer
+
+
 def words_of(bench: Bench, words: Sequence[str]) -> dict[str, torch.Tensor]:
     """Words to be put behind a text, as input embeddings `(m, d)`."""
-    table, tokenizer = (
-        bench.model.language_model.get_input_embeddings().weight.detach(),
-        bench.model.processor.tokenizer,
-    )
+    table, tokenizer = vocabulary(bench)
     return {w: table[tokenizer(w, split_special_tokens=True, add_special_tokens=False)["input_ids"]] for w in words}
 
 
 def plain_prompts(bench: Bench) -> dict[str, torch.Tensor]:
     """Those of the first round, and the mean row alone and behind the best known words."""
-    mean = bench.model.language_model.get_input_embeddings().weight.detach().mean(0, keepdim=True)
+    mean = vocabulary(bench)[0].mean(0, keepdim=True)
     words = words_of(bench, WORDS)
     return words | {MEAN_ROW: mean, f"{BEHIND} + {MEAN_ROW}": torch.cat([words[BEHIND], mean])}
 
 
 def chat_prompts(bench: Bench) -> dict[str, torch.Tensor]:
     """What follows a text in the chat template of the instruction tuning; its marks are special tokens here."""
-    table, tokenizer = (
-        bench.model.language_model.get_input_embeddings().weight.detach(),
-        bench.model.processor.tokenizer,
-    )
+    table, tokenizer = vocabulary(bench)
     return {p: table[tokenizer(p, add_special_tokens=False)["input_ids"]] for p in CHAT}
 
 
 def trained_prompts(bench: Bench, path: Path) -> dict[str, torch.Tensor]:
     """The same words with a [RET] behind them that was trained, alone and in their last token's place."""
-    table, tokenizer = (
-        bench.model.language_model.get_input_embeddings().weight.detach(),
-        bench.model.processor.tokenizer,
-    )
+    table, tokenizer = vocabulary(bench)
     words = table[tokenizer(TRAINED_BEHIND, add_special_tokens=False)["input_ids"]]
     if not path.is_file():
         rows = {
@@ -127,7 +123,7 @@ def train_row(bench: Bench, words: torch.Tensor, start: torch.Tensor) -> torch.T
         {"params": [row], "lr": ROW_RATE * float(start.float().std())},
         {"params": [scale, *heads[0].parameters(), *heads[1].parameters()], "lr": 2e-3},
     ])  # fmt: skip
-    table = llm.get_input_embeddings().weight.detach()
+    table, _ = vocabulary(bench)
     for _ in tqdm(range(ROW_STEPS), "training [RET]", unit="step"):
         chosen = torch.randperm(len(ids), generator=generator)[:ROW_BATCH].tolist()
         rows = [torch.cat([table[ids[i]], words, row[None].to(table.dtype)]) for i in chosen]
@@ -149,8 +145,8 @@ def search(bench: Bench, folder: Path, kind: str) -> list[dict[str, Any]]:
     Every place with its best R@1.
 
     Args:
-        kind: `"plain"` and `"article"`, words behind the text; `"chat"`, in the instruction tuning's template; `"trained"`, with a [RET]
-            that was trained.
+        kind: `"plain"` and `"article"`, words behind the text; `"chat"`, in the instruction tuning's template; `"trained"`,
+            with a [RET] that was trained.
     """
     tokenizer, data = bench.model.processor.tokenizer, miniature.visdial("validation")
     dialogues = [
