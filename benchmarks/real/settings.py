@@ -5,7 +5,7 @@ from train.canonical import Setting
 from .spaces import Fit
 
 # Read at the last word's token: [RET] starts from that token's embedding and stands in its place.
-RET_PROMPT, RET_INIT = "\nKeywords:", " a"
+RET_PROMPT, RET_INIT = "\nKeywords:", " the"
 PAIRS = 5000
 CANONICAL = Setting("pooled", 48, 0.1, 3.0)
 FITS = {

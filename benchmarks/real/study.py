@@ -25,7 +25,7 @@ from .settings import PAIRS, RET_INIT, RET_PROMPT
 from .spaces import OBJECTIVES, Fit, Pairs, canonical, canonical_spaces, learn
 
 WIDTHS, RIDGES, POWERS = (32, 48, 64, 96), (0.01, 0.03, 0.1, 0.3, 1.0), (1.0, 2.0, 3.0, 4.0)
-RATES, NOISES = (1e-3, 3e-3, 1e-2), (0.0, 0.5)
+RATES, NOISES = (2e-3, 8e-3), (0.0, 0.5)
 VALIDATION = 300  # dialogues of each kind
 OURS, OURS_TRAINED = "UniMuR (canonical)", "UniMuR (canonical), W_i2t trained"
 CRITERION = "the mean of dialogue to image R@1 and overall R@1"
