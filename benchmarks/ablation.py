@@ -33,6 +33,8 @@ from .tasks import image, response
 from .tasks.candidates import Embedded, candidate_rows
 from .tasks.contexts import context_of
 
+# The ablations are the paper's, so they are made in its form.
+PAPER = ("--config", str(CONFIGS / "miniature.yaml"), "--config", str(CONFIGS / "paper.yaml"))
 RATES = (3e-3, 1e-2)  # where the LLM runs in every step
 MATCHING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # on cached states a run takes seconds
 BASE_RATE = 1e-2  # of the part that a row shares with the others
@@ -96,7 +98,7 @@ class Seed:
 
     def model(self, row: Row) -> UniMuRModel:
         """The untrained model of a row; every row of a seed starts from the same draw."""
-        model_args, _, _ = parse(["--config", str(CONFIGS / "miniature.yaml")])
+        model_args, _, _ = parse(PAPER)
         for name, value in row.fields.items():
             setattr(model_args, name, value)
         model_args.text_model, model_args.clip_model = self.tower(row.language_model), self.miniature.clip_model
@@ -129,7 +131,7 @@ class Seed:
 
     def _fit(self, model: UniMuRModel, row: Row, rate: float) -> None:
         _, _, args = parse([
-            "--config", str(CONFIGS / "miniature.yaml"), f"--learning_rate={rate}", f"--schedule={row.part}",
+            *PAPER, f"--learning_rate={rate}", f"--schedule={row.part}",
             f"--seed={self.seed}", f"--output_dir={self.runs}", "--disable_tqdm=true", "--logging_steps=1000",
             *([f"--max_steps={row.steps}"] if row.steps else []),
             *(f"--{name}={value}" for name, value in (row.training or {}).items()),

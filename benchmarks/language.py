@@ -27,7 +27,7 @@ class Likelihoods:
     candidate: tuple[torch.Tensor, torch.Tensor]  # each (m,)
     context: tuple[torch.Tensor, torch.Tensor]  # each a scalar
     candidate_tokens: torch.Tensor  # (m,)
-    context_tokens: int
+    context_tokens: tuple[int, int]  # shifted, no position predicts a first token
 
     def scores(self, *, shift: bool = True, reduction: str = "sum", scope: str = "candidate") -> torch.Tensor:
         """
@@ -43,7 +43,7 @@ class Likelihoods:
         which = 0 if shift else 1
         total, count = self.candidate[which], self.candidate_tokens
         if scope == "all":
-            total, count = total + self.context[which], count + self.context_tokens
+            total, count = total + self.context[which], count + self.context_tokens[which]
         return -(total / count if reduction == "mean" else total)
 
 
@@ -113,8 +113,9 @@ class LanguageSystem(System):
         ]
         shifted, unshifted = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         return Likelihoods(
-            (shifted, unshifted), tuple(s.cpu() for s in sums), torch.tensor([len(r) for r in rows]), int(words.sum())
-        )
+            (shifted, unshifted), tuple(s.cpu() for s in sums), torch.tensor([len(r) for r in rows]),
+            (int(words[1:].sum()), int(words.sum())),
+        )  # fmt: skip
 
     def _packed(self, rows, past, length: int, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed losses `(rows,)`, shifted and unshifted, of candidates that share a context of `length` positions."""

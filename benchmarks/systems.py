@@ -1,6 +1,7 @@
 """What every task asks of a system, be it UniMuR or a baseline."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,20 @@ import torch.nn.functional as F
 
 class DoesNotApplyError(Exception):
     """A system has no such answer. Its own class: torch says `NotImplementedError` of an operation a device lacks."""
+
+
+@dataclass
+class ImageReplies:
+    """
+    Replies whose images a system decides on itself.
+
+    Args:
+        shown: `(n,)` bool, whether the reply holds an image.
+        queries: `(n, q)` float32, L2-normalised, what that image is sought with; read only where `shown`.
+    """
+
+    shown: torch.Tensor
+    queries: torch.Tensor
 
 
 class System:
@@ -36,7 +51,10 @@ class System:
         """Forgets what was counted for `notes`: a new task begins."""
 
     def embed_dialogues(self, dialogues: Sequence[Any], **kwargs) -> torch.Tensor:
-        """Each as [`parse_dialogue`] takes it -> `(n, q)` float32, L2-normalised."""
+        """
+        Each as [`parse_dialogue`] takes it -> `(n, q)` float32, L2-normalised. `bos` may be given by a protocol; a system
+        that has its own place for BOS, or none, ignores it.
+        """
         raise DoesNotApplyError
 
     def embed_images(self, images: Sequence[Any], **kwargs) -> torch.Tensor:
@@ -53,8 +71,8 @@ class System:
             return queries @ candidates.T
         return torch.einsum("nq,mvq->nmv", queries, candidates).amax(-1)
 
-    def shows_image(self, dialogues: Sequence[Any]) -> torch.Tensor | None:
-        """`(n,)` bool where the system itself decides whether a reply holds an image; `None`: the pool does (3.4)."""
+    def image_replies(self, dialogues: Sequence[Any]) -> ImageReplies | None:
+        """Where the system itself decides which replies hold an image; `None`: the pool does (3.4)."""
         return None
 
     def text_scores(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor | None:
@@ -82,7 +100,7 @@ class Embedder(System):
     def revision(self) -> dict[str, Any]:
         return dict(self.model.fingerprint)
 
-    def embed_dialogues(self, dialogues, **kwargs):
+    def embed_dialogues(self, dialogues, *, bos=None, **kwargs):
         return self.model.embed_dialogues(dialogues, **kwargs)
 
     def embed_images(self, images, **kwargs):

@@ -57,8 +57,6 @@ class UniMuRConfig(PreTrainedConfig):
         text_adapter (`bool`, defaults to `False`): the LLM carries a LoRA, in `lora/` of the checkpoint.
         ret_token_id, image_token_id (`int`): tokenizer ids of `[RET]` and `<image>`. They never index the LLM's
             embedding table, so they may lie beyond it.
-        ret_prompt (`str`, defaults to `""`): words before every `[RET]`, such as `"\nKeywords:"`, which ask an LLM that
-            was never taught [RET] for the gist of what came before. The processor puts them there and has to agree.
         alignment (`"paper"` | `"canonical"`): the space in which [RET] and images meet. `"paper"` is Section 3.2's: CLIP's
             own embeddings, as they are. `"canonical"`: the space of canonical correlation, into which `W_v2m` maps images
             and `W_x2m` CLIP's texts; both are found in closed form (the repository's `train/canonical.py`).
@@ -66,6 +64,8 @@ class UniMuRConfig(PreTrainedConfig):
         matching_feature (`"pooled"` | `"projected"`): what `W_v2m` reads of an image: CLIP's output before its
             projection, or behind it.
         train_image_map (`bool`, defaults to `False`): train `W_v2m` too, as FROMAGe does; else it is frozen.
+        ret_prompt (`str`, defaults to `""`): words before every `[RET]`, such as `"\nKeywords:"`, which ask an LLM that
+            was never taught [RET] for the gist of what came before. The processor puts them there and has to agree.
         n_visual_tokens (`int`, defaults to 1): visual tokens an image becomes (FROMAGe 1, GILL 4; the paper is silent).
         image_feature (`"pooled"` | `"projected"`): what `W_i2t` reads: CLIP's pooled output, or the q-dimensional
             embedding that the paper's shared symbol c suggests.
@@ -103,11 +103,11 @@ class UniMuRConfig(PreTrainedConfig):
     text_adapter: bool = False
     ret_token_id: int | None = None
     image_token_id: int | None = None
-    ret_prompt: str = ""
     alignment: str = "paper"
     shared_width: int | None = None
     matching_feature: str = "pooled"
     train_image_map: bool = False
+    ret_prompt: str = ""
     n_visual_tokens: int = 1
     image_feature: str = "pooled"
     text_candidates: str = "ret"

@@ -46,7 +46,7 @@ class Setting:
         ridge: rho, in units of the state's mean variance.
         power: w, of the correlations.
         text_weight: lambda2 of CLIP's text embedding as a third view; 0: two views.
-        document_share: of interleaved documents in the moments, from 0 to 1.
+        document_share: of interleaved documents in the moments, from 0 to below 1.
     """
 
     feature: str
@@ -96,9 +96,7 @@ class Correlations:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Per view the canonical directions `(width, k)`, and their correlations `(k,)`; k is all there are."""
         weights = {STATE: 1.0, feature: 1.0} | ({TEXT: text_weight} if text_weight else {})
-        roots = {
-            view: self._spectrum(view, share).inverse(0.5, ridge if view == STATE else FLOOR) for view in weights
-        }
+        roots = {view: self._spectrum(view, share).inverse(0.5, ridge if view == STATE else FLOOR) for view in weights}
         whitened = roots[STATE] @ self.covariance(STATE, feature, share) @ roots[feature]
         if text_weight:
             parts = self._several_sets(roots, weights, share)
@@ -138,7 +136,8 @@ class Correlations:
             return self.pairs
         names = list(dict.fromkeys(views))
         pairs, documents = (moments.of(*names) for moments in (self.pairs, self.documents))
-        return (1 - share) / pairs.count.item() * pairs + share / documents.count.item() * documents
+        # Counted as if there were so many of them; the pairs' count stays the pairs'.
+        return pairs + share / (1 - share) * (pairs.count / documents.count).item() * documents
 
     def _spectrum(self, view: str, share: float) -> Spectrum:
         key = (view, share)

@@ -138,7 +138,9 @@ class ClosedForm:
     def __str__(self) -> str:
         chosen = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
                            for name, value in self.setting.items())  # fmt: skip
-        recall = "nothing was held out to choose by" if self.score is None else f"held-out R@1 {100 * self.score:.1f} %"
+        recall = (
+            "nothing was held out to choose by" if self.score is None else f"held-out R@1 {100 * self.score:.1f} %"
+        )
         return f"closed form of {self.pairs} captions and {self.documents} documents: {chosen}; {recall}"
 
 
@@ -237,7 +239,9 @@ def pair_rows(model: UniMuRModel, batch: dict[str, Any]) -> Rows:
         features, embeds = model.encode_images(batch["pixel_values"])
     states, texts = batch.get("ret_states"), batch.get("text_embeds")
     if states is None:
-        states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch.get("ret_packing"))
+        states = model.ret_states(
+            batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch.get("ret_packing")
+        )
     if texts is None:
         texts = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
     images = batch["target_indices"]

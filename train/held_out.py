@@ -21,17 +21,16 @@ class HeldOut:
 
     Args:
         size: how many at most.
-        one_in: of how many items one is held out.
     """
 
-    def __init__(self, size: int = HELD_OUT, one_in: int = ONE_IN):
-        self.size, self.one_in = size, one_in
+    def __init__(self, size: int = HELD_OUT):
+        self.size = size
         self.items: list[tuple[int, Rows]] = []
 
     def number(self, name: str) -> int | None:
         """The hash of an item that is held out, unless others fill the place; `None` for the rest."""
         number = zlib.crc32(f"held out {name}".encode())
-        return number if number < 2**32 // self.one_in else None
+        return number if number < 2**32 // ONE_IN else None
 
     def add(self, number: int, rows: Rows) -> None:
         """Holds the rows of the item with this hash."""

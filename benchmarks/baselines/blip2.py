@@ -87,7 +87,7 @@ class Blip2Baseline(System):
             parts.append(F.normalize(embeds.float(), dim=-1).cpu())
         return torch.cat(parts)
 
-    def embed_dialogues(self, dialogues: Sequence[Any], **kwargs) -> torch.Tensor:
+    def embed_dialogues(self, dialogues: Sequence[Any], *, bos: str | None = None, **kwargs) -> torch.Tensor:
         """`(n, q)` float32, L2-normalised."""
         flat = [[element for turn in parse_dialogue(dialogue) for element in turn] for dialogue in dialogues]
         texts = [" ".join(element for element in elements if isinstance(element, str)) for elements in flat]

@@ -11,13 +11,21 @@ from huggingface_hub.dataclasses import strict
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from benchmarks.baselines.fromage_processor import FIRST_TEXT, FromageProcessor
 from benchmarks.language import LanguageSystem
-from benchmarks.systems import Embedder
+from benchmarks.systems import Embedder, ImageReplies
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuROutput
 from modeling_unimur.losses_unimur import caption_loss, info_nce
 from modeling_unimur.processing_unimur import IGNORE
 
 MAX_NEW_TOKENS = 32  # FROMAGe's own
+FROMAGES_OWN = {
+    "image_feature": "pooled",
+    "text_candidates": "ret",
+    "lambda2": 0.0,
+    "ret_prompt": "",
+    "alignment": "paper",
+}
 
 
 @strict
@@ -30,7 +38,7 @@ class FromageConfig(UniMuRConfig):
         shared_dim (`int`, defaults to 256): q, the width of the space of images and [RET].
 
     Raises:
-        ValueError: `image_feature`, `text_candidates` or `lambda2` is not FROMAGe's.
+        ValueError: a field of `FROMAGES_OWN` has another value.
     """
 
     model_type = "fromage"
@@ -42,7 +50,7 @@ class FromageConfig(UniMuRConfig):
 
     def validate_fromage(self):
         """Refuses UniMuR's choices that FROMAGe does not have."""
-        for name, own in (("image_feature", "pooled"), ("text_candidates", "ret"), ("lambda2", 0.0)):
+        for name, own in FROMAGES_OWN.items():
             if getattr(self, name) != own:
                 raise ValueError(f"{name}={getattr(self, name)!r}: FROMAGe knows only {own!r}")
         if self.shared_dim < 1:
@@ -76,7 +84,7 @@ class FromageModel(UniMuRModel):
 
     config_class = FromageConfig
     _auto_class = None
-    own_tensors = (*UniMuRModel.own_tensors, "W_v2m")
+    own_tensors = UniMuRModel.own_tensors
     _keep_in_fp32_modules_strict = list(own_tensors)
 
     @staticmethod
@@ -92,6 +100,14 @@ class FromageModel(UniMuRModel):
     def unify_images(self, features: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """CLIP's pooled output `(i, c)` -> the image embedding `(i, q)`, float32, not normalised."""
         return self.W_v2m(features)
+
+    @UniMuRModel.processor.getter
+    def processor(self) -> FromageProcessor:
+        """The checkpoint's processor, or the one that was set, with BOS where FROMAGe has it."""
+        given = super().processor
+        if not isinstance(given, FromageProcessor):
+            self.processor = given = FromageProcessor.like(given)
+        return given
 
     def vocabulary_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last outputs `(..., d)` -> float32 logits `(..., vocabulary + 1)`, the last of them [RET]'s."""
@@ -171,17 +187,19 @@ class FromageModel(UniMuRModel):
         return table.detach().float().norm(dim=1).mean().item()
 
     @torch.no_grad()
-    def says_ret(
+    def image_replies(
         self, dialogues: Sequence[Any], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 32,
         show_progress_bar: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> ImageReplies:  # fmt: skip
         """
-        Whether the LLM itself goes on to [RET]: `(n,)` bool on CPU.
+        Whether the LLM itself goes on to [RET], and the embedding at the first [RET] that it says, behind its own words:
+        what FROMAGe's `generate_for_images_and_texts` retrieves with.
 
         It speaks greedily, `max_new_tokens` at most, its end-of-text token among them. What follows a newline is not
-        part of the reply, unless the newline comes first: so FROMAGe's own code cuts.
+        part of the reply, unless the newline comes first: so FROMAGe's own code cuts. (That code fails where [RET] is
+        the last token of all, since it has not read it; here it is read.)
         """
-        said = []
+        shown, queries = [], []
         for start in tqdm(range(0, len(dialogues), batch_size), "replies", disable=not show_progress_bar):
             inputs = self.processor.contexts(
                 dialogues[start : start + batch_size], end_with_ret=False, reserve=max_new_tokens
@@ -191,44 +209,75 @@ class FromageModel(UniMuRModel):
             # The reply starts at a row's right end, so the padding moves to the left.
             order = mask.argsort(dim=1, stable=True)
             embeds = embeds.gather(1, order[..., None].expand_as(embeds))
-            said.append(self._goes_on_to_ret(embeds, mask.gather(1, order), max_new_tokens).cpu())
-        return torch.cat(said) if said else torch.empty(0, dtype=torch.bool)
+            says_ret, read = self._speak(embeds, mask.gather(1, order), max_new_tokens)
+            shown.append(says_ret.cpu())
+            queries.append(self.finished(self.W_t2m(read.float())))
+        if not shown:
+            return ImageReplies(torch.empty(0, dtype=torch.bool), torch.empty(0, self.config.embedding_width))
+        return ImageReplies(torch.cat(shown), torch.cat(queries))
 
-    def _goes_on_to_ret(self, embeds: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+    def _speak(
+        self, embeds: torch.Tensor, mask: torch.Tensor, max_new_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded `(n, length, d)` -> which rows go on to [RET] `(n,)`, and h([RET]) `(n, d)`, else zero."""
         newline = self.processor.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
-        said, done = (torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device) for _ in range(2))
+        table = self.language_model.get_input_embeddings()
+        shown, done, read = (torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device) for _ in range(3))
+        states = embeds.new_zeros(len(embeds), self.config.text_width)
         positions, past = (mask.cumsum(-1) - 1).clamp(min=0), None
-        for step in range(max_new_tokens):
+        for step in range(max_new_tokens + 1):  # the last one only reads
             outputs = self.language_model.base_model(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
             )
-            past = outputs.past_key_values
-            logits = self.vocabulary_logits(outputs.last_hidden_state[:, -1])
+            past, hidden = outputs.past_key_values, outputs.last_hidden_state[:, -1]
+            states = torch.where(read[:, None], hidden, states)
+            if step == max_new_tokens:
+                break
+            logits = self.vocabulary_logits(hidden)
             token = logits.argmax(-1)
             is_ret = token == logits.shape[-1] - 1
-            said |= is_ret & ~done
-            done |= is_ret
+            read = is_ret & ~done
+            shown, done = shown | read, done | is_ret
             if step:
                 done |= token == newline
-            if bool(done.all()):
+            if bool((done & ~read).all()):
                 break
             # A row that is done goes on in the batch, unheard.
-            embeds = self.language_model.get_input_embeddings()(token.masked_fill(is_ret, 0))[:, None]
+            embeds = torch.where(
+                is_ret[:, None], self.ret_embedding.to(embeds.dtype), table(token.masked_fill(is_ret, 0))
+            )[:, None]
             mask = F.pad(mask, (0, 1), value=1)
             positions = mask.sum(-1, keepdim=True) - 1
-        return said
+        return shown, states
 
 
 class Fromage(Embedder, LanguageSystem):
-    """A [`FromageModel`] as the tasks see it: the model decides by its own words whether a reply holds an image."""
+    """
+    A [`FromageModel`] as the tasks see it.
+
+    Which [RET] retrieves is, task by task, what FROMAGe's own code does. In a conversation (Table 1) the LLM decides by
+    its own words whether the reply holds an image, and the [RET] it says behind them retrieves it; where it says none,
+    no image is returned. Where a task ranks images for every item (Tables 2 and 3, VIST) [RET] is put directly behind
+    the context, as in the VisDial and VIST scripts; so it is where texts are ranked by embedding, which no code of
+    FROMAGe's does.
+    """
 
     def __init__(self, model: FromageModel, name: str = "FROMAGe", max_new_tokens: int = MAX_NEW_TOKENS):
         super().__init__(model, name)
         self.max_new_tokens = max_new_tokens
 
-    def shows_image(self, dialogues: Sequence[Any]) -> torch.Tensor:
-        """`(n,)` bool: the greedy reply holds a [RET]."""
-        return self.model.says_ret(dialogues, self.max_new_tokens)
+    def embed_dialogues(self, dialogues: Sequence[Any], *, bos: str = FIRST_TEXT, **kwargs) -> torch.Tensor:
+        """As [`System.embed_dialogues`], with BOS where the protocol wants it (see [`FromageProcessor`])."""
+        processor = self.model.processor
+        processor.bos = bos
+        try:
+            return super().embed_dialogues(dialogues, **kwargs)
+        finally:
+            processor.bos = FIRST_TEXT
+
+    def image_replies(self, dialogues: Sequence[Any]) -> ImageReplies:
+        """The greedy reply's own [RET], if it holds one."""
+        return self.model.image_replies(dialogues, self.max_new_tokens)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.vocabulary_logits(hidden)  # [RET] takes its share of the probability

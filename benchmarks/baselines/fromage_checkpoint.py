@@ -29,6 +29,8 @@ NAMES = {
     "model.logit_scale": "logit_scale",
     "ret_input_embeddings.weight": "ret_embedding",
 }
+ROW = "ret_input_embeddings.weight"
+TABLE = "model.input_embeddings.weight"  # prune_model_ckpt.py leaves it beside the row; other makers leave it alone
 FLAT = ("logit_scale", "ret_embedding")  # stored as (), (1,), (d,) or (1, d), for us vectors
 
 
@@ -39,7 +41,8 @@ def convert_checkpoint(
     Writes an adapter checkpoint of FROMAGe's trained tensors, as float32 safetensors, its processor beside it.
 
     The file is read by torch's weights-only loader, which runs no code; FROMAGe's image embeddings (`*.pkl`) are not
-    needed and not opened. Training state beside `state_dict` (`epoch`, `optimizer`, ...) is no part of the model.
+    needed and not opened. Training state beside `state_dict` (`epoch`, `optimizer`, ...) is no part of the model. [RET]'s
+    row may stand alone, or in the LLM's table of input embeddings, as FROMAGe's `prune_model_ckpt.py` leaves it.
 
     Args:
         folder: holds `model_args.json` and `pretrained_ckpt.pth.tar`.
@@ -50,8 +53,9 @@ def convert_checkpoint(
         The model as saved.
 
     Raises:
-        BadDataError: a file is absent, cannot be read without running code, lacks a tensor, holds an unknown one, or one
-            of another shape than `model_args.json` and the towers ask for; the message names it.
+        BadDataError: a file is absent, cannot be read without running code, lacks a tensor, holds an unknown one, one of
+            another shape than `model_args.json` and the towers ask for, or two rows of [RET] that differ; the message
+            names it.
         OSError: a tower could not be loaded.
     """
     path = Path(folder) / ARGUMENTS
@@ -69,7 +73,13 @@ def convert_checkpoint(
 
     weights = Path(folder) / WEIGHTS
     d = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
-    tensors = _renamed(_read(weights), weights)
+    state = {str(name).removeprefix("module."): value for name, value in _read(weights).items()}
+    if TABLE in state:
+        row = _ret_row(state.pop(TABLE), given, weights, d)
+        if ROW in state and not torch.equal(_checked(ROW, state[ROW], weights).flatten(), row):
+            raise BadDataError(f"{weights}: {ROW} is not [RET]'s row of {TABLE}: which one was trained?")
+        state[ROW] = row
+    tensors = _renamed(state, weights)
     _check_shapes(tensors, weights, d, clip.vision_config.hidden_size, n_visual_tokens, shared_dim)
     towers = ModelArguments(text_model=text_model, clip_model=clip_model, n_visual_tokens=n_visual_tokens)
     model = FromageModel.from_pretrained_towers(
@@ -103,8 +113,26 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def _ret_row(table: Any, given: dict[str, Any], path: Path, d: int) -> torch.Tensor:
+    """[RET]'s row `(d,)` of the table `(rows, d)`, which may hold that row alone."""
+    table = _checked(TABLE, table, path)
+    if table.ndim != 2 or table.shape[1] != d or not len(table):
+        raise BadDataError(f"{path}: {TABLE} has shape {tuple(table.shape)}, expected rows of the LLM's width {d}")
+    if len(table) == 1:
+        return table[0]
+    index = require(given, "retrieval_token_idx", int, ARGUMENTS)
+    if not 0 <= index < len(table):
+        raise BadDataError(f"{path}: {TABLE} has {len(table)} rows, but {ARGUMENTS} says retrieval_token_idx={index}")
+    return table[index]
+
+
+def _checked(name: str, value: Any, path: Path) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise BadDataError(f"{path}: {name} is {getattr(value, 'dtype', type(value).__name__)}, not floats")
+    return value.detach().float()
+
+
 def _renamed(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
     missing, unknown = sorted(NAMES.keys() - state.keys()), sorted(state.keys() - NAMES.keys())
     if missing:
         raise BadDataError(
@@ -115,10 +143,7 @@ def _renamed(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
             f"{path}: the state_dict holds {len(unknown)} tensors that FROMAGe's pruned checkpoint does not have: "
             f"{', '.join(unknown[:8])}"
         )
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise BadDataError(f"{path}: {name} is {getattr(value, 'dtype', type(value).__name__)}, not floats")
-    return {NAMES[name]: value.detach().float() for name, value in state.items()}
+    return {NAMES[name]: _checked(name, value, path) for name, value in state.items()}
 
 
 def _check_shapes(

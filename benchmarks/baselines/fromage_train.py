@@ -1,14 +1,16 @@
 """FROMAGe trained as UniMuR is: by the same trainer, on the miniature's pairs, over the same towers."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback, set_seed
 
 from benchmarks.baselines.fromage import FromageModel
+from benchmarks.baselines.fromage_heads import caption_states, start_canonical, train_heads
 from modeling_unimur import UniMuRProcessor
 from modeling_unimur.processing_unimur import IGNORE
 from train.collate import PairCollator, SkipCounter
@@ -20,11 +22,12 @@ from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
 class FromageCollator(PairCollator):
     """
-    Batches of caption pairs for [`FromageModel.forward`].
+    Batches of caption pairs for [`FromageModel.forward`], laid out as FROMAGe's `models.py` does.
 
-    With probability `concatenate` a batch's captioning rows are joined two and two: `BOS image caption EOS image
-    caption EOS`, both captions labelled. A last row without a partner, and a pair that together exceed the LLM's
-    positions, stay as they are. The retrieval pass always has a row a caption.
+    The retrieval pass reads `BOS caption [RET]`; the captioning pass reads the same without [RET] behind the image:
+    `image BOS caption`, BOS and caption labelled, without an end of text. With probability `concatenate` a batch's
+    captioning rows are joined two and two: `image BOS caption image BOS caption`, both texts labelled. A last row without
+    a partner, and a pair that together exceed the LLM's positions, stay as they are.
 
     Args:
         processor, caption, seed: as [`PairCollator`]'s.
@@ -47,43 +50,40 @@ class FromageCollator(PairCollator):
             batch.pop(name, None)
         # A hash rather than a generator, as for the captions: the draw is the same in every worker.
         drawn = zlib.crc32(f"{self.seed}-{self.epoch}-{'-'.join(str(row['id']) for row in rows)}".encode()) / 2**32
+        rows = caption_rows(batch, self.processor)
         if drawn < self.concatenate:
-            batch |= concatenated(batch, self.processor)
-        return batch
+            rows = joined(rows, self.processor.max_length)
+        return batch | captioning(rows, self.processor)
 
 
-def concatenated(batch: dict[str, torch.Tensor], processor: UniMuRProcessor) -> dict[str, torch.Tensor]:
-    """
-    Captioning rows joined two and two, the second without its BOS.
+def caption_rows(batch: dict[str, torch.Tensor], processor: UniMuRProcessor) -> list[list[int]]:
+    """`image BOS caption` of each row `BOS caption [RET]` of the retrieval pass, within the LLM's positions."""
+    image = [processor.image_token_id] * processor.n_visual_tokens
+    room = processor.max_length - len(image)
+    sizes = batch["ret_attention_mask"].sum(1).tolist()
+    return [
+        image + ids[: min(size - 1, room)].tolist()
+        for ids, size in zip(batch["ret_input_ids"], sizes, strict=True)
+    ]  # fmt: skip
 
-    Args:
-        batch: `input_ids`, `attention_mask`, `labels` `(n, length)`, right-padded. `image_indices` need no change: the
-            images keep their order.
 
-    Returns:
-        The same three, `(ceil(n / 2), length')` where every two rows fit together.
-    """
-    sizes = batch["attention_mask"].sum(1).tolist()
-    rows = [
-        (ids[:size].tolist(), labels[:size].tolist())
-        for ids, labels, size in zip(batch["input_ids"], batch["labels"], sizes, strict=True)
-    ]
-    # A row starts with BOS where the tokenizer has one, which is where its first image does not.
-    skip = rows[0][0].index(processor.image_token_id)
-    joined = []
-    for first, second in zip(rows[::2], [*rows[1::2], None], strict=False):
-        if second is None:
-            joined.append(first)
-        elif len(first[0]) + len(second[0]) - skip > processor.max_length:
-            joined += [first, second]
-        else:
-            joined.append((first[0] + second[0][skip:], first[1] + second[1][skip:]))
-    longest = max(len(ids) for ids, _ in joined)
+def joined(rows: list[list[int]], limit: int) -> list[list[int]]:
+    """Rows two and two, where both together have `limit` ids at most; the images keep their order."""
+    pairs = []
+    for first, second in zip(rows[::2], [*rows[1::2], []], strict=False):
+        pairs += [first + second] if len(first) + len(second) <= limit else [first, second]
+    return pairs
+
+
+def captioning(rows: list[list[int]], processor: UniMuRProcessor) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask`, `labels` `(n, length)` of captioning rows: all that is no image is labelled."""
+    ids = [torch.tensor(row) for row in rows]
+    labels = [row.masked_fill(row == processor.image_token_id, IGNORE) for row in ids]
     padding = processor.tokenizer.pad_token_id or 0
     return {
-        "input_ids": torch.tensor([ids + [padding] * (longest - len(ids)) for ids, _ in joined]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in joined]),
-        "labels": torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in joined]),
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
     }
 
 
@@ -98,7 +98,8 @@ def train_fromage(
     output_dir: str | Path, miniature: Miniature, seed: int, *, learning_rate: float, max_steps: int = 320,
     per_device_train_batch_size: int = 64, gradient_accumulation_steps: int = 2, warmup_steps: int = 30,
     lr_scheduler_type: str = "cosine", ret_init: str | None = "#", n_visual_tokens: int = 6, shared_dim: int = 256,
-    concatenate: float = 0.5, logging_steps: int = 20,
+    concatenate: float = 0.5, logging_steps: int = 20, heads: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """
     Trains FROMAGe on the miniature's caption pairs.
@@ -107,6 +108,9 @@ def train_fromage(
     method and the `learning_rate` alone.
 
     Args:
+        heads: arguments of [`train_heads`], which goes on with W_t2m, W_v2m and the temperature after the steps above;
+            by default it does not.
+        start: arguments of [`start_canonical`], by which these two heads then begin; by default they go on as they are.
         output_dir: gets `checkpoint/`, an adapter over the miniature's towers, and `trainer_state.json` with the losses.
         seed: of the maps' start and of the order of the pairs.
 
@@ -136,6 +140,12 @@ def train_fromage(
     trainer.skips = skips
     trainer.train()
     trainer.save_state()
+    if heads:
+        features = torch.from_numpy(rows["image_features"][range(len(rows))])
+        data = caption_states(model, rows["captions"], features)
+        if start:
+            start_canonical(model, data, **start)
+        train_heads(model, data, seed=seed, **heads)
     checkpoint = str(Path(output_dir) / "checkpoint")
     model.save_pretrained(checkpoint)
     return checkpoint

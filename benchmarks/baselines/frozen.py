@@ -107,7 +107,8 @@ def train_frozen(
         The checkpoint's folder.
     """
     model_args, _, args = parse([
-        "--config", str(CONFIGS / "miniature.yaml"), f"--learning_rate={learning_rate}", f"--max_steps={max_steps}",
+        "--config", str(CONFIGS / "miniature.yaml"), "--config", str(CONFIGS / "paper.yaml"),
+        f"--learning_rate={learning_rate}", f"--max_steps={max_steps}",
         "--schedule=captioning", f"--seed={seed}", f"--output_dir={output_dir}", f"--disable_tqdm={disable_tqdm}",
         f"--per_device_train_batch_size={batch_size}", "--gradient_accumulation_steps=1",
         f"--n_visual_tokens={n_visual_tokens}",

@@ -11,10 +11,13 @@ TASKS = ("mmdialog", "mmdialog_image", "visdial", "visdial_answers", "vist", "vq
 _FIELDS = {"name", "version", "task", "data", "table", "about", "settings", "variants", "miniature", "paper"}
 _SETTINGS = {
     "response": {"split", "serialisation", "pool", "first_image", "ties"},
-    "image": {"split", "serialisation", "pool", "first_image", "ties", "direction", "squash", "context", "caption"},
-    "answers": {"split", "serialisation", "pool", "ties", "by", "option", "own_bos", "shift", "reduction", "scope"},
+    "image": {"split", "serialisation", "pool", "first_image", "ties", "direction", "squash", "context", "caption",
+              "seen_images"},
+    "answers": {"split", "serialisation", "pool", "ties", "by", "option", "own_bos", "shift", "reduction", "scope",
+                "squash", "relevance"},
     "vqa": {"split", "by", "prompt", "max_new_tokens", "cut"},
-}
+}  # fmt: skip
+_OPTIONAL = {"caption", "seen_images"}
 TIES = "expected"  # the only rule the metrics have: the expectation over random orders of what ties
 
 
@@ -85,7 +88,7 @@ def protocols(task: str, miniature: bool = False) -> list[Protocol]:
             continue
         settings = given["settings"] | {k: v for k, v in variant.items() if k != "about"}
         settings |= stand_in.get("settings", {}) | stand_in.get(name, {})
-        missing = _SETTINGS[given["task"]] - set(settings) - {"caption"}
+        missing = _SETTINGS[given["task"]] - set(settings) - _OPTIONAL
         if settings.get("by") == "embedding":
             missing -= {"own_bos", "shift", "reduction", "scope", "max_new_tokens", "cut"}
         if missing:

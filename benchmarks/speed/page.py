@@ -166,8 +166,7 @@ def _quality(found: dict[str, Any]) -> str:
         f"on the first seed ({tried}). The last two columns: how many times sooner the {RECALL} at which the reference ends is "
         "there than the reference is done, and than the reference was first seen at it.\n\n"
         "![recall against seconds](quality-speed.png)\n\n"
-        + "A closed form alone ranks within a modality: where its image retrieval rate is zero, a pool of both needs "
-        "`calibrate` or an `image_bias`. Steps on from there follow the losses, and away from its recall.\n\n"
+        + "Canonical correlation (`train/canonical.py`) sees one caption of each image here and makes no step.\n\n"
         + _table(["", *MEASURES, "seconds", "sooner than its end", "than it first did"], rows)
     )
 

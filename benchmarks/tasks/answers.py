@@ -9,7 +9,7 @@ from benchmarks.schema import Dialogues
 from benchmarks.systems import System
 
 from .candidates import by_pool, embed
-from .contexts import context_of
+from .contexts import Contexts
 
 
 def run(system: System, data: Dialogues, protocol: Protocol) -> dict[str, Measure]:
@@ -17,12 +17,14 @@ def run(system: System, data: Dialogues, protocol: Protocol) -> dict[str, Measur
     Ranks each round's options, by likelihood or by embedding.
 
     Returns:
-        `R@1`, `R@5`, `R@10`, `MRR`, `mean rank` (a number) over all rounds, `NDCG` over those with dense relevances.
+        `R@1`, `R@5`, `R@10`, `MRR`, `mean rank` (a number) over all rounds, `NDCG` over those with dense relevances; by
+        `relevance: previous` those of a round are held against the scores of the round that follows it in the data, be
+        it of another dialogue, and the last round's against none.
 
     Raises:
         DoesNotApplyError: by likelihood, for a system without a language model.
     """
-    contexts = [context_of(d, data.images, protocol["serialisation"]) for d in data.dialogues]
+    contexts = Contexts(data, protocol["serialisation"], squash=protocol["squash"])
     if protocol["by"] == "likelihood":
         options = [
             [protocol["option"].format(text=data.texts[i]) for i in d["pool"]["text_ids"]] for d in data.dialogues
@@ -33,12 +35,15 @@ def run(system: System, data: Dialogues, protocol: Protocol) -> dict[str, Measur
         embedded = embed(system, data, contexts, template=protocol["option"])
         scores = [None] * len(contexts)
         for pool, rows in by_pool(data.dialogues):
-            found = system.similarity(embedded.queries[rows], embedded.texts[embedded.rows(pool)[0]])
-            for row, values in zip(rows, found.numpy(), strict=True):
+            ranked = system.similarity(embedded.queries[rows], embedded.texts[embedded.rows(pool)[0]])
+            for row, values in zip(rows, ranked.numpy(), strict=True):
                 scores[row] = values
+    relevances = [d.get("relevance") for d in data.dialogues]
+    if protocol["relevance"] == "previous":
+        relevances = [None, *relevances[:-1]]
     items = [
-        visdial_per_item(s, d["pool"]["text_ids"].index(d["gold"]["text_ids"][0]), d.get("relevance"))
-        for s, d in zip(scores, data.dialogues, strict=True)
+        visdial_per_item(s, d["pool"]["text_ids"].index(d["gold"]["text_ids"][0]), relevance)
+        for s, d, relevance in zip(scores, data.dialogues, relevances, strict=True)
     ]
     columns = {name: np.array([item[name] for item in items], dtype=float) for name in items[0]}
     return {name: Measure(values, percent=name != "mean rank") for name, values in columns.items()}

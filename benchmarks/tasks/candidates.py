@@ -16,7 +16,8 @@ from .contexts import Squashed
 class Embedded:
     """
     `queries` `(n, q)`; `texts` `(t, q)` and `images` `(i, q)` (or `(i, vectors, q)`), or `None` where a data set's
-    pools hold none; `text_rows`, `image_rows`: id -> row.
+    pools hold none; `text_rows`, `image_rows`: id -> row; `image_queries` `(n, q)` where images are sought with others
+    than texts.
     """
 
     queries: torch.Tensor
@@ -24,6 +25,7 @@ class Embedded:
     images: torch.Tensor | None
     text_rows: Mapping[str, int]
     image_rows: Mapping[str, int]
+    image_queries: torch.Tensor | None = None
 
     def rows(self, pool: Mapping[str, Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of a pool's texts and of its images."""
@@ -35,7 +37,7 @@ class Embedded:
 
 def embed(
     system: System, data: Dialogues, contexts: Sequence[Any], *, texts: bool = True, squash: int | None = None,
-    template: str = "{text}",
+    template: str = "{text}", bos: str | None = None,
 ) -> Embedded:  # fmt: skip
     """
     Embeds contexts and candidates.
@@ -44,13 +46,14 @@ def embed(
         texts: `False` leaves the pools' texts out.
         squash: resize images to this many pixels a side first.
         template: of a candidate text.
+        bos: where the protocol puts it in a context, for the systems that ask.
     """
     text_rows, image_rows = candidate_rows(data, texts)
     pictures = [data.images[i] for i in image_rows]
     words = [template.format(text=data.texts[i]) for i in text_rows]
     bar = {"show_progress_bar": True}
     return Embedded(
-        system.embed_dialogues(contexts, **bar),
+        system.embed_dialogues(contexts, **bar, **({} if bos is None else {"bos": bos})),
         system.embed_texts(words, **bar) if words else None,
         system.embed_images(Squashed(pictures, squash) if squash else pictures, **bar) if pictures else None,
         text_rows,

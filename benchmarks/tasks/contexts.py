@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.schema import Dialogues
 from modeling_unimur.images_unimur import decode_image
 
 
@@ -19,7 +20,8 @@ def context_of(
 
     Args:
         serialisation: `"turns"`, the processor's own; or a template for each speaker's texts (`{text}`), `join` between
-            turns and `end` behind the last, all in one message. Images stand where they stood.
+            turns (behind a turn of images alone `image_join`, where given) and `end` behind the last, all in one
+            message. Images stand where they stood.
         context: `"all"`, `"text"` (without images) or `"last"` (the last turn's text alone).
 
     Raises:
@@ -47,13 +49,18 @@ def context_of(
         raise ValueError(f"dialogue {dialogue['dialogue_id']!r} has no context")
     if serialisation == "turns":
         return parts
+    join = serialisation.get("join", "\n")
     joined: list[dict] = []
-    between = {"type": "text", "text": serialisation.get("join", "\n")}
     for i, part in enumerate(parts):
-        joined += [*([between] if i else []), *part["content"]]
-    if serialisation.get("end"):
-        joined.append({"type": "text", "text": serialisation["end"]})
+        lone = all(e["type"] == "image" for e in parts[i - 1]["content"])
+        between = serialisation.get("image_join", join) if lone else join
+        joined += [*_text(between if i else ""), *part["content"]]
+    joined += _text(serialisation.get("end", ""))
     return [{"role": "user", "content": _merged(joined)}]
+
+
+def _text(words: str) -> list[dict]:
+    return [{"type": "text", "text": words}] if words else []
 
 
 def _merged(content: list[dict]) -> list[dict]:
@@ -65,6 +72,39 @@ def _merged(content: list[dict]) -> list[dict]:
         else:
             merged.append(part)
     return merged
+
+
+def seen_images(dialogue: Mapping[str, Any]) -> list[str]:
+    """The ids of the images before the target turn, in order."""
+    turns = dialogue["turns"][: dialogue["target_turn"]]
+    return [e["image_id"] for turn in turns for e in turn["elements"] if e["type"] == "image"]
+
+
+class Contexts(Sequence):
+    """
+    The contexts of a data set's dialogues, each written when it is asked for: squashed pictures would fill the memory.
+
+    Args:
+        serialisation, context: as [`context_of`]'s.
+        squash: resize their images to this many pixels a side.
+    """
+
+    def __init__(
+        self, data: Dialogues, serialisation: str | Mapping[str, str], context: str = "all", squash: int | None = None
+    ):
+        self.data, self.serialisation, self.context, self.squash = data, serialisation, context, squash
+
+    def __len__(self) -> int:
+        return len(self.data.dialogues)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        dialogue, images = self.data.dialogues[index], self.data.images
+        if self.squash:
+            ids = seen_images(dialogue)
+            images = dict(zip(ids, Squashed([images[i] for i in ids], self.squash), strict=True))
+        return context_of(dialogue, images, self.serialisation, self.context)
 
 
 class Squashed(Sequence):

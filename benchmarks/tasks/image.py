@@ -12,21 +12,24 @@ from benchmarks.schema import Dialogues
 from benchmarks.systems import System
 
 from .candidates import Embedded, by_pool, embed
-from .contexts import context_of
+from .contexts import Contexts, seen_images
 
 KS = (1, 5, 10)
 
 
 def run(system: System, data: Dialogues, protocol: Protocol) -> dict[str, Measure]:
     """R@1/5/10 of the reply's first image among the images of its pool; see `score` for the direction."""
-    contexts = [context_of(d, data.images, protocol["serialisation"], protocol["context"]) for d in data.dialogues]
-    embedded = embed(system, data, contexts, texts=False, squash=protocol["squash"])
+    serialisation, squash = protocol["serialisation"], protocol["squash"]
+    contexts = Contexts(data, serialisation, protocol["context"], squash)
+    bos = None if serialisation == "turns" else serialisation.get("bos")
+    embedded = embed(system, data, contexts, texts=False, squash=squash, bos=bos)
     return score(embedded, data, protocol, system.similarity)
 
 
 def score(embedded: Embedded, data: Dialogues, protocol: Protocol, similarity: Any) -> dict[str, Measure]:
     """
-    `R@1`, `R@5`, `R@10`, an item a dialogue (`"image per dialogue"`) or an image (`"dialogue per image"`).
+    `R@1`, `R@5`, `R@10`, an item a dialogue (`"image per dialogue"`) or an image (`"dialogue per image"`). With
+    `seen_images: last` the images that a context shows rank behind all others, be one of them right or not.
 
     Raises:
         ValueError: `"dialogue per image"` where dialogues have pools of their own.
@@ -35,15 +38,18 @@ def score(embedded: Embedded, data: Dialogues, protocol: Protocol, similarity: A
     if protocol["direction"] == "dialogue per image":
         if len(groups) > 1:
             raise ValueError(f"{protocol.label}: each image ranks all dialogues, which need one shared pool")
-        return _measures([_dialogues_per_image(embedded, data, groups[0][0], similarity)])
-    found = np.full((len(data.dialogues), len(KS)), np.nan)
+        return _measures(_dialogues_per_image(embedded, data, groups[0][0], similarity))
+    hits = np.full((len(data.dialogues), len(KS)), np.nan)
     counted = slice(1) if protocol["first_image"] else slice(None)
     for pool, rows in groups:
         scores = similarity(embedded.queries[rows], embedded.images[embedded.rows(pool | {"text_ids": []})[1]])
         place = {name: i for i, name in enumerate(pool["image_ids"])}
-        right = [[place[g] for g in data.dialogues[i]["gold"]["image_ids"][counted]] for i in rows]
-        found[rows] = hit_rate_per_item(scores.numpy(), right, KS)
-    return _measures([found])
+        if protocol.settings.get("seen_images") == "last":
+            for row, i in enumerate(rows):
+                scores[row, [place[name] for name in seen_images(data.dialogues[i]) if name in place]] = -torch.inf
+        gold = [[place[g] for g in data.dialogues[i]["gold"]["image_ids"][counted]] for i in rows]
+        hits[rows] = hit_rate_per_item(scores.numpy(), gold, KS)
+    return _measures(hits)
 
 
 def _dialogues_per_image(embedded, data, pool, similarity) -> np.ndarray:
@@ -56,6 +62,5 @@ def _dialogues_per_image(embedded, data, pool, similarity) -> np.ndarray:
     return hit_rate_per_item(scores.numpy(), list(about.values()), KS)
 
 
-def _measures(found: list[np.ndarray]) -> dict[str, Measure]:
-    found = np.concatenate(found)
-    return {f"R@{k}": Measure(found[:, i]) for i, k in enumerate(KS)}
+def _measures(hits: np.ndarray) -> dict[str, Measure]:
+    return {f"R@{k}": Measure(hits[:, i]) for i, k in enumerate(KS)}

@@ -23,8 +23,11 @@ def run(system: System, data: Dialogues, protocol: Protocol, clip: System) -> di
     Returns: see `score`.
     """
     contexts = [context_of(d, data.images, protocol["serialisation"]) for d in data.dialogues]
-    embedded = embed(system, data, contexts)
-    shown = system.shows_image(contexts)
+    embedded, shown = embed(system, data, contexts), None
+    replies = system.image_replies(contexts)
+    if replies is not None:
+        shown = replies.shown
+        embedded.image_queries = torch.where(shown[:, None], replies.queries, embedded.queries)
     words = [system.text_scores([contexts[i] for i in rows], [data.texts[t] for t in pool["text_ids"]])
              for pool, rows in by_pool(data.dialogues)]  # fmt: skip
     return score(
@@ -61,12 +64,12 @@ def score(
         over the turns with an image shown.
     """
     n = len(data.dialogues)
+    seeking = embedded.queries if embedded.image_queries is None else embedded.image_queries
     shows, text_hit, image_hit, together = (np.full(n, np.nan) for _ in range(4))
     for group, (pool, rows) in enumerate(by_pool(data.dialogues)):
         texts, images = embedded.rows(pool)
-        queries = embedded.queries[rows]
-        by_text = text_scores[group] if text_scores else similarity(queries, embedded.texts[texts])
-        by_image = similarity(queries, embedded.images[images]) + image_bias
+        by_text = text_scores[group] if text_scores else similarity(embedded.queries[rows], embedded.texts[texts])
+        by_image = similarity(seeking[rows], embedded.images[images]) + image_bias
         if shown is not None:
             shows[rows] = shown[rows].double().numpy()
         else:

@@ -35,7 +35,8 @@ def bench(folder, tmp_path, monkeypatch):
     config = yaml.safe_load((CONFIGS / "miniature.yaml").read_text())
     config |= {"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
     (tmp_path / "miniature.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(ablation, "CONFIGS", tmp_path)
+    files = (tmp_path / "miniature.yaml", CONFIGS / "paper.yaml")
+    monkeypatch.setattr(ablation, "PAPER", [part for file in files for part in ("--config", str(file))])
     for name in ("mmdialog", "visdial"):
         plain = getattr(miniature, name)
         monkeypatch.setattr(miniature, name, lambda split, plain=plain: plain(split, 40))

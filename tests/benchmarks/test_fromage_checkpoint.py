@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from benchmarks.baselines.fromage import FromageModel
-from benchmarks.baselines.fromage_checkpoint import NAMES, convert_checkpoint, main
+from benchmarks.baselines.fromage_checkpoint import NAMES, TABLE, convert_checkpoint, main
 from benchmarks.schema import BadDataError
 from tests.conftest import picture
 from tests.tiny import make_towers
@@ -42,12 +42,19 @@ def edit(folder, **fields):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["row", "vector in bfloat16", "module."])
+@pytest.mark.parametrize("layout", ["row", "vector in bfloat16", "module.", "pruned", "table", "row as table"])
 def test_a_converted_checkpoint_embeds_as_its_tensors_say(tmp_path, layout):
     state = published(tmp_path)
     if layout == "vector in bfloat16":
         state = {name: value.bfloat16() for name, value in state.items()}
         state["ret_input_embeddings.weight"] = state["ret_input_embeddings.weight"][0]
+    row, table = state["ret_input_embeddings.weight"].reshape(1, 32), torch.randn(9, 32)
+    if layout in ("pruned", "table", "row as table"):
+        edit(tmp_path, retrieval_token_idx=7)
+        table[7] = row
+        state["model.input_embeddings.weight"] = row if layout == "row as table" else table
+        if layout != "pruned":
+            del state["ret_input_embeddings.weight"]
     prefix = "module." if layout == "module." else ""
     stored = {(prefix if name.startswith("model.") else "") + name: value for name, value in state.items()}
     torch.save({"state_dict": stored}, tmp_path / "pretrained_ckpt.pth.tar")
@@ -63,8 +70,7 @@ def test_a_converted_checkpoint_embeds_as_its_tensors_say(tmp_path, layout):
     visual = pooled[1] @ state["model.visual_embeddings.weight"].T + state["model.visual_embeddings.bias"]
     table = model.language_model.get_input_embeddings().weight
     ids = model.processor.tokenizer.convert_tokens_to_ids(["Ċ", "h", "i"])
-    ret = state["ret_input_embeddings.weight"].reshape(1, 32)
-    inputs = torch.cat([table[[2]], visual.reshape(2, 32), table[ids], ret])[None]
+    inputs = torch.cat([visual.reshape(2, 32), table[[2, *ids]], row.float()])[None]  # BOS behind the image
     h = model.language_model.base_model(inputs_embeds=inputs).last_hidden_state[:, -1]
     context = h @ state["model.text_hidden_fcs.0.0.weight"].T + state["model.text_hidden_fcs.0.0.bias"]
     assert torch.allclose(model.embed_dialogues([[picture(1), "hi"]]), F.normalize(context, dim=-1), atol=1e-5)
@@ -98,6 +104,13 @@ def test_towers_elsewhere_and_the_command(tmp_path, monkeypatch, capsys):
         ({"model.logit_scale": torch.tensor(float("nan"))}, "NaN or infinity in what becomes logit_scale"),
         ({"model.logit_scale": 3.5}, "model.logit_scale is float, not floats"),
         ({"model.visual_fc.bias": torch.zeros(16, dtype=torch.long)}, "visual_fc.bias is torch.int64, not floats"),
+        ({TABLE: torch.zeros(9, 31)}, r"input_embeddings.weight has shape \(9, 31\).*width 32"),
+        ({TABLE: torch.zeros(0, 32)}, r"input_embeddings.weight has shape \(0, 32\)"),
+        ({TABLE: torch.zeros(32)}, r"input_embeddings.weight has shape \(32,\)"),
+        ({TABLE: torch.zeros(9, 32, dtype=torch.long)}, "input_embeddings.weight is torch.int64, not floats"),
+        ({TABLE: torch.zeros(9, 32)}, "has 9 rows, but model_args.json says retrieval_token_idx=50266"),
+        ({TABLE: torch.zeros(1, 32)}, r"ret_input_embeddings.weight is not \[RET\]'s row"),
+        ({"ret_input_embeddings.weight": None}, "lacks ret_input_embeddings.weight"),
     ],
 )
 def test_a_wrong_tensor_is_named(tmp_path, changes, message):

@@ -29,11 +29,8 @@ def plain(model, context, option, own_bos):
     safe = ids[0].masked_fill(~is_word, 0)
     unshifted = F.cross_entropy(logits, safe, reduction="none") * is_word
     shifted = torch.cat([torch.zeros(1), F.cross_entropy(logits[:-1], safe[1:], reduction="none")]) * is_word
-    return (
-        {True: (shifted[-n:].sum(), shifted.sum()), False: (unshifted[-n:].sum(), unshifted.sum())},
-        n,
-        is_word.sum(),
-    )
+    counted = {True: is_word[1:].sum(), False: is_word.sum()}  # as a causal LM's own loss counts
+    return {True: (shifted[-n:].sum(), shifted.sum()), False: (unshifted[-n:].sum(), unshifted.sum())}, n, counted
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,7 +49,7 @@ def test_likelihoods_equal_a_full_pass_per_option(tiny, kind, own_bos, monkeypat
                 for reduction, scope, wanted in (
                     ("sum", "candidate", own),
                     ("mean", "candidate", own / n),
-                    ("mean", "all", everything / total),
+                    ("mean", "all", everything / total[shift]),
                     ("sum", "all", everything),
                 ):
                     score = got.scores(shift=shift, reduction=reduction, scope=scope)[i]

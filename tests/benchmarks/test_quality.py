@@ -9,9 +9,8 @@ from benchmarks.speed.page import page
 
 
 @pytest.fixture
-def small(bench, monkeypatch, tmp_path):
+def small(bench, monkeypatch):
     monkeypatch.setattr(quality, "Seed", lambda folder, seed: bench)
-    monkeypatch.setattr(quality, "CONFIGS", tmp_path)
     monkeypatch.setattr(quality, "BATCH", 16)
     return bench
 
@@ -23,20 +22,18 @@ def test_every_way_is_run_drawn_and_told(small, tmp_path):
     (seed,) = json.loads((out / "quality-speed.json").read_text())["seeds"]
     assert set(seed["points"]) == set(quality.WAYS)
     for way, points in seed["points"].items():
-        marks = [0] if way == quality.ALONE else [0, 5, 6] if way in (quality.CLOSED, quality.IMAGES) else [5, 6]
+        marks = {quality.ALONE: [0], quality.STEPPED: [0, 5, 6]}.get(way, [5, 6])
         assert [p["step"] for p in points] == marks, way
         seconds = [p["seconds"] for p in points]
         assert seconds == sorted(seconds) and seconds[0] > 0
         assert all(0 <= p[quality.RECALL] <= 1 for p in points)
-    # The same maps, whether what they were solved from was cached or not.
-    starts = [seed["points"][way][0] for way in (quality.ALONE, quality.CLOSED, quality.IMAGES)]
+    starts = [seed["points"][way][0] for way in (quality.ALONE, quality.STEPPED)]
     assert len({p[quality.RECALL] for p in starts}) == 1
-    assert seed["points"][quality.IMAGES][-1][quality.RECALL] == seed["points"][quality.CLOSED][-1][quality.RECALL]
     searched = found["reference_rates_searched"]
     assert f"{found['rates'][quality.REFERENCE]:g}" == max(searched, key=searched.get)
     assert (out / "quality-speed.png").stat().st_size > 10_000
     text = page(out).read_text()
-    assert "closed form alone" in text and "quality-speed.png" in text
+    assert "canonical correlation alone" in text and "quality-speed.png" in text
 
 
 def test_the_reference_run_is_the_same_twice(small):

@@ -108,6 +108,7 @@ def test_vist_made_whole(run, samples, tmp_path):
         "story",
         "captions",
         "last-caption",
+        "fromage-compat",
     ]
     assert values(results, "story", "UniMuR", "R@1")["n"] == 4
     kept = dump(tmp_path / "kept.json", [f"{10 * s + i}" for s in (1, 2) for i in range(5)])

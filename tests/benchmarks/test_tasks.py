@@ -13,10 +13,10 @@ from benchmarks.load import UniMuR
 from benchmarks.protocols import TASKS, Protocol, paper, protocols, read
 from benchmarks.run import compare, evaluate
 from benchmarks.schema import BadDataError, Dialogues, Questions
-from benchmarks.systems import System
+from benchmarks.systems import ImageReplies, System
 from benchmarks.tables import markdown
-from benchmarks.tasks import image, response, vqa
-from benchmarks.tasks.contexts import Squashed, context_of
+from benchmarks.tasks import answers, image, response, vqa
+from benchmarks.tasks.contexts import Contexts, Squashed, context_of
 from tests.conftest import picture
 
 
@@ -98,15 +98,20 @@ def test_a_reply_is_scored_as_section_3_4_says():
 
 def test_a_system_that_decides_itself_shows_what_it_decides():
     class Decides(Table):
-        def shows_image(self, dialogues):
-            return torch.tensor([False, True, False, False])
+        def image_replies(self, dialogues):
+            # What is sought where no image is shown is never read; q2 seeks i1 in the place of i2.
+            return ImageReplies(torch.tensor([False, True, False, False]), self.rows["q1"].repeat(4, 1))
 
     decides = Decides({})
     decides.rows = SYSTEM.rows
     found = {k: m.value for k, m in response.run(decides, DATA, protocol("mmdialog"), CLIP).items()}
-    assert found["image retrieval rate"] == pytest.approx(1 / 3) and found["image R@1"] == pytest.approx(1 / 3)
+    assert found["image retrieval rate"] == pytest.approx(1 / 3) and found["image R@1"] == 0
+    assert found["text R@1"] == pytest.approx(2 / 3)  # texts are ranked by the dialogue's own embedding
     assert found["image retrieval rate on text-only turns"] == 0
-    assert found["CLIP-Sim"] == pytest.approx(0)  # q2: T2 I2
+    assert found["CLIP-Sim"] == pytest.approx(0)  # q2: T2 I1
+
+    decides.rows = SYSTEM.rows | {"q1": SYSTEM.rows["q2"]}  # now i2, which is right
+    assert response.run(decides, DATA, protocol("mmdialog"), CLIP)["image R@1"].value == pytest.approx(1 / 3)
 
 
 def test_any_image_of_a_turn_counts_where_the_protocol_says_so():
@@ -174,6 +179,49 @@ def test_squashed_images_lose_their_shape():
     assert [i.size for i in few[0:2]] == [(8, 8), (8, 8)] and len(few) == 2
 
 
+def test_images_that_a_context_shows_rank_last_where_the_protocol_says_so():
+    first, second = (
+        {**d, "turns": [{"speaker": "A", "elements": [text(q), shown(i)]}]}
+        for d, q, i in zip(SEEN.dialogues, ("q1", "q2"), ("i2", "i1"), strict=True)
+    )
+    # q2's best image is I1, which its context shows; once more with the gold one shown, and with none of the pool.
+    gold = {**second, "turns": [{"speaker": "A", "elements": [text("q2"), shown("i2")]}]}
+    other = {**second, "turns": [{"speaker": "A", "elements": [text("q2"), shown("i3")]}]}
+    data = Dialogues([first, second, gold, other], {}, SEEN.images | {"i3": "I3"})
+    compat = next(p for p in protocols("vist") if p.variant == "fromage-compat")
+    plain = dataclasses.replace(compat, settings=compat.settings | {"squash": None, "seen_images": "ranked"})
+    last = dataclasses.replace(plain, settings=plain.settings | {"seen_images": "last"})
+    assert image.run(DIRECTED, data, plain)["R@1"].values.tolist() == [1, 0, 0, 0]
+    assert image.run(DIRECTED, data, last)["R@1"].values.tolist() == [1, 1, 0, 0]
+    assert image.run(DIRECTED, data, last)["R@5"].values.tolist() == [1, 1, 1, 1]  # last, not gone
+
+
+def test_relevances_count_for_the_next_round_where_the_protocol_has_that_defect():
+    class Judges(System):
+        def log_likelihoods(self, contexts, options, **_):
+            return [torch.tensor(scores) for scores in ([3.0, 2, 1], [1.0, 2, 3], [1.0, 3, 2])]
+
+    pool = {"text_ids": ["t1", "t2", "t3"], "image_ids": []}
+    relevances = [[1.0, 0.5, 0], None, [1.0, 0, 0]]
+    items = [{**dialogue(str(i), "q", pool, ["t1"]), "relevance": r} for i, r in enumerate(relevances)]
+    data = Dialogues(
+        [{k: v for k, v in i.items() if v is not None} for i in items], {t: t for t in pool["text_ids"]}, {}
+    )
+    corrected, compat = (
+        dataclasses.replace(p, settings=p.settings | {"serialisation": {"A": "{text}"}, "squash": None})
+        for p in protocols("visdial_answers")[:2]
+    )
+    assert (corrected["relevance"], compat["relevance"]) == ("own", "previous")
+    ndcg = answers.run(Judges(), data, corrected)["NDCG"].values
+    assert ndcg[0] == 1 and math.isnan(ndcg[1]) and ndcg[2] == 0
+    # The first round's relevances meet the second's scores; the last round's are dropped, as FROMAGe's script does.
+    ndcg = answers.run(Judges(), data, compat)["NDCG"].values
+    worst = (0.5 / math.log2(3)) / (1 + 0.5 / math.log2(3))  # of the two best, t3 and t2, one is relevant
+    assert math.isnan(ndcg[0]) and ndcg[1] == pytest.approx(worst) and math.isnan(ndcg[2])
+    mrr = [answers.run(Judges(), data, p)["MRR"].values.tolist() for p in (corrected, compat)]
+    assert mrr[0] == mrr[1]  # the answer itself is of its own round
+
+
 TURNS = {
     "dialogue_id": "x", "target_turn": 3,
     "turns": [{"speaker": "I", "elements": [shown("i1")]}, {"speaker": "Q", "elements": [text("is it old")]},
@@ -195,6 +243,19 @@ def test_contexts_are_written_as_the_protocol_says():
     assert [turn["content"][0]["text"] for turn in last] == ["no"]
     with pytest.raises(ValueError, match="'x': no template for 'A'"):
         context_of(TURNS, {"i1": "PICTURE"}, {"I": "", "Q": "{text}"})
+
+
+def test_contexts_squash_their_images_when_they_are_asked_for():
+    data = Dialogues([TURNS], {}, {"i1": Image.new("RGB", (40, 10))})
+    contexts = Contexts(data, "turns", squash=8)
+    assert len(contexts) == 1 and contexts[:1][0][0]["content"][0]["image"].size == (8, 8)
+    assert Contexts(data, "turns")[0] == context_of(TURNS, data.images)
+
+
+def test_a_turn_of_images_alone_may_be_joined_by_other_means():
+    templates = {"I": "{image}", "Q": "{text}?", "A": "{text}", "image_join": "", "join": "|", "end": "!"}
+    (message,) = context_of(TURNS, {"i1": "PICTURE"}, templates)
+    assert [part.get("text") for part in message["content"]] == [None, "is it old?|no!"]
 
 
 def test_fromages_serialisation_of_visdial():

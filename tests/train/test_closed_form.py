@@ -1,6 +1,7 @@
-"""The closed form: it solves what it says, in any order and precision, and it is a trainer of its own."""
+"""The closed forms: one pass over the data, and a training of its own."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,39 +12,130 @@ from safetensors.torch import load_file
 
 from modeling_unimur import UniMuRModel
 from tests.train.test_run import base, folder  # noqa: F401  a fixture
-from train.closed_form import ClosedForm, Moments, inverse_power, matching_map, recall_at_1, ridge_map, solve
+from train import closed_form
+from train.canonical import STATE
+from train.closed_form import DOCUMENT_VIEWS, PAIR_VIEWS, ClosedForm, Grid, Sums, solve_canonical, solve_paper
 from train.collate import TooManyBadPairsError
+from train.moments import Moments
+from train.ridge import matching_map, ridge_map
 from train.run import main
 
+SMALL = Grid(widths=(3, 6), ridges=(1e-3, 1e-1), powers=(1.0, 2.0))
 
-def data(n=400, d=7, q=5, seed=0):
-    """States, and embeddings that a linear map of them gives but for some noise, around a common mean."""
+
+def rows(n=600, seed=0, captions=2):
+    """Pairs whose states and images share six causes; a caption more repeats the image."""
     rng = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
+    mix = torch.Generator().manual_seed(7)
+    of_state, of_image, of_text = (torch.randn(8, width, generator=mix) for width in (16, 12, 10))
+    cause = draw(n, 6).repeat_interleave(captions, 0)
+    image = torch.cat([cause, draw(n, 2).repeat_interleave(captions, 0)], 1) @ of_image
+    return {
+        STATE: torch.cat([cause + 0.2 * draw(n * captions, 6), draw(n * captions, 2)], 1) @ of_state + 3,
+        "pooled": image - 9, "projected": F.normalize(image[:, :10] + 4, dim=1),
+        "text": F.normalize(torch.cat([cause, draw(n * captions, 2)], 1) @ of_text, dim=1), "words": cause @ of_state[:6],
+    }, [f"pair {i}" for i in range(n) for _ in range(captions)]  # fmt: skip
+
+
+def summed(given, order=None, step=64):
+    values, names = given
+    order = torch.arange(len(names)) if order is None else order
+    sums = Sums(PAIR_VIEWS)
+    for at in order.split(step):
+        sums.add({view: value[at] for view, value in values.items()}, [names[i] for i in at])
+    return sums.finish()
+
+
+def test_every_row_counts_and_the_choice_is_made_on_others():
+    sums = summed(rows())
+    held = sum(len(r[STATE]) for r in sums.held.rows())
+    assert sums.moments.count + held == 1200 and 60 < held < 200
+    solved = solve_canonical(sums, grid=SMALL)
+    assert solved.pairs == 1200 and solved.score == max(solved.recall.values()) > 0.5
+    assert len(solved.recall) == 2 * 2 * 2 * 2
+    chosen = next(s for s, recall in solved.recall.items() if recall == solved.score)
+    assert asdict(chosen) == solved.setting
+    weight, bias = solved.maps["W_t2m"]
+    assert weight.dtype == torch.float32 and weight.shape == (chosen.width, 16)
+    # Centred on all rows, those held out too.
+    assert (rows()[0][STATE] @ weight.T + bias).mean(0).abs().max() < 1e-5
+
+
+def test_the_order_and_the_size_of_batches_do_not_matter():
+    given = rows()
+    # All captions of a pair come in one batch, as they do from the collator.
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(1))
+    order = torch.stack([2 * order, 2 * order + 1], 1).flatten()
+    a, b = solve_canonical(summed(given), grid=SMALL), solve_canonical(summed(given, order, step=14), grid=SMALL)
+    assert a.setting == b.setting and a.recall == pytest.approx(b.recall, abs=0.01)
+    x, y = (F.normalize(given[0][STATE] @ s.maps["W_t2m"][0].T + s.maps["W_t2m"][1], dim=1) for s in (a, b))
+    torch.testing.assert_close(x @ x.T, y @ y.T, atol=1e-4, rtol=0)
+    again = solve_canonical(summed(given), grid=SMALL)
+    assert all(torch.equal(p, q) for n in a.maps for p, q in zip(a.maps[n], again.maps[n], strict=True))
+
+
+def test_documents_change_the_solution_towards_their_own_replies():
+    pairs = summed(rows(400))
+    values, names = rows(400, seed=3, captions=1)
+    turned = values[STATE].roll(5, dims=1)  # contexts that speak another way than captions
+    documents = Sums(DOCUMENT_VIEWS)
+    for at in torch.arange(400).split(50):
+        views = {view: value[at] for view, value in (values | {STATE: turned}).items() if view in DOCUMENT_VIEWS}
+        documents.add(views, [names[i] for i in at])
+    documents.finish()
+    for row in documents.held.rows():  # one of each, as documents are held
+        for view in DOCUMENT_VIEWS:
+            row[view] = row[view][0]
+    alone, both = solve_canonical(pairs, None, SMALL), solve_canonical(pairs, documents, SMALL)
+    assert both.documents == 400 and both.setting["document_share"] in SMALL.document_shares
+
+    def recall(solved):
+        queries, images = (values | {STATE: turned})[STATE], values[solved.setting["feature"]]
+        q = F.normalize(queries @ solved.maps["W_t2m"][0].T + solved.maps["W_t2m"][1], dim=1)
+        v = F.normalize(images @ solved.maps["W_v2m"][0].T + solved.maps["W_v2m"][1], dim=1)
+        return ((q @ v.T).argmax(1) == torch.arange(400)).float().mean()
+
+    assert recall(both) > recall(alone) + 0.1
+
+
+def test_few_pairs_shrink_the_width_and_too_few_are_refused(caplog):
+    with caplog.at_level("WARNING"):
+        solved = solve_canonical(summed(rows(n=8, captions=1)), grid=Grid(widths=(32,)))
+    assert solved.setting["width"] < 8 and "canonical directions, fewer than 32" in caplog.text
+    assert all(torch.isfinite(t).all() for pair in solved.maps.values() for t in pair)
+    for count in (0, 1):
+        sums = Sums(PAIR_VIEWS)
+        if count:
+            sums.fit({view: value[:1] for view, value in rows()[0].items()})
+        with pytest.raises(ValueError, match="at least two pairs"):
+            solve_canonical(sums)
+    still = rows()
+    still[0]["pooled"] = torch.ones_like(still[0]["pooled"])
+    with pytest.raises(ValueError, match="the pooled of a pair does not vary"):
+        solve_canonical(summed(still), grid=SMALL)
+
+
+# The paper's alignment
+
+
+def moments(x, y):
+    sums = Moments({"x": x.shape[1], "y": y.shape[1]})
+    sums.add({"x": x, "y": y})
+    return sums
+
+
+def plain(n=400, d=7, q=5):
+    rng = torch.Generator().manual_seed(0)
     x = torch.randn(n, d, generator=rng, dtype=torch.float64) * torch.arange(1, d + 1) + 3
     y = 4 + x @ torch.randn(d, q, generator=rng, dtype=torch.float64) / 8
     return x, y + 0.1 * torch.randn(n, q, generator=rng, dtype=torch.float64)
 
 
-def moments(x, y, step=64):
-    found = Moments((x.shape[1], y.shape[1]))
-    for start in range(0, len(x), step):
-        found.add(x[start : start + step], y[start : start + step])
-    return found
-
-
-def batches_of(x, y, order=None, step=64, dtype=None):
-    order = torch.arange(len(x)) if order is None else order
-    for rows in order.split(step):
-        yield {
-            "ids": [f"pair {i}" for i in rows.tolist()], "ret_states": x[rows].to(dtype or x.dtype),
-            "image_embeds": y[rows].to(dtype or y.dtype), "image_features": y[rows] * 2, "caption_means": x[rows] / 3,
-        }  # fmt: skip
-
-
 @pytest.mark.parametrize("ridge", [1e-9, 1e-2, 1.0])
 def test_the_ridge_is_numpys_least_squares(ridge):
-    x, y = data()
-    weight, bias = ridge_map(moments(x, y), ridge)
+    x, y = plain()
+    weight, bias = ridge_map(moments(x, y), ridge, "x", "y")
     centred = x - x.mean(0)
     scale = (centred.square().sum() / len(x) / x.shape[1]).item()  # tr(S_xx) / d
     # A ridge is rows of its own below the data.
@@ -53,132 +145,104 @@ def test_the_ridge_is_numpys_least_squares(ridge):
     assert np.allclose(bias, y.mean(0) - weight @ x.mean(0), atol=1e-8)
 
 
-def test_the_whitening_is_the_power_it_says():
-    _, y = data()
-    _, _, covariance = moments(y, y).covariances()
-    half = inverse_power(covariance, 0.5, floor=0.0)
-    torch.testing.assert_close(half @ covariance @ half, torch.eye(5).double())
-    torch.testing.assert_close(half @ half, inverse_power(covariance, 1.0, floor=0.0))
-    torch.testing.assert_close(inverse_power(covariance, 0.0), torch.eye(5).double())
-
-
-def test_the_map_is_centred_and_of_unit_length():
-    x, y = data()
-    weight, bias = matching_map(moments(x, y), 1e-3, 0.5)
+def test_the_papers_map_is_centred_and_of_unit_length():
+    x, y = plain()
+    weight, bias = matching_map(moments(x, y), 1e-3, 0.5, "x", "y")
     embedded = x @ weight.T + bias
     assert embedded.mean(0).abs().max() < 1e-12 and embedded.square().sum(1).mean() == pytest.approx(1)
-    expected = ridge_map(moments(x, y), 1e-3)[0] @ (x - x.mean(0)).T
-    expected = inverse_power(moments(x, y).covariances()[2], 0.5) @ expected
-    torch.testing.assert_close(F.cosine_similarity(expected.T, embedded), torch.ones(len(x)).double())
 
 
-def test_the_order_and_the_size_of_batches_do_not_matter():
-    x, y = data()
-    found = solve(batches_of(x, y))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
-    other = solve(batches_of(x, y, order, step=7))
-    assert (found.ridge, found.power, found.pairs) == (other.ridge, other.power, other.pairs) and found.pairs == len(x)
-    for a, b in zip((*found.matching, *found.captioning), (*other.matching, *other.captioning), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-def test_it_is_deterministic():
-    x, y = data()
-    a, b = solve(batches_of(x, y)), solve(batches_of(x, y))
-    assert a.recall == b.recall and all(map(torch.equal, a.matching + a.captioning, b.matching + b.captioning))
-
-
-def test_bf16_inputs_are_summed_in_float64():
-    x, y = data(n=4000)
-    low = moments(x.bfloat16(), y.bfloat16())
-    exact = moments(x.bfloat16().double(), y.bfloat16().double())
-    assert low.xx.dtype == torch.float64 and torch.equal(low.yx, exact.yx)
-    # Sums kept in bfloat16 would stand still at a few hundred.
-    torch.testing.assert_close(ridge_map(low, 1e-3)[0], ridge_map(moments(x, y), 1e-3)[0], rtol=0.02, atol=0.01)
-    found = solve(batches_of(x, y, dtype=torch.bfloat16))
-    assert found.matching[0].dtype == torch.float32 and found.recall[found.ridge, found.power] > 0
-
-
-def test_singular_covariances_are_solved_and_what_cannot_be_is_said():
-    x, y = data(n=6)  # fewer rows than widths, a state that stands still and one that repeats another
-    x[:, 0], x[:, 1] = 1.0, x[:, 2]
-    y[:, 0] = y[:, 1]
-    weight, bias = matching_map(moments(x, y), 1e-4, 1.0)
-    assert torch.isfinite(weight).all() and torch.isfinite(bias).all() and weight[:, 0].abs().max() < 1e-6
-    with pytest.raises(ValueError, match="singular and a ridge of 0 does not mend it"):
-        ridge_map(moments(x, y), 0.0)
-    with pytest.raises(ValueError, match="do not vary"):
-        ridge_map(moments(torch.ones(4, 3).double(), y[:4]), 1e-3)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        moments(x.log(), y)
-    with pytest.raises(ValueError, match="expected rows of widths 7 and 5"):
-        Moments((7, 5)).add(x, y[:3])
-    with pytest.raises(ValueError, match="at least two pairs"):
-        solve([])
-
-
-def test_the_choice_is_made_on_pairs_that_were_not_fitted():
+def test_the_papers_choice_is_made_on_pairs_that_were_not_fitted():
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 300, generator=rng).double()  # nothing to learn, and nearly as many states as pairs
-    y = torch.randn(400, 30, generator=rng).double()
-    found = solve(batches_of(x, y))
-    weight, bias = found.matching
-    assert recall_at_1(x @ weight.double().T + bias, y) > 0.3  # the whole is remembered
-    assert max(found.recall.values()) < 0.2 and set(found.recall) > {(found.ridge, found.power)}
+    values, names = rows(400, captions=1)
+    # Nothing to learn, and nearly as many states as pairs.
+    values |= {STATE: torch.randn(400, 300, generator=rng), "projected": torch.randn(400, 30, generator=rng)}
+    solved = solve_paper(summed((values, names)))
+    weight, bias = solved.maps["W_t2m"]
+    scores = (values[STATE] @ weight.T + bias) @ F.normalize(values["projected"], dim=1).T
+    assert (scores.argmax(1) == torch.arange(400)).float().mean() > 0.3  # the whole is remembered
+    assert max(solved.recall.values()) < 0.2
 
 
-def test_recall_counts_ties_as_misses():
-    eye = torch.eye(4)
-    assert recall_at_1(eye, eye) == 1 and recall_at_1(torch.ones(4, 4), eye) == 0
-    assert recall_at_1(eye[[0, 2, 1, 3]], eye) == 0.5
+# As a training
 
 
 def test_every_visual_token_starts_at_the_captions_mean(fresh):
     model = fresh(n_visual_tokens=3)
-    x, y = data(d=model.config.text_width, q=model.config.embedding_width, n=300)
-    features = torch.randn(300, model.config.image_feature_width, generator=torch.Generator().manual_seed(2)).double()
-    means = features @ torch.randn(features.shape[1], model.config.text_width).double()
-    batch = {
-        "ids": list(map(str, range(300))), "ret_states": x, "image_embeds": y, "image_features": features,
-        "caption_means": means,
-    }  # fmt: skip
-    found = solve([batch], ridges=(1e-8,))
-    found.apply(model)
-    tokens = model.W_i2t(features.float()).view(300, 3, -1)
+    rng = torch.Generator().manual_seed(2)
+    features = torch.randn(300, model.config.image_feature_width, generator=rng)
+    means = features @ torch.randn(features.shape[1], model.config.text_width, generator=rng)
+    sums = Sums(PAIR_VIEWS)
+    sums.fit({STATE: means, "pooled": features, "projected": torch.randn(300, model.config.clip_width, generator=rng),
+              "text": torch.randn(300, model.config.clip_width, generator=rng), "words": means})  # fmt: skip
+    solve_paper(sums).apply(model)
+    tokens = model.W_i2t(features).view(300, 3, -1)
     for i in range(3):
-        torch.testing.assert_close(tokens[:, i], means.float(), rtol=1e-2, atol=1e-2)
+        assert F.cosine_similarity(tokens[:, i], means).min() > 0.99
     before = model.W_i2t.weight.clone()
-    ClosedForm(found.matching, None, 1, 1, {}, 300).apply(model)
+    ClosedForm({"W_t2m": (model.W_t2m.weight + 1, model.W_t2m.bias)}, {}, {}, None).apply(model)
     assert torch.equal(model.W_i2t.weight, before)
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_it_trains_without_a_step(folder, cached, monkeypatch):  # noqa: F811
-    from train import closed_form
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr("train.held_out.ONE_IN", 4)
 
-    monkeypatch.setattr(closed_form, "ONE_IN", 4)
-    settings = base(folder) | {"max_steps": 0, "init": "closed-form", "cache_features": cached, "evaluate_pairs": 12}
+
+@pytest.mark.parametrize("alignment", ["canonical", "paper"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_it_trains_without_a_step(folder, few, cached, alignment):  # noqa: F811
+    init = {"canonical": "cca", "paper": "closed-form"}[alignment]
+    settings = base(folder) | {"max_steps": 0, "alignment": alignment, "init": init, "cache_features": cached,
+                               "evaluate_pairs": 12}  # fmt: skip
     (folder / "c.yaml").write_text(yaml.safe_dump(settings))
     summary = main([str(folder / "c.yaml")])
     assert summary["steps"] == 0 and summary["loss"] is None and summary["caption_to_image"]["R@1"] >= 75
+    assert summary["pairs_seen"] == 12
     saved = json.loads((folder / "out" / "train_results.json").read_text())["closed_form"]
-    assert saved["ridge"] in closed_form.RIDGES and saved["power"] in closed_form.POWERS
-    assert torch.isfinite(UniMuRModel.from_pretrained(summary["checkpoint"]).W_i2t.weight).all()
+    model = UniMuRModel.from_pretrained(summary["checkpoint"])
+    if alignment == "canonical":
+        assert model.config.shared_width == saved["width"] == model.embed_texts(["a"]).shape[1]
+        assert not model.W_v2m.weight.requires_grad and model.W_t2m.weight.requires_grad
+    else:
+        assert saved["ridge"] in closed_form.RIDGES and saved["power"] in closed_form.POWERS
+    assert torch.isfinite(model.W_i2t.weight).all()
 
 
 def test_cached_and_plain_pairs_give_the_same_start_and_steps_go_on_from_it(folder):  # noqa: F811
     weights = {}
     for cached, steps in ((True, 0), (False, 0), (True, 2)):
         settings = base(folder) | {
-            "max_steps": steps, "init": "closed-form", "cache_features": cached, "evaluate_pairs": 0,
-            "learning_rate": 1e-4, "warmup_steps": 0,
+            "max_steps": steps, "alignment": "canonical", "cache_features": cached, "evaluate_pairs": 0,
+            "matching_learning_rate": 1e-4, "warmup_steps": 0, "state_noise": 0.3, "cca_powers": [1.0],
         }  # fmt: skip
         (folder / "c.yaml").write_text(yaml.safe_dump(settings))
         weights[cached, steps] = load_file(f"{main([str(folder / 'c.yaml')])['checkpoint']}/model.safetensors")
-    for name, tensor in weights[True, 0].items():
-        torch.testing.assert_close(tensor, weights[False, 0][name], rtol=1e-2, atol=1e-3)
-    moved = (weights[True, 2]["W_t2m.weight"] - weights[True, 0]["W_t2m.weight"]).abs().max()
-    assert 0 < moved <= 2.1e-4
+    a, b, moved = weights[True, 0], weights[False, 0], weights[True, 2]
+    assert a["W_t2m.weight"].shape == b["W_t2m.weight"].shape
+    images = torch.randn(50, a["W_v2m.weight"].shape[1], generator=torch.Generator().manual_seed(0))
+    x, y = (F.normalize(images @ w["W_v2m.weight"].T + w["W_v2m.bias"], dim=1) for w in (a, b))
+    torch.testing.assert_close(x @ x.T, y @ y.T, atol=1e-2, rtol=0)
+    assert 0 < (moved["W_t2m.weight"] - a["W_t2m.weight"]).abs().max() <= 2.1e-4
+    assert torch.equal(moved["W_v2m.weight"], a["W_v2m.weight"]) and torch.equal(moved["W_x2m.bias"], a["W_x2m.bias"])
+
+
+def test_a_resumed_run_takes_the_space_of_its_checkpoint(folder):  # noqa: F811
+    settings = base(folder) | {"max_steps": 4, "alignment": "canonical", "save_strategy": "steps", "save_steps": 2,
+                               "evaluate_pairs": 0, "matching_learning_rate": 1e-3}  # fmt: skip
+    (folder / "c.yaml").write_text(yaml.safe_dump(settings))
+    whole = load_file(f"{main([str(folder / 'c.yaml')])['checkpoint']}/model.safetensors")
+    half = f"--resume_from_checkpoint={folder / 'out' / 'checkpoint-2'}"
+    again = load_file(f"{main([str(folder / 'c.yaml'), half])['checkpoint']}/model.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, again[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_alignment_and_a_start_that_do_not_fit_are_refused(folder):  # noqa: F811
+    (folder / "c.yaml").write_text(yaml.safe_dump(base(folder)))
+    for alignment, init in (("canonical", "random"), ("canonical", "closed-form"), ("paper", "cca")):
+        with pytest.raises(ValueError, match=f"--alignment {alignment} with --init {init}"):
+            main([str(folder / "c.yaml"), f"--alignment={alignment}", f"--init={init}"])
 
 
 def test_pairs_that_cannot_be_used_are_counted_without_a_step_too(folder):  # noqa: F811

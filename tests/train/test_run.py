@@ -42,7 +42,7 @@ def base(folder):
         "text_model": str(folder / "towers" / "text"), "clip_model": str(folder / "towers" / "clip"),
         "train_data": str(folder / "photos"), "output_dir": str(folder / "out"), "caption": "first", "max_steps": 250,
         "learning_rate": 1e-2, "warmup_steps": 5, "per_device_train_batch_size": 12, "save_strategy": "no", "use_cpu": True,
-        "disable_tqdm": True, "lambda2": 0.0,
+        "disable_tqdm": True, "lambda2": 0.0, "alignment": "paper",
     }  # fmt: skip
 
 
