@@ -47,7 +47,8 @@ def make_bench(folder: Path, miniature_folder: Path | None, seed: int) -> "Bench
 
 def computes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 itself; one that does not is many times slower in it than in float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch lacks oneDNN
+    return supported is not None and bool(supported())
 
 
 class Bench:

@@ -57,6 +57,7 @@ class Objective:
 
 OBJECTIVES = {
     "DAT": Objective(),
+    "DAT, no noise": Objective(),
     "VM": Objective(lambda2=0.0),
     "TM": Objective(lambda1=0.0),
     "DAT, InfoNCE": Objective(text_matching="infonce"),
@@ -71,7 +72,7 @@ class Fit:
 
     rate: float
     noise: float
-    steps: int = 640
+    steps: int = 320
     batch: int = 1024
 
 
