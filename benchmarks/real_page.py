@@ -112,8 +112,11 @@ def likelihood(result: Mapping[str, Any]) -> str:
     ]
     if "visdial_answers" in result:
         answers = result["visdial_answers"]
-        lines += ["", f"VisDial's published answer options ({answers['rounds']} rounds of the sample, 100 options each). The "
-                  "pictures are not at hand: the contexts are words alone.", "", *_head(["variant", "R@1", "MRR", "NDCG"])]  # fmt: skip
+        about = (
+            f"VisDial's published answer options ({answers['rounds']} rounds of the sample, 100 options each). The "
+        )
+        about += "pictures are not at hand: the contexts are words alone."
+        lines += ["", about, "", *_head(["variant", "R@1", "MRR", "NDCG"])]
         for name, metrics in answers["variants"].items():
             lines.append(
                 f"| {name} | " + " | ".join(_with_interval(metrics[m]) for m in ("R@1", "MRR", "NDCG")) + " |"

@@ -48,7 +48,8 @@ def make_bench(folder: Path, miniature_folder: Path | None, seed: int) -> "Bench
 
 def computes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 itself; one that does not is many times slower in it than in float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch lacks oneDNN
+    return supported is not None and bool(supported())
 
 
 class Bench:
@@ -135,11 +136,16 @@ class Bench:
         rows = self.world.pairs[:n]
         captions = [texts[0] for texts in rows["captions"]]
         features, embeds = self.clip_images(rows["image"])
-        texts = []
-        for start in range(0, n, 128):
-            words = self.model.processor.clip_texts(captions[start : start + 128])
-            texts.append(self.model.encode_clip_texts(words["clip_input_ids"], words["clip_attention_mask"]))
-        return Pairs(self.states(f"captions-{n}", captions), features, embeds, torch.cat(texts))
+        return Pairs(self.states(f"captions-{n}", captions), features, embeds, self.clip_texts(captions))
+
+    @torch.no_grad()
+    def clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """CLIP's embeddings `(n, q)` of texts."""
+        parts = []
+        for start in range(0, len(texts), 128):
+            words = self.model.processor.clip_texts(texts[start : start + 128])
+            parts.append(self.model.encode_clip_texts(words["clip_input_ids"], words["clip_attention_mask"]))
+        return torch.cat(parts)
 
     # What is measured
 

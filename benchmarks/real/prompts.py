@@ -17,16 +17,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
 
 from benchmarks.data import miniature
 from benchmarks.metrics import hit_rate_per_item
 from benchmarks.report import write
-from train.canonical import IMAGE, STATE, Decomposition, grid
+from modeling_unimur.losses_unimur import visual_matching_loss
+from train.canonical import Setting
 from train.miniature.world import CAPTIONS, phrases, splits
-from train.moments import Moments
 
 from .bench import Bench, make_bench
 from .fetch import ABOUT
+from .spaces import Pairs, canonical_spaces
 from .states import cached_states
 
 WORDS = (
@@ -34,13 +38,20 @@ WORDS = (
     "\nImage:", "\nImage search:", "\nObjects:", "\nKeywords: a", "\nKey words:", "\nKeywords for the image:",
     "\nThe picture shows a",
 )  # fmt: skip
+# A second round, after the first one's best ended in an article.
+ARTICLES = (
+    "\nKeywords: the", "\nA photo of a", "\nThe image shows a", "\nKeywords: a photo of a", "\nTags: a", "\nImage: a",
+)  # fmt: skip
 MEAN_ROW = "mean row"  # [RET] as the mean of the LLM's input embeddings
 BEHIND = "\nKeywords:"  # the words that the mean row is also tried behind
+TRAINED_BEHIND = "\nKeywords: a"
 LAYERS = (-4, -8)
 END = "<|im_end|>\n<|im_start|>assistant\n"
 START = "<|im_start|>user\n"
 CHAT = (END, END + "Keywords:", END + "This in one word:", "\nKeywords:" + END, "\nGive keywords." + END)
+KINDS = ("plain", "article", "chat", "trained")
 N_CAPTIONS, N_DIALOGUES = 1200, 200
+ROW_STEPS, ROW_BATCH, ROW_RATE = 40, 64, 0.1  # of a trained [RET]; the rate in units of the row's deviation
 WIDTHS, RIDGES, POWERS = (32, 48, 64), (0.03, 0.1, 0.3, 1.0), (1.0, 2.0, 3.0, 4.0)
 
 
@@ -50,21 +61,93 @@ def captions() -> list[str]:
     return [rng.choice(CAPTIONS).format(**phrases(s, rng)) for s in splits()["train"][:N_CAPTIONS]]
 
 
+def vocabulary(bench: Bench) -> tuple[torch.Tensor, Any]:
+    """The LLM's input embeddings `(vocabulary, d)` and its tokenizer."""
+    return bench.model.language_model.get_input_embeddings().weight.detach(), bench.model.processor.tokenizer
+
+
+def words_of(bench: Bench, words: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Words to be put behind a text, as input embeddings `(m, d)`."""
+    table, tokenizer = vocabulary(bench)
+    return {w: table[tokenizer(w, split_special_tokens=True, add_special_tokens=False)["input_ids"]] for w in words}
+
+
 def plain_prompts(bench: Bench) -> dict[str, torch.Tensor]:
-    """Words and rows to be put behind a text, as input embeddings."""
-    table, tokenizer = (
-        bench.model.language_model.get_input_embeddings().weight.detach(),
-        bench.model.processor.tokenizer,
-    )
-    ids = {w: tokenizer(w, split_special_tokens=True, add_special_tokens=False)["input_ids"] for w in WORDS}
-    mean = table.mean(0, keepdim=True)
-    return {w: table[i] for w, i in ids.items()} | {
-        MEAN_ROW: mean, f"{BEHIND} + {MEAN_ROW}": torch.cat([table[ids[BEHIND]], mean])
-    }  # fmt: skip
+    """Those of the first round, and the mean row alone and behind the best known words."""
+    mean = vocabulary(bench)[0].mean(0, keepdim=True)
+    words = words_of(bench, WORDS)
+    return words | {MEAN_ROW: mean, f"{BEHIND} + {MEAN_ROW}": torch.cat([words[BEHIND], mean])}
 
 
-def search(bench: Bench, folder: Path, chat: bool) -> list[dict[str, Any]]:
-    """Every place with its best R@1; the words alone, or in the chat template of the instruction tuning."""
+def chat_prompts(bench: Bench) -> dict[str, torch.Tensor]:
+    """What follows a text in the chat template of the instruction tuning; its marks are special tokens here."""
+    table, tokenizer = vocabulary(bench)
+    return {p: table[tokenizer(p, add_special_tokens=False)["input_ids"]] for p in CHAT}
+
+
+def trained_prompts(bench: Bench, path: Path) -> dict[str, torch.Tensor]:
+    """The same words with a [RET] behind them that was trained, alone and in their last token's place."""
+    table, tokenizer = vocabulary(bench)
+    words = table[tokenizer(TRAINED_BEHIND, add_special_tokens=False)["input_ids"]]
+    if not path.is_file():
+        rows = {
+            "alone": train_row(bench, table[:0], table.mean(0)),
+            "behind": train_row(bench, words[:-1], words[-1]),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(rows, path)
+    rows = load_file(path)
+    return {
+        "trained row": rows["alone"][None],
+        f"{TRAINED_BEHIND} with its last token trained": torch.cat([words[:-1], rows["behind"][None].to(words.dtype)]),
+    }
+
+
+def train_row(bench: Bench, words: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """
+    [RET]'s input embedding `(d,)` trained by L_vm (eq. 3-5) behind words `(m, d)`, with two heads of 256 of its own.
+
+    Args:
+        start: `(d,)`, where it starts.
+    """
+    llm, tokenizer = bench.model.language_model, bench.model.processor.tokenizer
+    generator = torch.Generator().manual_seed(0)
+    ids = tokenizer(captions(), split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    seen, _ = bench.clip_images(bench.world.pairs[:N_CAPTIONS]["image"])
+    row = nn.Parameter(start.float().clone())
+    torch.manual_seed(0)
+    heads = nn.Linear(len(start), 256), nn.Linear(seen.shape[1], 256)
+    norm = nn.LayerNorm(len(start), elementwise_affine=False)  # whatever scale the LLM's states have
+    scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+    optimizer = torch.optim.Adam([
+        {"params": [row], "lr": ROW_RATE * float(start.float().std())},
+        {"params": [scale, *heads[0].parameters(), *heads[1].parameters()], "lr": 2e-3},
+    ])  # fmt: skip
+    table, _ = vocabulary(bench)
+    for _ in tqdm(range(ROW_STEPS), "training [RET]", unit="step"):
+        chosen = torch.randperm(len(ids), generator=generator)[:ROW_BATCH].tolist()
+        rows = [torch.cat([table[ids[i]], words, row[None].to(table.dtype)]) for i in chosen]
+        length = max(map(len, rows))
+        padded = torch.stack([F.pad(r, (0, 0, 0, length - len(r))) for r in rows])
+        sizes = torch.tensor([len(r) for r in rows])
+        mask = (torch.arange(length) < sizes[:, None]).long()
+        hidden = llm.base_model(inputs_embeds=padded, attention_mask=mask, use_cache=False).last_hidden_state
+        states = norm(hidden[torch.arange(len(rows)), sizes - 1].float())
+        loss = visual_matching_loss(heads[0](states), heads[1](seen[chosen]), scale.exp())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return row.detach()
+
+
+def search(bench: Bench, folder: Path, kind: str) -> list[dict[str, Any]]:
+    """
+    Every place with its best R@1.
+
+    Args:
+        kind: `"plain"` and `"article"`, words behind the text; `"chat"`, in the instruction tuning's template; `"trained"`,
+            with a [RET] that was trained.
+    """
     tokenizer, data = bench.model.processor.tokenizer, miniature.visdial("validation")
     dialogues = [
         "\n".join("".join(e["text"] for e in turn["elements"]) for turn in d["turns"][: d["target_turn"]])
@@ -74,44 +157,41 @@ def search(bench: Bench, folder: Path, chat: bool) -> list[dict[str, Any]]:
     rows = {
         n: tokenizer(t, split_special_tokens=True, add_special_tokens=False)["input_ids"] for n, t in texts.items()
     }
-    prompts = plain_prompts(bench)
-    if chat:  # the template's marks are special tokens, which a text itself never gives
-        table = bench.model.language_model.get_input_embeddings().weight.detach()
+    if kind == "chat":
         before = tokenizer(START, add_special_tokens=False)["input_ids"]
         rows = {name: [before + row for row in part] for name, part in rows.items()}
-        prompts = {p: table[tokenizer(p, add_special_tokens=False)["input_ids"]] for p in CHAT}
-    llm, prefix = bench.model.language_model, "chat-" if chat else ""
+        prompts = chat_prompts(bench)
+    else:
+        prompts = trained_prompts(bench, folder / "ret.safetensors") if kind == "trained" else plain_prompts(bench)
+        prompts = words_of(bench, ARTICLES) if kind == "article" else prompts
+    llm, prefix = bench.model.language_model, "" if kind == "plain" else f"{kind}-"
     states = {
         name: cached_states(llm, part, prompts, folder / f"{prefix}{name}", LAYERS) for name, part in rows.items()
     }
-    seen, _ = bench.clip_images(bench.world.pairs[:N_CAPTIONS]["image"])
-    pool, _ = bench.clip_images(list(data.images.values()))
+    seen, embeds = bench.clip_images(bench.world.pairs[:N_CAPTIONS]["image"])
+    told = bench.clip_texts(texts["captions"])
+    pool = bench.clip_images(list(data.images.values()))
     place = {name: i for i, name in enumerate(data.images)}
     right = [[place[d["gold"]["image_ids"][0]]] for d in data.dialogues[:N_DIALOGUES]]
     found = []
     for name in prompts:
-        for kind, known in states["captions"][name].items():
-            if len(prompts[name]) == 1 and kind in ("before", "mean"):
+        for read, known in states["captions"][name].items():
+            if len(prompts[name]) == 1 and read in ("before", "mean"):
                 continue  # of one token, they are the last
-            recall, setting = max(recalls(known, seen, states["visdial"][name][kind], pool, right), key=lambda x: x[0])
-            found.append({"words": name, "chat": chat, "read": kind, "R@1": recall, "setting": asdict(setting)})
+            pairs = Pairs(known, seen, embeds, told)
+            recall, setting = max(recalls(pairs, states["visdial"][name][read], pool, right), key=lambda x: x[0])
+            row = {"words": name, "chat": kind == "chat", "read": read, "R@1": recall}
+            found.append(row | {"setting": asdict(setting)})
     return found
 
 
 def recalls(
-    states: torch.Tensor, seen: torch.Tensor, queries: torch.Tensor, pool: torch.Tensor, right: list[list[int]]
-) -> Iterator[tuple[float, Any]]:
-    """R@1 (percent) of queries `(n, d)` in a pool of pictures `(m, c)` by every setting of canonical correlation."""
-    moments = Moments({STATE: states.shape[1], IMAGE: seen.shape[1], "text": 1})
-    moments.add(
-        {STATE: states, IMAGE: seen, "text": torch.randn(len(seen), 1, generator=torch.Generator().manual_seed(0))}
-    )
-    solved = {}
-    for setting in grid(WIDTHS, RIDGES, POWERS, [0.0]):
-        if setting.ridge not in solved:
-            solved = {setting.ridge: Decomposition(moments, setting.ridge)}
-        maps = solved[setting.ridge].maps(setting.width, setting.power)
-        a, b = F.normalize(maps(STATE, queries), dim=-1), F.normalize(maps(IMAGE, pool), dim=-1)
+    pairs: Pairs, queries: torch.Tensor, pool: tuple[torch.Tensor, torch.Tensor], right: list[list[int]]
+) -> Iterator[tuple[float, Setting]]:
+    """R@1 (percent) of queries `(n, d)` in a pool of pictures by every setting of canonical correlation."""
+    settings = [Setting("pooled", k, rho, w) for rho in RIDGES for k in WIDTHS for w in POWERS]
+    for setting, space in canonical_spaces(pairs, settings):
+        a, b = F.normalize(space.states(queries), dim=-1), F.normalize(space.images(*pool), dim=-1)
         yield 100 * float(hit_rate_per_item((a @ b.T).numpy(), right, (1,)).mean()), setting
 
 
@@ -120,15 +200,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/real"), help="of the LLM and the states")
     parser.add_argument("--miniature", type=Path, help="of the miniature's towers; by default in the folder")
     parser.add_argument(
-        "--no_chat", action="store_true", help="leave the chat template out, which costs as much again"
+        "--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="each costs about as much as another"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/real/real-prompts.json"))
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
     bench = make_bench(arguments.folder, arguments.miniature, seed=0)
-    found = search(bench, arguments.folder / "search", chat=False)
-    if not arguments.no_chat:
-        found += search(bench, arguments.folder / "search", chat=True)
+    found = [row for kind in arguments.kinds for row in search(bench, arguments.folder / "search", kind)]
     found.sort(key=lambda row: -row["R@1"])
     for row in found[:20]:
         print(f"{row['R@1']:5.1f}  {'chat ' if row['chat'] else ''}{row['words']!r}, {row['read']}")

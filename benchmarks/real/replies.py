@@ -6,10 +6,11 @@ import torch
 
 from benchmarks.gallery import draw_gallery
 from modeling_unimur import CandidatePool, UniMuRModel
-from train.canonical import Setting, solve
+from train.canonical import STATE, TEXT, Setting
+from train.closed_form import POOLED
 
 from .bench import DIALOGUE, RESPONSE, Bench
-from .spaces import Pairs, moments_of
+from .spaces import Pairs, correlations
 
 
 def canonical_model(bench: Bench, pairs: Pairs, setting: Setting) -> UniMuRModel:
@@ -20,12 +21,12 @@ def canonical_model(bench: Bench, pairs: Pairs, setting: Setting) -> UniMuRModel
         alignment="canonical", shared_width=setting.width,
     ).eval()  # fmt: skip
     model.attach_towers(old.language_model, old.clip)
-    maps = solve(moments_of(pairs), setting).maps
+    maps = correlations(pairs).maps(setting).maps
     with torch.no_grad():
         model.ret_embedding.copy_(old.ret_embedding)
         for name, value in old.W_i2t.named_parameters():
             getattr(model.W_i2t, name).copy_(value)
-        for name, view in (("W_t2m", "state"), ("W_v2m", "image"), ("W_x2m", "text")):
+        for name, view in (("W_t2m", STATE), ("W_v2m", POOLED), ("W_x2m", TEXT)):
             weight, bias = maps[view]
             getattr(model, name).weight.copy_(weight)
             getattr(model, name).bias.copy_(bias)

@@ -5,9 +5,9 @@ from train.canonical import Setting
 from .spaces import Fit
 
 # Read at the last word's token: [RET] starts from that token's embedding and stands in its place.
-RET_PROMPT, RET_INIT = "\nKeywords", ":"
+RET_PROMPT, RET_INIT = "\nKeywords:", " the"
 PAIRS = 5000
-CANONICAL = Setting(48, 0.1, 3.0)
+CANONICAL = Setting("pooled", 64, 0.1, 2.0)
 FITS = {
     "DAT": Fit(1e-2, 0.5),
     "FROMAGe's heads": Fit(2e-3, 0.5),

@@ -1,6 +1,6 @@
 """Two linear maps learnt from cached states: the paper's own form, its variants, and FROMAGe's heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_unimur.losses_unimur import text_matching_loss, visual_matching_loss
-from train.canonical import Setting, solve
+from train.canonical import STATE, TEXT, CanonicalMaps, Correlations, Setting
+from train.closed_form import POOLED
 from train.moments import Moments
 
 WARM_UP = 30
@@ -56,6 +57,7 @@ class Objective:
 
 OBJECTIVES = {
     "DAT": Objective(),
+    "DAT, no noise": Objective(),
     "VM": Objective(lambda2=0.0),
     "TM": Objective(lambda1=0.0),
     "DAT, InfoNCE": Objective(text_matching="infonce"),
@@ -70,7 +72,7 @@ class Fit:
 
     rate: float
     noise: float
-    steps: int = 640
+    steps: int = 320
     batch: int = 1024
 
 
@@ -141,14 +143,27 @@ def _linear(width: int, out: int, generator: torch.Generator) -> nn.Linear:
 
 
 def canonical(pairs: Pairs, setting: Setting) -> Space:
-    """The space of canonical correlation of states and CLIP's pooled features; see [`train.canonical`]."""
-    maps = solve(moments_of(pairs), setting)
-    return Space(lambda states: maps("state", states), lambda features, embeds: maps("image", features))
+    """The space of canonical correlation; see [`train.canonical`]."""
+    return _space(correlations(pairs).maps(setting))
 
 
-def moments_of(pairs: Pairs) -> Moments:
-    """Of the three views that [`train.canonical`] reads."""
-    rows = {"state": pairs.states, "image": pairs.features, "text": F.normalize(pairs.texts, dim=-1)}
+def canonical_spaces(pairs: Pairs, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Space]]:
+    """The same for many settings of one feature and text weight; the directions of a ridge are computed once."""
+    correlated, known = correlations(pairs), {}
+    for setting in settings:
+        if setting.ridge not in known:
+            known[setting.ridge] = correlated.directions(setting.feature, setting.ridge, setting.text_weight)
+        yield setting, _space(correlated.cut(known[setting.ridge], setting))
+
+
+def correlations(pairs: Pairs) -> Correlations:
+    """Of states, CLIP's pooled features and its text embeddings."""
+    rows = {STATE: pairs.states, POOLED: pairs.features, TEXT: F.normalize(pairs.texts, dim=-1)}
     moments = Moments({name: value.shape[1] for name, value in rows.items()})
     moments.add(rows)
-    return moments
+    return Correlations(moments)
+
+
+def _space(maps: CanonicalMaps) -> Space:
+    of_images = maps.of(POOLED)
+    return Space(maps.of(STATE), lambda features, embeds: of_images(features))

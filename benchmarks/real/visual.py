@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from train.canonical import FLOOR
-from train.moments import Moments, inverse_power
+from train.closed_form import WORDS_RIDGE
+from train.moments import Moments
+from train.ridge import ridge_map
 
 from .bench import Bench
 
@@ -31,10 +32,7 @@ def closed_form(bench: Bench, features: torch.Tensor) -> None:
     )
     moments = Moments({"feature": features.shape[1], "caption": means.shape[1]})
     moments.add({"feature": features, "caption": means})
-    weight = moments.covariance("caption", "feature") @ inverse_power(
-        moments.covariance("feature", "feature"), 1.0, FLOOR
-    )
-    bias = moments.mean("caption") - weight @ moments.mean("feature")
+    weight, bias = ridge_map(moments, WORDS_RIDGE, "feature", "caption")
     tokens = model.config.n_visual_tokens
     model.W_i2t.weight.copy_(weight.float().repeat(tokens, 1))
     model.W_i2t.bias.copy_(bias.float().repeat(tokens))
