@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ways["CLIP and [RET] states cached"]["hours"] + PAIRS / build / 3600
     )
     config = model.config
-    floats = config.image_feature_width + 2 * config.embedding_width + config.text_width
+    floats = config.image_feature_width + 2 * config.clip_width + config.text_width
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "dtype": str(dtype),

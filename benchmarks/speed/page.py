@@ -142,14 +142,14 @@ def _pool(found: dict[str, Any]) -> str:
 
 
 def _quality(found: dict[str, Any]) -> str:
-    from .quality import MEASURES, RECALL, REFERENCE, WAYS
+    from .quality import MEASURES, RECALL, REFERENCE
 
     def span(values: list[float], digits: int, unit: str = "") -> str:
         low, high = min(values), max(values)
         return f"{sum(values) / len(values):.{digits}f}{unit} ({low:.{digits}f}–{high:.{digits}f})"
 
     rows = []
-    for way in WAYS:
+    for way in found["seeds"][0]["points"]:
         ends = [s["points"][way][-1] for s in found["seeds"]]
         row = [way, *(span([100 * e[m] for e in ends], 1) for m in MEASURES), span([e["seconds"] for e in ends], 0)]
         for name in ("than_its_end", "than_it_first_did"):

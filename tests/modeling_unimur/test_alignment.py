@@ -128,7 +128,10 @@ def test_a_checkpoint_from_before_is_the_papers(tiny, tmp_path):
         ({"alignment": "canonical"}, "the canonical space needs its width"),
         ({"shared_width": 5}, "the paper's has CLIP's"),
         ({"train_image_map": True}, "the paper's alignment has no image map"),
-        ({"alignment": "canonical", "shared_width": 5, "image_feature": "projected"}, "set matching_feature='projected'"),
+        (
+            {"alignment": "canonical", "shared_width": 5, "image_feature": "projected"},
+            "set matching_feature='projected'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, message):
