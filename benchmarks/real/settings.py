@@ -9,6 +9,7 @@ RET_PROMPT, RET_INIT = "\nKeywords:", " the"
 PAIRS = 5000
 CANONICAL = Setting("pooled", 64, 0.1, 2.0)
 FITS = {
-    "DAT": Fit(1e-2, 0.5),
-    "FROMAGe's heads": Fit(2e-3, 0.5),
+    "DAT": Fit(8e-3, 0.5),
+    "DAT, no noise": Fit(2e-3, 0.0),
+    "FROMAGe's heads": Fit(8e-3, 0.5),
 }
