@@ -135,7 +135,7 @@ class DataArguments:
     cache_dir: str | None = field(
         default=None,
         metadata={"help": "Where they are kept: output_dir/features by default, and for the miniature, whose data are "
-                          "drawn anew in each run, a temporary folder."},
+                          "drawn again in each run, a temporary folder."},
     )  # fmt: skip
     save_towers: bool = field(
         default=False, metadata={"help": "Also save the towers: a full, self-contained checkpoint."}
