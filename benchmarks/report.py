@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import claims, plots
+from . import claims, plots, real_page
 from .protocols import TASKS, paper, protocols, read
 from .tables import PLAIN
 
@@ -109,6 +109,8 @@ def page(folder: Path) -> Path:
         parts.append(
             "## Text retrieval: by embedding against by perplexity\n\n" + _speed(json.loads(speed.read_text()))
         )
+    if (folder / "real.json").is_file():
+        parts.append(real_page.page(folder))
     path = folder / "README.md"
     path.write_text("\n\n".join(parts) + "\n")
     return path
