@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # MKL otherwise chooses its kernels by where in memory a matrix happens to lie, and the last bits with them.
 export MKL_CBWR ?= AUTO,STRICT
 
-.PHONY: demo demo-real test test-oldest style quality clean
+.PHONY: demo demo-real test test-oldest style quality types clean
 
 # The exact pin comes first and alone: a resolver that meets an open torch range elsewhere may pull CUDA builds.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -49,6 +49,9 @@ style: $(VENV)/.installed
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf $(VENV) .venv-oldest runs
