@@ -1,12 +1,16 @@
-"""From a name and a folder to a system."""
+"""From a kind of system and a folder to a system."""
+
+from collections.abc import Callable
 
 from modeling_unimur import UniMuRModel
 
+from .baselines.blip2 import Blip2Baseline
 from .baselines.clip import ClipBaseline
+from .baselines.fromage import Fromage, FromageModel
+from .baselines.frozen import Frozen, FrozenModel
+from .baselines.perplexity import FromagePerplexity
 from .language import LanguageSystem
 from .systems import Embedder, System
-
-KINDS = ("unimur", "clip", "fromage", "fromage-ppl", "blip2", "frozen")
 
 
 class UniMuR(Embedder, LanguageSystem):
@@ -16,34 +20,29 @@ class UniMuR(Embedder, LanguageSystem):
         super().__init__(model, name)
 
 
+# kind -> from a folder, or a name on the Hub, to the system; a new baseline is a line here.
+SYSTEMS: dict[str, Callable[[str], System]] = {
+    "unimur": lambda path: UniMuR(UniMuRModel.from_pretrained(path)),
+    "clip": lambda path: ClipBaseline(UniMuRModel.from_pretrained(path)),  # the CLIP inside that checkpoint
+    "fromage": lambda path: Fromage(FromageModel.from_pretrained(path)),
+    "fromage-ppl": lambda path: FromagePerplexity(FromageModel.from_pretrained(path)),
+    "blip2": Blip2Baseline.from_pretrained,
+    "frozen": lambda path: Frozen(FrozenModel.from_pretrained(path)),
+}
+
+
 def load(kind: str, path: str, name: str | None = None) -> System:
     """
     Args:
-        kind: one of `KINDS`; `"clip"` is the CLIP inside the UniMuR checkpoint at `path`.
+        kind: one of `SYSTEMS`.
         path: a folder or a name on the Hub.
         name: of the row; the kind's own by default.
 
     Raises:
         ValueError: an unknown kind.
     """
-    if kind == "unimur":
-        system = UniMuR(UniMuRModel.from_pretrained(path))
-    elif kind == "clip":
-        system = ClipBaseline(UniMuRModel.from_pretrained(path))
-    elif kind in ("fromage", "fromage-ppl"):
-        from .baselines.fromage import Fromage, FromageModel
-        from .baselines.perplexity import FromagePerplexity
-
-        system = (Fromage if kind == "fromage" else FromagePerplexity)(FromageModel.from_pretrained(path))
-    elif kind == "blip2":
-        from .baselines.blip2 import Blip2Baseline
-
-        system = Blip2Baseline.from_pretrained(path)
-    elif kind == "frozen":
-        from .baselines.frozen import Frozen, FrozenModel
-
-        system = Frozen(FrozenModel.from_pretrained(path))
-    else:
-        raise ValueError(f"no system {kind!r}; there are {', '.join(KINDS)}")
+    if kind not in SYSTEMS:
+        raise ValueError(f"no system {kind!r}; there are {', '.join(SYSTEMS)}")
+    system = SYSTEMS[kind](path)
     system.name = name or system.name
     return system

@@ -2,8 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from .baselines.chance import Chance
 from .baselines.clip import ClipBaseline
 from .data import load_data
 from .load import UniMuR, load
-from .protocols import Protocol, protocols
+from .protocols import TASKS, protocols
 from .run import compare
-from .schema import Dialogues
+from .schema import Dialogues, Protocol
 from .systems import System
 from .tasks import image, response
 
@@ -121,6 +122,68 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 # The report's systems and results
 
 
+@dataclass(frozen=True)
+class Row:
+    """
+    A system of the report, from its training to its row.
+
+    Attributes:
+        name: of the row.
+        kind: of [`benchmarks.load.SYSTEMS`].
+        at: the folder of its weights under the seed's.
+        train: called in a process of its own with `folder` (the seed's), `output` (this row's) and `seed`; it leaves the
+            weights in `output / "checkpoint"`.
+    """
+
+    name: str
+    kind: str
+    at: str
+    train: Callable[..., None]
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Where its weights are, under the seed's folder."""
+        return folder / self.at / "checkpoint"
+
+
+def _train_unimur(folder: Path, output: Path, seed: int, flags: Sequence[str] = ()) -> None:
+    train(["--config", str(CONFIGS / "miniature.yaml"), f"--seed={seed}", f"--miniature={folder}", *flags,
+           f"--output_dir={output}"])  # fmt: skip
+
+
+def _train_fromage(folder: Path, output: Path, seed: int, rate: float = FROMAGE_RATE) -> None:
+    from .baselines.fromage_train import train_fromage
+
+    train_fromage(
+        output, prepare(folder, seed), seed, learning_rate=rate, heads=FROMAGE_HEADS, start=FROMAGE_START
+    )  # fmt: skip
+
+
+def _train_blip2(folder: Path, output: Path, seed: int) -> None:
+    from .baselines.blip2_miniature import pretrain_blip2
+
+    pretrain_blip2(output / "checkpoint", splits()["train"], seed=seed)
+
+
+def _train_frozen(folder: Path, output: Path, seed: int) -> None:
+    from .baselines.frozen import train_frozen
+
+    train_frozen(output, prepare(folder, seed), seed)
+
+
+_PAIRS = "--interleaved=false"
+_HEAD = (_PAIRS, "--train_image_map=true", "--negatives_bank=0")
+ROWS = (
+    Row("UniMuR", "unimur", "unimur", _train_unimur),
+    Row("UniMuR, pairs alone", "unimur", "pairs", partial(_train_unimur, flags=(_PAIRS,))),
+    Row("UniMuR, pairs alone, image head trained", "unimur", "head", partial(_train_unimur, flags=_HEAD)),
+    Row("UniMuR, pairs alone, the paper's form", "unimur", "paper",
+        partial(_train_unimur, flags=(_PAIRS, "--config", str(CONFIGS / "paper.yaml")))),
+    Row("FROMAGe", "fromage", "fromage", _train_fromage),
+    Row("BLIP-2", "blip2", "blip2", _train_blip2),
+    Row("Frozen", "frozen", "frozen", _train_frozen),
+)  # fmt: skip
+
+
 def train_systems(folder: Path, seed: int) -> dict[str, float]:
     """
     Makes the towers and every system of one seed under `folder`, but for what an earlier call left there.
@@ -131,76 +194,27 @@ def train_systems(folder: Path, seed: int) -> dict[str, float]:
     seconds, start = {}, time.perf_counter()
     prepare(folder, seed)
     seconds["towers"] = time.perf_counter() - start
-    config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={seed}", f"--miniature={folder}"]
-    forms = {
-        "UniMuR": [],
-        "UniMuR, pairs alone": ["--interleaved=false"],
-        "UniMuR, pairs alone, image head trained": [
-            "--interleaved=false",
-            "--train_image_map=true",
-            "--negatives_bank=0",
-        ],
-        "UniMuR, pairs alone, the paper's form": ["--interleaved=false", "--config", str(CONFIGS / "paper.yaml")],
-    }
-    places = checkpoints(folder)
-    jobs = {
-        name: (train, {"argv": [*config, *form, f"--output_dir={places[name].parent}"]})
-        for name, form in forms.items()
-    } | {
-        "FROMAGe": (_fromage, {"folder": folder, "seed": seed}),
-        "BLIP-2": (_blip2, {"folder": folder, "seed": seed}),
-        "Frozen": (_frozen, {"folder": folder, "seed": seed}),
-    }
-    todo = {name: job for name, job in jobs.items() if not _has_weights(checkpoints(folder)[name])}
-    for name, done in zip(todo, side_by_side(list(todo.values())), strict=True):
-        seconds[name] = done.seconds
+    todo = [row for row in ROWS if not any(row.checkpoint(folder).glob("*.safetensors"))]
+    jobs = [(row.train, {"folder": folder, "output": folder / row.at, "seed": seed}) for row in todo]
+    for row, done in zip(todo, side_by_side(jobs), strict=True):
+        seconds[row.name] = done.seconds
     return seconds
 
 
 def checkpoints(folder: Path) -> dict[str, Path]:
     """Where each system's weights are."""
-    names = {
-        "UniMuR": "unimur", "UniMuR, pairs alone": "pairs", "UniMuR, pairs alone, image head trained": "head",
-        "UniMuR, pairs alone, the paper's form": "paper", "FROMAGe": "fromage", "BLIP-2": "blip2", "Frozen": "frozen",
-    }  # fmt: skip
-    return {name: folder / at / "checkpoint" for name, at in names.items()}
-
-
-def _has_weights(path: Path) -> bool:
-    return any(path.glob("*.safetensors"))
-
-
-def _fromage(folder: Path, seed: int, rate: float = FROMAGE_RATE) -> None:
-    from .baselines.fromage_train import train_fromage
-
-    train_fromage(
-        folder / "fromage", prepare(folder, seed), seed, learning_rate=rate, heads=FROMAGE_HEADS, start=FROMAGE_START
-    )  # fmt: skip
-
-
-def _blip2(folder: Path, seed: int) -> None:
-    from .baselines.blip2_miniature import pretrain_blip2
-
-    pretrain_blip2(folder / "blip2" / "checkpoint", splits()["train"], seed=seed)
-
-
-def _frozen(folder: Path, seed: int) -> None:
-    from .baselines.frozen import train_frozen
-
-    train_frozen(folder / "frozen", prepare(folder, seed), seed)
+    return {row.name: row.checkpoint(folder) for row in ROWS}
 
 
 def measure_seed(folder: Path, seed: int, split: str = "test") -> list[dict[str, Any]]:
     """Every system of one seed on every task; see [`benchmarks.run.compare`]."""
-    tasks = ["mmdialog", "mmdialog_image", "visdial", "visdial_answers", "vist", "vqav2"]
-    jobs = [(_measure_task, {"folder": folder, "seed": seed, "task": task, "split": split}) for task in tasks]
+    jobs = [(_measure_task, {"folder": folder, "seed": seed, "task": task, "split": split}) for task in TASKS]
     jobs.insert(0, (_measure_perplexity, {"folder": folder, "seed": seed, "split": split}))
     return [result for done in side_by_side(jobs) for result in done.result]
 
 
 def _systems(folder: Path) -> dict[str, System]:
-    kinds = {"FROMAGe": "fromage", "BLIP-2": "blip2", "Frozen": "frozen"}
-    systems = {name: load(kinds.get(name, "unimur"), str(path), name) for name, path in checkpoints(folder).items()}
+    systems = {row.name: load(row.kind, str(row.checkpoint(folder)), row.name) for row in ROWS}
     return systems | {"CLIP": ClipBaseline(systems["UniMuR"].model), "chance": Chance()}
 
 

@@ -10,21 +10,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from .protocols import TASKS, read
+
 COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9b9a97", "#37352f")
 
 
 def systems(results: list[Mapping[str, Any]], path: Path) -> None:
     """R@1 of every system on every retrieval task: a dot a seed, a bar for their mean."""
-    wanted = [
-        ("mmdialog", "overall R@1", "reply\n(Table 1, overall)"),
-        ("mmdialog_image", "R@1", "image in context\n(Table 2)"),
-        ("visdial", "R@1", "dialogue to image\n(Table 3)"),
-        ("vist", "R@1", "story to image\n(VIST)"),
-    ]
+    tasks = [(task, given["lead"], given["drawn"]) for task, given in ((t, read(t)) for t in TASKS) if given["drawn"]]
     names = [n for n in dict.fromkeys(r["system"] for r in results) if "perplexity" not in n and n != "Frozen"]
     figure, axis = plt.subplots(figsize=(10, 4.2))
     width = 0.8 / len(names)
-    for place, (task, measure, _) in enumerate(wanted):
+    for place, (task, measure, _) in enumerate(tasks):
         mine = [r for r in results if r["task"] == task and r["applies"] and "," not in r["protocol"]["variant"]]
         first = mine[0]["protocol"]["variant"] if mine else None
         for i, name in enumerate(names):
@@ -39,7 +36,7 @@ def systems(results: list[Mapping[str, Any]], path: Path) -> None:
             axis.bar(x, np.mean(values), width * 0.9, color=COLOURS[i % len(COLOURS)], alpha=0.45,
                      label=name if place == 0 else None)  # fmt: skip
             axis.plot([x] * len(values), values, "o", markersize=3.5, color=COLOURS[i % len(COLOURS)])
-    axis.set_xticks(range(len(wanted)), [label for *_, label in wanted])
+    axis.set_xticks(range(len(tasks)), [label for *_, label in tasks])
     axis.set_ylabel("R@1, %")
     axis.set_ylim(0, 100)
     axis.legend(frameon=False, fontsize=9, ncols=2)

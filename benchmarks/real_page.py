@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .markdown import table
+
 MEASURES = (
     "dialogue to image R@1", "dialogue to image R@5", "contextual image R@1", "contextual image, image informs R@1",
     "contextual image, image informs but is removed R@1", "image retrieval rate",
@@ -43,28 +45,26 @@ def systems(result: Mapping[str, Any]) -> str:
     """A row a system; behind it our form less the row, with the paired 95 % interval (first seed)."""
     names = list(dict.fromkeys(row["system"] for row in result["rows"]))
     shown = [m for m in MEASURES if any(m in row["metrics"] for row in result["rows"])]
-    lines = _head(["", *shown, *(f"{names[0]} less this, {m}" for m in LEADING)])
+    rows = []
     for name in names:
-        rows = [row for row in result["rows"] if row["system"] == name]
-        cells = [_span([r["metrics"][m]["value"] for r in rows if m in r["metrics"]]) for m in shown]
-        less = rows[0].get("first_less_this", {})
-        cells += [_interval(less[m]) if m in less else "" for m in LEADING]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        mine = [row for row in result["rows"] if row["system"] == name]
+        cells = [_span([r["metrics"][m]["value"] for r in mine if m in r["metrics"]]) for m in shown]
+        less = mine[0].get("first_less_this", {})
+        rows.append([name, *cells, *(_interval(less[m]) if m in less else "" for m in LEADING)])
+    return table(["", *shown, *(f"{names[0]} less this, {m}" for m in LEADING)], rows)
 
 
 def orderings(result: Mapping[str, Any]) -> str:
     """The paper's orderings: values, the difference's interval on each seed, and a verdict."""
-    lines = ["### Which of the paper's orderings hold with a real language model", ""]
-    lines += _head(["the paper says", "the better row here", "here", "difference, 95 % by seed", "verdict"])
+    rows = []
     for row in result["orderings"]:
         a, b = ([s[side] for s in row["seeds"]] for side in ("better", "worse"))
         sign = ">" if np.mean(a) > np.mean(b) else "<" if np.mean(a) < np.mean(b) else "="
-        lines.append(
-            f"| {row['says']}, {row['measure']} | {row['better']} | {100 * np.mean(a):.1f} {sign} {100 * np.mean(b):.1f} | "
-            f"{'; '.join(_interval(s['difference']) for s in row['seeds'])} | {verdict(row['seeds'])} |"
-        )
-    return "\n".join(lines)
+        differences = "; ".join(_interval(s["difference"]) for s in row["seeds"])
+        here = f"{100 * np.mean(a):.1f} {sign} {100 * np.mean(b):.1f}"
+        rows.append([f"{row['says']}, {row['measure']}", row["better"], here, differences, verdict(row["seeds"])])
+    head = ["the paper says", "the better row here", "here", "difference, 95 % by seed", "verdict"]
+    return "### Which of the paper's orderings hold with a real language model\n\n" + table(head, rows)
 
 
 def verdict(seeds: Iterable[Mapping[str, Any]]) -> str:
@@ -83,16 +83,15 @@ def prompts(result: Mapping[str, Any], count: int = 12) -> str:
     best = {}
     for row in sorted(result["rows"], key=lambda r: -r["R@1"]):
         best.setdefault((row["words"], row["chat"]), row)
-    lines = [
-        "### Where the gist is read", "",
-        f"Dialogue to image R@1 on validation ({result['dialogues']} dialogues, {result['pool']:,} pictures, "
-        f"{result['captions']:,} captions), the best of the settings of canonical correlation for each. {result['about']}", "",
-        *_head(["words before [RET]", "read", "R@1"]),
-    ]  # fmt: skip
+    rows = []
     for row in list(best.values())[:count]:
         chat = " (chat template)" if row["chat"] else ""
-        lines.append(f"| `{row['words']!r}`{chat} | {READ.get(row['read'], row['read'])} | {row['R@1']:.1f} |")
-    return "\n".join(lines)
+        rows.append([f"`{row['words']!r}`{chat}", READ.get(row["read"], row["read"]), f"{row['R@1']:.1f}"])
+    about = (
+        f"Dialogue to image R@1 on validation ({result['dialogues']} dialogues, {result['pool']:,} pictures, "
+        f"{result['captions']:,} captions), the best of the settings of canonical correlation for each. {result['about']}"
+    )
+    return "\n\n".join(["### Where the gist is read", about, table(["words before [RET]", "read", "R@1"], rows)])
 
 
 READ = {"last": "the last token", "before": "the token before the last", "mean": "the mean over the words"}
@@ -101,32 +100,24 @@ READ = {"last": "the last token", "before": "the token before the last", "mean":
 def likelihood(result: Mapping[str, Any]) -> str:
     """Texts by likelihood."""
     mine = result["miniature"]
-    lines = [
-        "### Texts by likelihood", "",
+    about = (
         f"The right reply of {mine['dialogues']} test dialogues out of {mine['texts']} replies, by the frozen LLM's "
-        f"likelihood (\"FROMAGe-ppl\"); chance R@1 is {100 / mine['texts']:.1f}. {result['about']}", "",
-        *_head(["score", "R@1", "R@5"]),
-    ]  # fmt: skip
-    lines += [
-        f"| {name} | {_with_interval(m['R@1'])} | {_with_interval(m['R@5'])} |" for name, m in mine["scores"].items()
-    ]
+        f'likelihood ("FROMAGe-ppl"); chance R@1 is {100 / mine["texts"]:.1f}. {result["about"]}'
+    )
+    parts = ["### Texts by likelihood", about, _scores(mine["scores"], "score", ("R@1", "R@5"))]
     if "visdial_answers" in result:
         answers = result["visdial_answers"]
         about = (
-            f"VisDial's published answer options ({answers['rounds']} rounds of the sample, 100 options each). The "
+            f"VisDial's published answer options ({answers['rounds']} rounds of the sample, 100 options each). The pictures "
+            "are not at hand: the contexts are words alone."
         )
-        about += "pictures are not at hand: the contexts are words alone."
-        lines += ["", about, "", *_head(["variant", "R@1", "MRR", "NDCG"])]
-        for name, metrics in answers["variants"].items():
-            lines.append(
-                f"| {name} | " + " | ".join(_with_interval(metrics[m]) for m in ("R@1", "MRR", "NDCG")) + " |"
-            )
-    return "\n".join(lines)
+        parts += [about, _scores(answers["variants"], "variant", ("R@1", "MRR", "NDCG"))]
+    return "\n\n".join(parts)
 
 
-def _head(cells: Iterable[str]) -> list[str]:
-    cells = list(cells)
-    return ["| " + " | ".join(cells) + " |", "|---|" + "---:|" * (len(cells) - 1)]
+def _scores(rows: Mapping[str, Mapping[str, Any]], name: str, measures: Iterable[str]) -> str:
+    measures = list(measures)
+    return table([name, *measures], [[label, *(_with_interval(m[k]) for k in measures)] for label, m in rows.items()])
 
 
 def _span(values: list[float | None]) -> str:

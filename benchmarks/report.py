@@ -9,26 +9,18 @@ The miniature's report: every system trained and measured over seeds, and one pa
 import argparse
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import claims, plots, real_page
+from .markdown import table
 from .protocols import TASKS, paper, protocols, read
 from .tables import PLAIN
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = {
-    "mmdialog": ("image retrieval rate", "image retrieval rate on text-only turns", "image R@1", "text R@1",
-                 "overall R@1", "CLIP-Sim"),
-    "mmdialog_image": ("R@1", "R@5", "R@10"),
-    "visdial": ("R@1", "R@5", "R@10"),
-    "visdial_answers": ("R@1", "R@5", "R@10", "MRR", "NDCG", "mean rank"),
-    "vist": ("R@1", "R@5", "R@10"),
-    "vqav2": ("accuracy", "accuracy (other)", "accuracy (yes/no)"),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -96,7 +88,7 @@ def page(folder: Path) -> Path:
             "measured on test. A rate marked *edge* is the smallest or the largest of them. The first row of a table is "
             "the setting of `UniMuRConfig` (of the miniature's configuration in the case of the visual prefix)."
         )
-        parts += [ablation(table) for table in sorted(tables.values(), key=lambda t: t["asks"])]
+        parts += [ablation(measured) for measured in sorted(tables.values(), key=lambda t: t["asks"])]
         if "4" in tables:
             plots.bias(tables["4"], folder / "bias.png")
             parts.append(
@@ -154,19 +146,18 @@ def section(task: str, results: list[dict[str, Any]]) -> str:
     why = next((p.why for p in about.values() if p.why), None)
     if why:
         lines[-1] += f" On the miniature: {why}."
-    columns = [c for c in COLUMNS[task] if any(c in r["metrics"] for r in results)]
+    columns = [c for c in given["columns"] if any(c in r["metrics"] for r in results)]
     if rows:
-        lines += ["", *_head(["the paper", *published])]
-        lines += [f"| {name} | " + " | ".join(map(str, values)) + " |" for name, values in rows.items()]
+        lines += ["", table(["the paper", *published], [[name, *map(str, values)] for name, values in rows.items()])]
     for variant in variants:
         mine = [r for r in results if r["protocol"]["variant"] == variant]
         described = about[variant].about + " " if _is_current(mine[0], about) else ""
         version, items = mine[0]["protocol"]["version"], mine[0]["data"]["items"]
-        lines += ["", f"**{variant}**, version {version}. {described}{items} items.", ""]
-        lead = next(c for c in ("overall R@1", "R@1", "accuracy") if c in columns)
-        lines += _head(["here", *columns, f"first less this, {lead}"])
-        for system in dict.fromkeys(r["system"] for r in mine):
-            lines.append(_row([r for r in mine if r["system"] == system], system, columns, lead))
+        lead = given["lead"]
+        rows = [_row([r for r in mine if r["system"] == name], name, columns, lead)
+                for name in dict.fromkeys(r["system"] for r in mine)]  # fmt: skip
+        lines += ["", f"**{variant}**, version {version}. {described}{items} items.", "",
+                  table(["here", *columns, f"first less this, {lead}"], rows)]  # fmt: skip
     notes = sorted({f"{r['system']}, {r['protocol']['variant']}: {n}" for r in results for n in r.get("notes", [])})
     return "\n".join([*lines, *(["", *(f"- {note}" for note in notes)] if notes else [])])
 
@@ -177,14 +168,9 @@ def _is_current(result: dict[str, Any], about: Mapping[str, Any]) -> bool:
     return now is not None and now.version == result["protocol"]["version"]
 
 
-def _head(cells: Iterable[str]) -> list[str]:
-    cells = list(cells)
-    return ["| " + " | ".join(cells) + " |", "|---|" + "---:|" * (len(cells) - 1)]
-
-
-def _row(results: list[dict], system: str, columns: list[str], lead: str) -> str:
+def _row(results: list[dict], system: str, columns: list[str], lead: str) -> list[str]:
     if not any(r["applies"] for r in results):
-        return f"| {system} | " + " | ".join(["-"] * (len(columns) + 1)) + " |"
+        return [system, *["-"] * (len(columns) + 1)]
     cells = []
     for column in columns:
         values = [r["metrics"].get(column, {}).get("value") for r in results]
@@ -195,7 +181,7 @@ def _row(results: list[dict], system: str, columns: list[str], lead: str) -> str
         f"{_span([d['mean'] for d in differences], 1, 100)}; above zero on {above} of {len(differences)}"
         if differences else ""
     )  # fmt: skip
-    return f"| {system} | " + " | ".join(cells) + " |"
+    return [system, *cells]
 
 
 def _scale(column: str) -> int:
@@ -209,39 +195,34 @@ def _span(values: list[float], digits: int, scale: float = 1) -> str:
     return f"{scaled.mean():.{digits}f} ({scaled.min():.{digits}f}–{scaled.max():.{digits}f})"
 
 
-def ablation(table: Mapping[str, Any]) -> str:
+def ablation(measured: Mapping[str, Any]) -> str:
     """One ablation's table; its first row is the miniature's setting."""
-    seeds, steps = len(table["rows"][0]["seeds"]), table["rows"][0].get("steps")
+    seeds, steps = len(measured["rows"][0]["seeds"]), measured["rows"][0].get("steps")
     about = f"{seeds} seeds" + (f", {steps} steps" if steps else "")
-    lines = [f"### {table['asks']}", "", f"Learning rate by {table['chosen_by']}; {about}.", ""]
-    lines += _head(["", "learning rate", *table["shown"]])
-    for row in table["rows"]:
-        cells = [_span([s["metrics"][c]["value"] for s in row["seeds"]], 1, 100) for c in table["shown"]]
-        rates = row.get("rates", table["rates"])
+    rows = []
+    for row in measured["rows"]:
+        cells = [_span([s["metrics"][c]["value"] for s in row["seeds"]], 1, 100) for c in measured["shown"]]
+        rates = row.get("rates", measured["rates"])
         edge = " (edge)" if row["rate"] in (min(rates), max(rates)) else ""
-        rate = f"{row['rate']:g}{edge}" if row["rate"] else "no step"
-        lines.append(f"| {row['name']} | {rate} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([row["name"], f"{row['rate']:g}{edge}" if row["rate"] else "no step", *cells])
+    about = f"Learning rate by {measured['chosen_by']}; {about}."
+    return "\n\n".join([f"### {measured['asks']}", about, table(["", "learning rate", *measured["shown"]], rows)])
 
 
 def orderings(results: list[dict], tables: Mapping[str, Any]) -> str:
     """The paper's orderings, and whether each holds here; see [`benchmarks.claims`]."""
-    lines = _head(["the paper says", "there", "here, mean over the seeds", "verdict"])
-    for claim in claims.judge(results, tables):
-        lines.append(f"| {claim.says} | {claim.there} | {claim.here} | {claim.verdict} |")
-    return "\n".join(lines)
+    rows = [[claim.says, claim.there, claim.here, claim.verdict] for claim in claims.judge(results, tables)]
+    return table(["the paper says", "there", "here, mean over the seeds", "verdict"], rows)
 
 
 def _speed(measured: Mapping[str, Any]) -> str:
-    lines = [measured["about"], "", *_head(["shape", "perplexity, naive / embedding", "perplexity, packed / embedding",
-                                           "naive / packed"])]  # fmt: skip
+    names = ("naive / embedding", "packed / embedding", "naive / packed")
+    rows = []
     for shape in measured["shapes"]:
-        cells = [
-            f"{shape['ratios'][name]['median']:.0f}x ({shape['ratios'][name]['low']:.0f}–{shape['ratios'][name]['high']:.0f})"
-            for name in ("naive / embedding", "packed / embedding", "naive / packed")
-        ]
-        lines.append(f"| {shape['name']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "The paper says 20 times."])
+        ratios = (shape["ratios"][name] for name in names)
+        rows.append([shape["name"], *(f"{r['median']:.0f}x ({r['low']:.0f}–{r['high']:.0f})" for r in ratios)])
+    head = ["shape", "perplexity, naive / embedding", "perplexity, packed / embedding", "naive / packed"]
+    return "\n\n".join([measured["about"], table(head, rows), "The paper says 20 times."])
 
 
 if __name__ == "__main__":

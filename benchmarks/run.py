@@ -16,13 +16,13 @@ import torch
 
 from .baselines.clip import ClipBaseline
 from .data import load_data
-from .load import KINDS, load
+from .load import SYSTEMS, load
 from .measure import Measure
-from .protocols import TASKS, Protocol, paper, protocols
-from .schema import MAX_MISSING_SHARE, Dialogues, Questions
+from .protocols import TASKS, paper, protocols
+from .schema import MAX_MISSING_SHARE, Dialogues, Protocol, Questions
 from .systems import DoesNotApplyError, System
 from .tables import markdown
-from .tasks import answers, image, response, vqa
+from .tasks import KINDS
 
 
 def evaluate(
@@ -30,9 +30,7 @@ def evaluate(
 ) -> dict[str, Measure] | None:
     """One system on one protocol; `None` where the task does not apply to it (no language model, no embedding)."""
     try:
-        if protocol.kind == "response":
-            return response.run(system, data, protocol, clip or system)
-        return {"image": image, "answers": answers, "vqa": vqa}[protocol.kind].run(system, data, protocol)
+        return KINDS[protocol.kind].run(system, data, protocol, clip)
     except DoesNotApplyError:
         return None
 
@@ -80,7 +78,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--model", required=True, help="a UniMuR checkpoint: a folder or a name on the Hub")
     parser.add_argument(
-        "--baseline", action="append", default=[], metavar="KIND=PATH", help=f"another row; KIND is one of {KINDS}"
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="KIND=PATH",
+        help=f"another row; KIND is one of {', '.join(SYSTEMS)}",
     )
     parser.add_argument("--data", help="folder of the data set as it is published; by default the miniature")
     parser.add_argument("--split", help="instead of the protocol's")

@@ -140,6 +140,39 @@ class Questions:
         return _hash([q["question_id"] for q in self.questions])
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """
+    One way of measuring one task; a file of [`benchmarks.protocols`] holds a task's.
+
+    Attributes:
+        task, variant, version: what a result's json carries.
+        kind: the module of [`benchmarks.tasks`] that runs it.
+        data: the reader of [`benchmarks.data`].
+        settings: what the module reads.
+        about: of the variant, in a sentence.
+        miniature: whether it is the form for the miniature; `why` then says how and why it differs from the real one.
+    """
+
+    task: str
+    variant: str
+    version: int
+    kind: str
+    data: str
+    table: int | None
+    settings: dict[str, Any]
+    about: str
+    miniature: bool = False
+    why: str | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        return self.settings[name]
+
+    @property
+    def label(self) -> str:
+        return f"{self.task}/{self.variant} v{self.version}"
+
+
 def read_json(path: Path) -> Any:
     """A json file, or json lines. Raises [`BadDataError`] naming the path where it is absent or not json."""
     text = _read_text(path)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .markdown import table
+
 PLAIN = ("CLIP-Sim", "mean rank")  # not percent
 
 
@@ -10,25 +12,26 @@ def markdown(task: str, results: Sequence[Mapping[str, Any]], published: tuple[l
     """A table of one task: a row a protocol and system, a column a metric with its 95 % interval."""
     columns, rows = published
     names = list(dict.fromkeys([*columns, *(name for r in results for name in r["metrics"])]))
-    lines = [f"| protocol | system | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
+    lines = []
     for system, values in rows.items():
-        known = dict(zip(columns, values, strict=True))
-        cells = [f"{known[n]}" if n in known else "" for n in names]
-        lines.append(f"| the paper | {system} | {' | '.join(cells)} |")
+        known = dict(zip(columns, map(str, values), strict=True))
+        lines.append(["the paper", system, *(known.get(n, "") for n in names)])
     for r in results:
         label = f"{r['protocol']['variant']} v{r['protocol']['version']}"
-        if not r["applies"]:
-            lines.append(f"| {label} | {r['system']} | {' | '.join(['does not apply'] + [''] * (len(names) - 1))} |")
-            continue
-        cells = [cell(n, r["metrics"].get(n)) for n in names]
-        lines.append(f"| {label} | {r['system']} | {' | '.join(cells)} |")
+        cells = (
+            [cell(n, r["metrics"].get(n)) for n in names]
+            if r["applies"]
+            else ["does not apply"] + [""] * (len(names) - 1)
+        )
+        lines.append([label, r["system"], *cells])
     notes = [f"- {r['system']}: {note}" for r in results for note in r.get("notes", [])]
     where = results[0]["data"]
     head = (
         f"{task} on {where['source']}, {where['items']} items; {where['left_out']}. "
         "Percent with 95 % bootstrap intervals (CLIP-Sim a cosine, mean rank a rank)."
     )
-    return "\n".join([head, "", *lines, *(["", *dict.fromkeys(notes)] if notes else [])]) + "\n"
+    grid = table(["protocol", "system", *names], lines, labels=2)
+    return "\n".join([head, "", grid, *(["", *dict.fromkeys(notes)] if notes else [])]) + "\n"
 
 
 def cell(name: str, metric: Mapping[str, Any] | None) -> str:

@@ -1,9 +1,9 @@
 """Readers of the data sets, each into the one schema of [`benchmarks.schema`]; the miniature stands in for each."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.protocols import Protocol
-from benchmarks.schema import MAX_MISSING_SHARE, Dialogues, Questions
+from benchmarks.schema import MAX_MISSING_SHARE, Dialogues, Protocol, Questions
 
 from . import miniature
 from .broken import leave_out_broken
@@ -11,6 +11,23 @@ from .mmdialog import read_mmdialog
 from .visdial import read_visdial, read_visdial_answers
 from .vist import read_vist
 from .vqav2 import read_vqav2
+
+
+def _mmdialog(folder: Path, split: str, protocol: Protocol, _: str | None) -> Dialogues:
+    data = read_mmdialog(folder, split, protocol["pool"])
+    if protocol.kind == "image":
+        data.dialogues = [d for d in data.dialogues if d["gold"]["image_ids"]]
+    return data
+
+
+# By a protocol's `data`: (folder, split, protocol, manifest) -> what is measured on.
+READERS: dict[str, Callable[[Path, str, Protocol, str | None], Dialogues | Questions]] = {
+    "mmdialog": _mmdialog,
+    "visdial": lambda folder, split, protocol, _: read_visdial(folder, split, protocol["caption"]),
+    "visdial_answers": lambda folder, split, *_: read_visdial_answers(folder, split),
+    "vist": lambda folder, split, _, manifest: read_vist(folder, split, manifest),
+    "vqav2": lambda folder, split, *_: read_vqav2(folder, split),
+}
 
 
 def load_data(
@@ -36,18 +53,7 @@ def load_data(
         data.missing.seen = len(data)
         return data
     folder = Path(folder)
-    if protocol.data == "mmdialog":
-        data = read_mmdialog(folder, split, protocol["pool"])
-        if protocol.kind == "image":
-            data.dialogues = [d for d in data.dialogues if d["gold"]["image_ids"]]
-    elif protocol.task == "visdial":
-        data = read_visdial(folder, split, protocol["caption"])
-    elif protocol.task == "visdial_answers":
-        data = read_visdial_answers(folder, split)
-    elif protocol.task == "vist":
-        data = read_vist(folder, split, manifest)
-    else:
-        data = read_vqav2(folder, split)
+    data = READERS[protocol.data](folder, split, protocol, manifest)
     data.missing.check(max_missing_share)
     data = leave_out_broken(data)
     data.missing.check(max_missing_share)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import table
+
 GIB, HOUR = 2**30, 3600
 PEAK, VIT_L_FLOP = (
     790e12,
@@ -37,11 +39,6 @@ def _cell(value: Mapping[str, float], digits: int = 2) -> str:
     return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def _step(found: dict[str, Any]) -> str:
     shapes = found["shapes"]
     rows = [[name, *(_cell(s["ratios"][name]) for s in shapes)] for name in shapes[0]["ratios"]]
@@ -57,9 +54,9 @@ def _step(found: dict[str, Any]) -> str:
         f"{found['batch']}, float32, {found['threads']} thread(s), {found['rounds']} rounds. All but three compute "
         f"the same (largest differences: {differ}, the latter relative): past images add to the loss, and towers in "
         f"bfloat16 change it by {rounded}.\n\n"
-        + _table(["", *(s["shape"] for s in shapes)], rows)
+        + table(["", *(s["shape"] for s in shapes)], rows)
         + "\n\nPeak memory above the loaded model, MiB:\n\n"
-        + _table(["", *(s["shape"] for s in shapes)], memory)
+        + table(["", *(s["shape"] for s in shapes)], memory)
     )
 
 
@@ -70,7 +67,7 @@ def _profile(found: dict[str, Any]) -> str:
         names = sorted(next(iter(ways.values())), key=lambda n: -next(iter(ways.values()))[n])
         rows = [[f"`{name}`", *(f"{times[name]:.0f}" for times in ways.values())] for name in names]
         rows.append(["all", *(f"{sum(times.values()):.0f}" for times in ways.values())])
-        tables.append(_table([shape["shape"], *ways], rows))
+        tables.append(table([shape["shape"], *ways], rows))
     return (
         "### Where a step's time goes\n\nMilliseconds inside each operator, before and after the two largest gains, under "
         f"torch's profiler on {found['threads']} thread(s).\n\n" + "\n\n".join(tables)
@@ -88,7 +85,7 @@ def _embedding(found: dict[str, Any]) -> str:
         "## Embedding, and a turn of a conversation\n\nFrom tensors to normalised embeddings against the bare towers at the "
         "same batch of 32 (dialogues of 60 tokens); the tenth turn against the whole dialogue. An OPT of "
         f"6 x 512, {found['threads']} thread(s), {found['rounds']} rounds.\n\n"
-        + _table(["", "ratio"], [[name, _cell(value)] for name, value in ratios.items()])
+        + table(["", "ratio"], [[name, _cell(value)] for name, value in ratios.items()])
         + f"\n\nA worker process decodes and preprocesses {rate:.0f} photos a second (640 x 480, "
         f"{photos['bytes'] / 1e3:.0f} kB): {_cell(photos['ratios']['ViT-L/14 / decoding'], 0)} times what CLIP's ViT-L/14 "
         "encodes on a core here, so that decoding is never what is waited for. On paper, a GPU of "
@@ -101,7 +98,7 @@ def _texts(found: dict[str, Any]) -> str:
     names = ("naive / embedding", "packed / embedding", "naive / packed")
     rows = [[s["name"], *(_cell(s["ratios"][name], 0) for name in names)] for s in found["shapes"]]
     about = "## Text retrieval: by perplexity against by embedding\n\n" + found["about"]
-    return about + " The paper says 20 times.\n\n" + _table(["", *names], rows)
+    return about + " The paper says 20 times.\n\n" + table(["", *names], rows)
 
 
 def _pool(found: dict[str, Any]) -> str:
@@ -122,10 +119,10 @@ def _pool(found: dict[str, Any]) -> str:
         f"## Searching {found['size']:,} candidates\n\nThe pool's exact search over its mapped files against faiss and torch "
         f"over the same {found['dimension']} dimensions in memory, and `retrieve` with ten candidates decoded against "
         f"embedding plus a bare search; {found['threads']} thread(s), {found['rounds']} rounds.\n\n"
-        + _table(["", "ratio"], rows)
+        + table(["", "ratio"], rows)
         + f"\n\nOne query through an index over renderings in the miniature's own CLIP ({approximate['dimension']} "
         "dimensions), captions as queries:\n\n"
-        + _table(
+        + table(
             [
                 "index",
                 "recall@10",
@@ -167,7 +164,7 @@ def _quality(found: dict[str, Any]) -> str:
         "there than the reference is done, and than the reference was first seen at it.\n\n"
         "![recall against seconds](quality-speed.png)\n\n"
         + "Canonical correlation (`train/canonical.py`) sees one caption of each image here and makes no step.\n\n"
-        + _table(["", *MEASURES, "seconds", "sooner than its end", "than it first did"], rows)
+        + table(["", *MEASURES, "seconds", "sooner than its end", "than it first did"], rows)
     )
 
 
@@ -187,7 +184,7 @@ def _on_paper(found: dict[str, Any]) -> str:
     return (
         f"On paper, at {q} dimensions: one core read {bandwidth / 1e9:.1f} GB/s above; a query that reads every candidate "
         "then takes bytes over that bandwidth, smaller forms at the same bandwidth. None of these sizes was run.\n\n"
-        + _table(["", "10 million", "1 billion", "100 billion"], rows)
+        + table(["", "10 million", "1 billion", "100 billion"], rows)
         + "\n\nInverted lists that visit a share of the candidates take that share of the time; re-ranking 200 of them reads "
         f"{200 * 4 * q / 2**20:.1f} MiB of float32 whatever the size. Ten million fit one machine in any form; a billion "
         "fits one large machine as pq codes with the floats on disk; a hundred billion is many machines, which is what "

@@ -1,1 +1,10 @@
-"""One module a kind of task: what a system is asked, and how its answers are scored."""
+"""
+The kinds of task, a module each: what a system is asked, and how its answers are scored.
+
+A kind has `run(system, data, protocol, clip) -> {metric: Measure}` and says which settings of a protocol it reads:
+`SETTINGS` always, `BY_LANGUAGE` unless it is measured `by: embedding`, `OPTIONAL` where they are given.
+"""
+
+from . import answers, image, response, vqa
+
+KINDS = {"response": response, "image": image, "answers": answers, "vqa": vqa}

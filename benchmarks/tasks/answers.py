@@ -4,15 +4,18 @@ import numpy as np
 
 from benchmarks.measure import Measure
 from benchmarks.metrics import visdial_per_item
-from benchmarks.protocols import Protocol
-from benchmarks.schema import Dialogues
+from benchmarks.schema import Dialogues, Protocol
 from benchmarks.systems import System
 
 from .candidates import by_pool, embed
 from .contexts import Contexts
 
+SETTINGS = {"split", "serialisation", "pool", "ties", "by", "option", "squash", "relevance"}
+BY_LANGUAGE: set[str] = {"own_bos", "shift", "reduction", "scope"}
+OPTIONAL: set[str] = set()
 
-def run(system: System, data: Dialogues, protocol: Protocol) -> dict[str, Measure]:
+
+def run(system: System, data: Dialogues, protocol: Protocol, clip: System | None = None) -> dict[str, Measure]:
     """
     Ranks each round's options, by likelihood or by embedding.
 

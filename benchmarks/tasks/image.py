@@ -7,17 +7,19 @@ import torch
 
 from benchmarks.measure import Measure
 from benchmarks.metrics import hit_rate_per_item
-from benchmarks.protocols import Protocol
-from benchmarks.schema import Dialogues
+from benchmarks.schema import Dialogues, Protocol
 from benchmarks.systems import System
 
 from .candidates import Embedded, by_pool, embed
 from .contexts import Contexts, seen_images
 
+SETTINGS = {"split", "serialisation", "pool", "first_image", "ties", "direction", "squash", "context"}
+BY_LANGUAGE: set[str] = set()
+OPTIONAL: set[str] = {"caption", "seen_images"}
 KS = (1, 5, 10)
 
 
-def run(system: System, data: Dialogues, protocol: Protocol) -> dict[str, Measure]:
+def run(system: System, data: Dialogues, protocol: Protocol, clip: System | None = None) -> dict[str, Measure]:
     """R@1/5/10 of the reply's first image among the images of its pool; see `score` for the direction."""
     serialisation, squash = protocol["serialisation"], protocol["squash"]
     contexts = Contexts(data, serialisation, protocol["context"], squash)

@@ -8,17 +8,21 @@ import torch
 
 from benchmarks.measure import Measure
 from benchmarks.metrics import cosine_per_item, hit_rate_per_item, shown_per_item
-from benchmarks.protocols import Protocol
-from benchmarks.schema import Dialogues
+from benchmarks.schema import Dialogues, Protocol
 from benchmarks.systems import System
 
 from .candidates import Embedded, by_pool, embed
 from .contexts import context_of
 
+SETTINGS = {"split", "serialisation", "pool", "first_image", "ties"}
+BY_LANGUAGE: set[str] = set()
+OPTIONAL: set[str] = set()
 
-def run(system: System, data: Dialogues, protocol: Protocol, clip: System) -> dict[str, Measure]:
+
+def run(system: System, data: Dialogues, protocol: Protocol, clip: System | None = None) -> dict[str, Measure]:
     """
-    Asks `system` for every reply (Section 3.4) and scores it; `clip` embeds texts and images for CLIP-Sim.
+    Asks `system` for every reply (Section 3.4) and scores it; `clip`, or else the system
+    itself, embeds texts and images for CLIP-Sim.
 
     Returns: see `score`.
     """
@@ -31,7 +35,7 @@ def run(system: System, data: Dialogues, protocol: Protocol, clip: System) -> di
     words = [system.text_scores([contexts[i] for i in rows], [data.texts[t] for t in pool["text_ids"]])
              for pool, rows in by_pool(data.dialogues)]  # fmt: skip
     return score(
-        embedded, data, protocol, clip_embeddings(clip, data, embedded), system.similarity,
+        embedded, data, protocol, clip_embeddings(clip or system, data, embedded), system.similarity,
         shown=shown, text_scores=None if words and words[0] is None else words,
     )  # fmt: skip
 

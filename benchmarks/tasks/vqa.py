@@ -10,12 +10,15 @@ import torch
 
 from benchmarks.measure import Measure
 from benchmarks.metrics import vqa_accuracy_per_item
-from benchmarks.protocols import Protocol
-from benchmarks.schema import BadDataError, Questions
+from benchmarks.schema import BadDataError, Protocol, Questions
 from benchmarks.systems import System
 
+SETTINGS = {"split", "by", "prompt"}
+BY_LANGUAGE: set[str] = {"max_new_tokens", "cut"}
+OPTIONAL: set[str] = set()
 
-def run(system: System, data: Questions, protocol: Protocol) -> dict[str, Measure]:
+
+def run(system: System, data: Questions, protocol: Protocol, clip: System | None = None) -> dict[str, Measure]:
     """
     `accuracy`, and the same for each answer type the data names.
 

@@ -8,7 +8,7 @@ from benchmarks.baselines.blip2_miniature import bert_tokenizer, blip2_config
 from benchmarks.baselines.fromage import FromageModel
 from benchmarks.baselines.frozen import FrozenModel
 from benchmarks.data import miniature
-from benchmarks.load import KINDS, load
+from benchmarks.load import SYSTEMS, load
 from benchmarks.run import main
 from tests.tiny import image_processor, make_processor, make_towers
 
@@ -31,12 +31,12 @@ def checkpoints(tiny, tmp_path_factory):
     model = Blip2ForImageTextRetrieval(blip2_config(len(tokenizer), 32, 1, 2, 8))
     for part in (model, tokenizer, image_processor(64)):
         part.save_pretrained(folder / "blip2")
-    return {kind: str(folder / {"clip": "unimur", "fromage-ppl": "fromage"}.get(kind, kind)) for kind in KINDS}
+    return {kind: str(folder / {"clip": "unimur", "fromage-ppl": "fromage"}.get(kind, kind)) for kind in SYSTEMS}
 
 
 def test_every_kind_is_a_row(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setitem(miniature.READERS, "mmdialog", lambda split: miniature.mmdialog(split, 40))
-    others = [f"--baseline={kind}={checkpoints[kind]}" for kind in KINDS if kind != "unimur"]
+    others = [f"--baseline={kind}={checkpoints[kind]}" for kind in SYSTEMS if kind != "unimur"]
     results = main(["--task", "mmdialog", "--model", checkpoints["unimur"], *others, "--limit", "4", "--split",
                     "validation", "--output", str(tmp_path), "--device", "cpu"])  # fmt: skip
     assert [r["system"] for r in results] == [

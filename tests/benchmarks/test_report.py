@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import claims, report
-from benchmarks.protocols import protocols
+from benchmarks.protocols import protocols, read
 
 
 def result(task, system, seed, metrics, variant=None, difference=None, applies=True):
@@ -97,13 +97,22 @@ def test_claims_take_the_main_variant():
 
 def test_every_claim_names_rows_that_exist():
     from benchmarks.ablate import TABLES
-    from benchmarks.report import COLUMNS
+    from benchmarks.miniature import ROWS
 
+    names = {row.name for row in ROWS} | {"CLIP", "chance"}
     for _, _, table, better, worse, measure in claims.ABLATION_CLAIMS:
         _, _, shown, rows = TABLES[table]
         assert {better, worse} <= {row.name for row in rows} and measure in shown
-    for _, _, task, _, _, measure in claims.TASK_CLAIMS:
-        assert measure in COLUMNS[task]
+    for _, _, task, better, worse, measure in claims.TASK_CLAIMS:
+        assert {better, worse} <= names and measure in read(task)["columns"]
+
+
+def test_every_row_has_a_loader_and_a_folder_of_its_own():
+    from benchmarks.load import SYSTEMS
+    from benchmarks.miniature import ROWS
+
+    assert {row.kind for row in ROWS} <= set(SYSTEMS)
+    assert len({row.at for row in ROWS}) == len({row.name for row in ROWS}) == len(ROWS)
 
 
 def test_no_results_are_said(tmp_path):

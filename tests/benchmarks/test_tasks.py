@@ -10,9 +10,9 @@ from PIL import Image
 from benchmarks.baselines.chance import Chance
 from benchmarks.baselines.clip import ClipBaseline
 from benchmarks.load import UniMuR
-from benchmarks.protocols import TASKS, Protocol, paper, protocols, read
+from benchmarks.protocols import TASKS, paper, protocols, read
 from benchmarks.run import compare, evaluate
-from benchmarks.schema import BadDataError, Dialogues, Questions
+from benchmarks.schema import BadDataError, Dialogues, Protocol, Questions
 from benchmarks.systems import ImageReplies, System
 from benchmarks.tables import markdown
 from benchmarks.tasks import answers, image, response, vqa
