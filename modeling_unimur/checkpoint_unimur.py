@@ -132,6 +132,8 @@ class CheckpointMixin:
                 raise ValueError(f"ret_init={ret_init!r} is {len(ids)} tokens of this LLM's tokenizer, not one")
             row = table[ids[0]]
         model.ret_embedding.data.copy_(row)
+        if config.n_drawing_tokens:
+            model.start_drawing_tokens()
         return model
 
     def attach_towers(self, language_model: PreTrainedModel, clip: CLIPModel) -> None:
@@ -228,7 +230,8 @@ class CheckpointMixin:
         }
 
     def _maps_digest(self) -> str:
-        own = [(n, p) for n, p in self.named_parameters() if self._is_own(n)]
+        # Without what draws, which no embedding depends on: a model that learns to draw keeps its pools.
+        own = [(n, p) for n, p in self.named_parameters() if self._is_own(n) and not n.startswith("drawing.")]
         # Hashing megabytes would cost a query as much as its search; the probe sees what is written past autograd.
         probes = [p.detach().flatten()[:: max(1, p.numel() // 64)].double().sum() for _, p in own]
         state = [(n, p.data_ptr(), p._version) for n, p in own], torch.stack(probes).tolist()

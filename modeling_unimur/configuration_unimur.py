@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from typing import Any
 
 import transformers
 
@@ -29,6 +30,12 @@ CHOICES = {
     "text_target_reduction": ("mean", "sum"),
     "text_matching": ("mse", "infonce", "max_margin"),
 }
+
+# Of a model that can draw; another's config does not hold them.
+DRAWING_FIELDS = (
+    "n_drawing_tokens", "drawing_model_name_or_path", "drawing_model_revision", "drawing_length", "drawing_width",
+    "mapper_width", "mapper_layers", "mapper_heads", "lambda3", "drawing_steps", "drawing_guidance", "draw_below",
+)  # fmt: skip
 
 
 @strict
@@ -81,6 +88,17 @@ class UniMuRConfig(PreTrainedConfig):
         temperature (`float`, defaults to 0.07): tau of eq. 4-5, or its start when `learn_temperature` is true.
         learn_temperature (`bool`, defaults to `True`): as FROMAGe does; the paper does not say.
         train_ret_embedding (`bool`, defaults to `False`): train [RET]'s input embedding beside the two maps.
+        n_drawing_tokens (`int`, defaults to 0): [IMG] tokens behind a context that a diffusion model draws from (GILL 8), [RET]
+            the first of them; 0: the model cannot draw, and holds nothing for it (Appendix A.2).
+        drawing_model_name_or_path, drawing_model_revision: the frozen diffusion model, a folder or a Hub name of diffusers; it is
+            never in the checkpoint.
+        drawing_length, drawing_width (`int`, default to 77 and 768): positions and width of its text conditioning.
+        mapper_width, mapper_layers, mapper_heads (`int`, default to 512, 4 and 4): of GILL's mapper, layers in its encoder and
+            in its decoder each.
+        lambda3 (`float`, defaults to 1): weight of the mapper's loss beside eq. 7.
+        drawing_steps (`int`), drawing_guidance (`float`): what a picture is drawn with by default.
+        draw_below (`float`, *optional*): `retrieve(..., generate="auto")` draws a picture where the cosine of the pool's best
+            image is below; learned on held-out dialogues.
 
     Raises:
         ValueError: a choice outside those listed, a weight below zero, or a name that is a misspelt field.
@@ -120,6 +138,18 @@ class UniMuRConfig(PreTrainedConfig):
     temperature: float = 0.07
     learn_temperature: bool = True
     train_ret_embedding: bool = False
+    n_drawing_tokens: int = 0
+    drawing_model_name_or_path: str | None = None
+    drawing_model_revision: str | None = None
+    drawing_length: int = 77
+    drawing_width: int = 768
+    mapper_width: int = 512
+    mapper_layers: int = 4
+    mapper_heads: int = 4
+    lambda3: float = 1.0
+    drawing_steps: int = 50
+    drawing_guidance: float = 7.5
+    draw_below: float | None = None
 
     def __post_init__(self, **kwargs):
         own = [field.name for field in dataclasses.fields(self)]
@@ -128,6 +158,11 @@ class UniMuRConfig(PreTrainedConfig):
             if close and not hasattr(PreTrainedConfig, name):
                 raise ValueError(f"UniMuRConfig has no field {name!r}; did you mean {close[0]!r}?")
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, without those for drawing where the model cannot draw."""
+        fields = super().to_dict()
+        return fields if self.n_drawing_tokens else {k: v for k, v in fields.items() if k not in DRAWING_FIELDS}
 
     def validate_unimur(self):
         """Refuses values that would fail late or change the model silently."""
@@ -149,7 +184,8 @@ class UniMuRConfig(PreTrainedConfig):
             )
         if self.n_visual_tokens < 1:
             raise ValueError(f"n_visual_tokens={self.n_visual_tokens}: an image needs at least one visual token")
-        for name in ("lambda1", "lambda2", "margin"):
+        self._validate_drawing()
+        for name in ("lambda1", "lambda2", "lambda3", "margin"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.temperature <= 0:
@@ -160,6 +196,27 @@ class UniMuRConfig(PreTrainedConfig):
                 f"text_model_name_or_path={self.text_model_name_or_path!r} and "
                 f"clip_model_name_or_path={self.clip_model_name_or_path!r}"
             )
+
+    def _validate_drawing(self) -> None:
+        if self.n_drawing_tokens < 0 or self.n_drawing_tokens == 1:
+            raise ValueError(
+                f"n_drawing_tokens={self.n_drawing_tokens}: [RET] and at least one [IMG] token behind it, or 0 for a model "
+                "that cannot draw"
+            )
+        for name in (
+            "drawing_length",
+            "drawing_width",
+            "mapper_width",
+            "mapper_layers",
+            "mapper_heads",
+            "drawing_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.mapper_width % self.mapper_heads:
+            raise ValueError(f"mapper_width={self.mapper_width} is no multiple of mapper_heads={self.mapper_heads}")
+        if not 1 <= self.drawing_guidance < float("inf"):
+            raise ValueError(f"drawing_guidance={self.drawing_guidance} must be a number from 1 on; 1 is none")
 
     @property
     def is_adapter(self) -> bool:

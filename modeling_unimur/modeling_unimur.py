@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from .checkpoint_unimur import CheckpointMixin
 from .configuration_unimur import UniMuRConfig
+from .generation_unimur import Drawing, DrawingMixin, drawing_loss
 from .hub_unimur import HubMixin
 from .losses_unimur import linear_caption_loss, text_matching_loss, total_loss, visual_matching_loss
 from .packing_unimur import block_mask, positions
@@ -27,6 +28,7 @@ class UniMuROutput(ModelOutput):
     Args:
         loss: scalar, eq. 7 over the losses whose inputs were given.
         loss_cap, loss_vm, loss_tm: scalars, eq. 1-6, `None` where not computed.
+        loss_draw: scalar, that of the mapper (Appendix A.2), `None` where not computed.
         ret_embeds: `(n, q)` float32, e_t at [RET], not normalised.
         image_embeds: `(images, q)` float32, the unified embeddings of the batch's images.
         text_embeds: `(texts, q)` float32, the targets of eq. 6.
@@ -36,18 +38,20 @@ class UniMuROutput(ModelOutput):
     loss_cap: torch.Tensor | None = None
     loss_vm: torch.Tensor | None = None
     loss_tm: torch.Tensor | None = None
+    loss_draw: torch.Tensor | None = None
     ret_embeds: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
 
 
-class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
+class UniMuRModel(DrawingMixin, RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
     """
     The model: `language_model` and `clip` frozen; `W_i2t` (image feature to `n_visual_tokens` input embeddings),
     `W_t2m` (last output at [RET] to the unified embedding e), the temperature, and by choice [RET]'s input embedding
     trained. In the canonical alignment also `W_v2m` (image feature to the unified embedding) and `W_x2m` (CLIP's text
     embedding to the same space), found in closed form and frozen. These tensors are float32 whatever the towers' dtype.
-    Its verbs are those of [`RetrievalMixin`]; loading and saving are [`CheckpointMixin`]'s.
+    With `n_drawing_tokens` also `drawing`, trained: [IMG] tokens and the mapper to a diffusion model.
+    Its verbs are those of [`RetrievalMixin`] and [`DrawingMixin`]; loading and saving are [`CheckpointMixin`]'s.
     """
 
     config_class = UniMuRConfig
@@ -66,6 +70,8 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         self.ret_embedding = nn.Parameter(torch.empty(config.text_width))
         # One element rather than a scalar: sharding libraries refuse scalars.
         self.logit_scale = nn.Parameter(torch.empty(1))
+        if config.n_drawing_tokens:
+            self.drawing = Drawing(config)
         self.language_model: PreTrainedModel | None = None
         self.clip: CLIPModel | None = None
         if not config.is_adapter:
@@ -120,6 +126,8 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
             return
         super()._init_weights(module)
+        if isinstance(module, Drawing):
+            module.init_weights()
         if module is self:
             init.normal_(self.ret_embedding, std=0.02)
             init.constant_(self.logit_scale, math.log(1 / self.config.temperature))
@@ -130,6 +138,8 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
             getattr(self, name).requires_grad_(True)
         self.logit_scale.requires_grad_(self.config.learn_temperature)
         self.ret_embedding.requires_grad_(self.config.train_ret_embedding)
+        if self.config.n_drawing_tokens:
+            self.drawing.requires_grad_(True)
         for name, parameter in self.named_parameters():
             if LORA in name:
                 parameter.requires_grad_(True)
@@ -264,6 +274,7 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         text_embeds: torch.Tensor | None = None,
         ret_states: torch.Tensor | None = None,
         negatives: torch.Tensor | None = None,
+        drawing_targets: torch.Tensor | None = None,
     ) -> UniMuROutput:
         """
         The losses of eq. 7 on a batch of [`UniMuRProcessor.documents`] or `pairs`.
@@ -273,7 +284,9 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         `image_features` `(i, c)` and `image_embeds` `(i, clip_width)` are given, CLIP's as `encode_images` has them, or
         `text_embeds` `(texts, clip_width)`, CLIP's too. With [RET] frozen
         the LLM's output there may be given too: `ret_states` `(n, d)` instead of `ret_input_ids`. `packing` and
-        `ret_packing` are [`plan_packing`]'s of the two passes, `negatives` `(m, q)` further images of eq. 4.
+        `ret_packing` are [`plan_packing`]'s of the two passes, `negatives` `(m, q)` further images of eq. 4. With
+        `drawing_targets` `(n, drawing_length, drawing_width)`, the diffusion model's text encoder's output for each caption,
+        the mapper's loss is computed too, in the same unpacked pass; L_vm and L_tm only where their rows are given.
 
         Raises:
             ValueError: neither kind of input is given.
@@ -284,7 +297,7 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
         if pixel_values is not None and len(pixel_values):
             image_features, image_embeds = self.encode_images(pixel_values)
 
-        loss_cap = loss_vm = loss_tm = ret_embeds = None
+        loss_cap = loss_vm = loss_tm = loss_draw = ret_embeds = None
         if labels is not None:
             if label_positions is None:  # the processor's batches have them, so that no device waits here
                 label_positions = (labels.flatten() != IGNORE).nonzero()[:, 0]
@@ -296,17 +309,22 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
             )
         if ret_states is None and ret_input_ids is not None:
             shown = None if ret_image_indices is None else image_features[ret_image_indices]
-            ret_states = self.ret_states(ret_input_ids, ret_attention_mask, shown, ret_packing)
+            if drawing_targets is None:
+                ret_states = self.ret_states(ret_input_ids, ret_attention_mask, shown, ret_packing)
+            else:
+                states = self.drawing_states(ret_input_ids, ret_attention_mask, shown)
+                ret_states = states[:, 0]
+                loss_draw = drawing_loss(self.drawing(states, self.ret_embedding), drawing_targets)
         if ret_states is not None:
             ret_embeds = self.W_t2m(ret_states)
             scale = self.logit_scale.exp().clamp(max=100)
             if image_embeds is not None:
                 image_embeds = self.unify_images(image_features, image_embeds)
-            if config.lambda1:
+            if config.lambda1 and image_rows is not None:
                 loss_vm = visual_matching_loss(  # eq. 3-5
                     ret_embeds[image_rows], image_embeds[target_indices], scale, negatives
                 )
-            if config.lambda2:
+            if config.lambda2 and text_rows is not None:
                 if text_embeds is None:
                     text_embeds = self.encode_clip_texts(clip_input_ids, clip_attention_mask)
                 text_embeds = self.unify_clip_texts(text_embeds)
@@ -315,9 +333,10 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
                     reduction=config.text_target_reduction, logit_scale=scale, margin=config.margin,
                 )  # fmt: skip
         parts = [0.0 if part is None else part for part in (loss_cap, loss_vm, loss_tm)]
+        loss = total_loss(*parts, config.lambda1, config.lambda2)  # eq. 7
         return UniMuROutput(
-            loss=total_loss(*parts, config.lambda1, config.lambda2),  # eq. 7
-            loss_cap=loss_cap, loss_vm=loss_vm, loss_tm=loss_tm,
+            loss=loss if loss_draw is None else loss + config.lambda3 * loss_draw,
+            loss_cap=loss_cap, loss_vm=loss_vm, loss_tm=loss_tm, loss_draw=loss_draw,
             ret_embeds=ret_embeds, image_embeds=image_embeds, text_embeds=text_embeds,
         )  # fmt: skip
 

@@ -58,12 +58,14 @@ class Candidate:
 class Retrieval:
     """
     The reply of Section 3.4: `text`, the best text of the pool; `image`, the best of what remains if that is an image;
-    `candidates`, the best of the pool in order. `text` is `None` where no text was searched.
+    `candidates`, the best of the pool in order. `text` is `None` where no text was searched. `image_source` says where an
+    image is from: `"retrieved"` from the pool or `"drawn"` by a diffusion model.
     """
 
     text: str | None
     image: Image.Image | None
     candidates: list[Candidate]
+    image_source: str | None = None
 
 
 class Hit(NamedTuple):
@@ -148,6 +150,7 @@ def replies(
                 Candidate(items[hit.key][0], hit.kind, items[hit.key][1], hit.score, rank)
                 for rank, hit in enumerate(hits[:top_k], 1)
             ],
+            None if image is None else "retrieved",
         )
         for hits, text, image in zip(ranked, texts, images, strict=True)
     ]

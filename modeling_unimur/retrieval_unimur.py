@@ -10,6 +10,7 @@ from transformers import BatchFeature
 
 from .conversation_unimur import Conversation
 from .dialogues_unimur import is_batch
+from .generation_unimur import check_when, replace_images
 from .pool_unimur import CandidatePool, Retrieval
 from .replies_unimur import candidate_ids
 from .towers_unimur import non_finite_tensors
@@ -144,6 +145,7 @@ class RetrievalMixin:
     def retrieve(
         self, dialogue: Any, pool: CandidatePool, *, top_k: int = 10, modality: str | None = None,
         exclude: Sequence[str] = (), calibrate: bool = False, image_bias: float = 0.0, batch_size: int = 32,
+        generate: str = "never", **drawing: Any,
     ) -> Retrieval | list[Retrieval]:  # fmt: skip
         """
         The reply to a dialogue out of a pool (Section 3.4).
@@ -155,6 +157,10 @@ class RetrievalMixin:
             modality: `"image"` or `"text"` to search one kind only.
             exclude: ids not to return, such as those already shown.
             calibrate, image_bias: see [`CandidatePool.search`].
+            generate: `"always"` draws the image of every reply, whatever the pool has; `"auto"` only in the place of a shown
+                image whose cosine is below `config.draw_below`. Whether a reply shows an image stays 3.4's to say.
+                `reply.image_source` says which it was.
+            drawing: `seed`, `steps`, `guidance` and `size` of [`UniMuRModel.generate`].
 
         Returns:
             One [`Retrieval`], or a list where a list of dialogues was given.
@@ -163,11 +169,32 @@ class RetrievalMixin:
             ValueError: the pool is empty or another model made it; the message says what differs.
         """
         pool.check_made_by(self.fingerprint)
+        check_when(generate, self.config)
+        unknown = set(drawing) - {"seed", "steps", "guidance", "size"}
+        if unknown or (drawing and generate == "never"):
+            raise ValueError(
+                f"{', '.join(sorted(unknown or drawing))}: "
+                + ("no argument of retrieve" if unknown else "generate is 'never'")
+            )
         many = is_batch(dialogue)
-        queries = self.embed_dialogues(dialogue if many else [dialogue], batch_size=batch_size)
+        dialogues = dialogue if many else [dialogue]
+        queries = self.embed_dialogues(dialogues, batch_size=batch_size)
         found = pool.search(queries, top_k=top_k, modality=modality, exclude=exclude,
                             calibrate=calibrate, image_bias=image_bias)  # fmt: skip
+        if generate != "never":
+            wanting = range(len(found)) if generate == "always" else self._to_draw(found, queries, pool, exclude)
+            found = replace_images(self, dialogues, found, list(wanting), drawing)
         return found if many else found[0]
+
+    def _to_draw(
+        self, found: list[Retrieval], queries: torch.Tensor, pool: CandidatePool, exclude: Sequence[str]
+    ) -> list[int]:
+        """The replies that show an image whose cosine is below `config.draw_below`."""
+        shown = [i for i, reply in enumerate(found) if reply.image is not None]
+        if not shown:
+            return []
+        best = pool.search(queries[shown], top_k=1, modality="image", exclude=exclude)
+        return [i for i, reply in zip(shown, best, strict=True) if reply.candidates[0].score < self.config.draw_below]
 
 
 def _check_list(kind: str, items: Any) -> None:

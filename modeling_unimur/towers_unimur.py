@@ -9,8 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
 from transformers.utils import is_peft_available
 
-# What a checkpoint holds beside its towers; W_v2m and W_x2m in the canonical alignment alone.
-OWN_TENSORS = ("W_i2t", "W_t2m", "W_v2m", "W_x2m", "ret_embedding", "logit_scale")
+# What a checkpoint holds beside its towers; W_v2m and W_x2m in the canonical alignment alone,
+# `drawing` where the model can draw.
+OWN_TENSORS = ("W_i2t", "W_t2m", "W_v2m", "W_x2m", "ret_embedding", "logit_scale", "drawing")
 LORA = ".lora_"  # in the name of every tensor of a LoRA
 LORA_FOLDER = "lora"
 # Of the arguments a user gives for the adapter, those that hold for its towers too. Never revision or subfolder: each

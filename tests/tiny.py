@@ -14,6 +14,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -99,6 +101,33 @@ def clip_model(vocab_size: int, eos: int, image_size: int = 32, width: int = 32)
 
 def image_processor(size: int = 32) -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def make_pipeline(width: int = 32, length: int = 12):
+    """A tiny Stable Diffusion of random weights that draws 16 x 16 pixels."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    words = clip_tokenizer()
+    words.model_max_length = length
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = CLIPTextModel(CLIPTextConfig(
+            **{**SMALL, "hidden_size": width}, vocab_size=len(words), max_position_embeddings=length,
+            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.eos_token_id,
+        ))  # fmt: skip
+        unet = UNet2DConditionModel(
+            sample_size=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+            block_out_channels=(16,), layers_per_block=1, cross_attention_dim=width, attention_head_dim=2, norm_num_groups=8,
+        )  # fmt: skip
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8), norm_num_groups=4,
+        )  # fmt: skip
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    return StableDiffusionPipeline(
+        vae.eval(), text.eval(), words, unet.eval(), scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def make_towers(folder: Path, kind: str = "opt", seed: int = 0) -> tuple[Path, Path]:

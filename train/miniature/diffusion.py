@@ -26,7 +26,9 @@ try:
     from diffusers.configuration_utils import register_to_config
     from diffusers.models.autoencoders.vae import DecoderOutput
 except ImportError as error:
-    raise ImportError("the miniature's diffusion model needs diffusers: pip install 'modeling-unimur[generate]'") from error
+    raise ImportError(
+        "the miniature's diffusion model needs diffusers: pip install 'modeling-unimur[generate]'"
+    ) from error
 
 PATCH = 8  # pixels a side
 STEPS = 1_000
@@ -134,7 +136,9 @@ def pretrain_diffusion(
     return Path(folder)
 
 
-def _pipeline(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, widths: tuple[int, int]) -> StableDiffusionPipeline:
+def _pipeline(
+    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, widths: tuple[int, int]
+) -> StableDiffusionPipeline:
     vae = PatchAutoencoder()
     unet = UNet2DConditionModel(
         sample_size=SIZE // PATCH,
