@@ -32,10 +32,10 @@ CHOICES = {
 }
 
 # Of a model that can draw; another's config does not hold them.
-DRAWING_FIELDS = (
+DRAWING_FIELDS = frozenset((
     "n_drawing_tokens", "drawing_model_name_or_path", "drawing_model_revision", "drawing_length", "drawing_width",
     "mapper_width", "mapper_layers", "mapper_heads", "lambda3", "drawing_steps", "drawing_guidance", "draw_below",
-)  # fmt: skip
+))  # fmt: skip
 
 
 @strict

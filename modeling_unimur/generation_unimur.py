@@ -184,8 +184,15 @@ class DrawingMixin:
     ) -> torch.Tensor:
         """
         The LLM's last outputs at [RET] and at the [IMG] tokens behind it: contexts `(n, length)` ending in [RET], padded on
-        either side -> `(n, n_drawing_tokens, d)` float32. What follows [RET] does not change its own output.
+        either side -> `(n, n_drawing_tokens, d)` float32. What follows [RET] does not change its own output. Raises
+        `ValueError` where the LLM has no positions left for the tokens.
         """
+        room = getattr(self.config.text_config, "max_position_embeddings", None)
+        if room is not None and input_ids.shape[1] + len(self.drawing.tokens) > room:
+            raise ValueError(
+                f"a context of {input_ids.shape[1]} tokens leaves no room for {len(self.drawing.tokens)} [IMG] tokens among the "
+                f"LLM's {room} positions: shorten it (UniMuRProcessor.contexts(..., reserve={len(self.drawing.tokens)}))"
+            )
         embeds = self.input_embeddings(input_ids, image_features)  # type: ignore[attr-defined]
         tokens = self.drawing.tokens.to(embeds.dtype)
         positions = torch.arange(input_ids.shape[1], device=embeds.device)
@@ -254,7 +261,8 @@ class DrawingMixin:
         pipeline = self.pipeline.to(self.device)
         drawn: list[Image.Image] = []
         for start in tqdm(range(0, len(dialogues), batch_size), "drawing", disable=not show_progress_bar):
-            inputs = self.processor.contexts(dialogues[start : start + batch_size])
+            chosen = dialogues[start : start + batch_size]
+            inputs = self.processor.contexts(chosen, reserve=self.config.n_drawing_tokens - 1)
             seeds = [
                 dialogue_seed(seed, ids[mask.bool()].tolist())
                 for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
@@ -300,9 +308,12 @@ def draw(
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def load_pipeline(name: str, revision: str | None = None, dtype: torch.dtype | None = None) -> Any:
+def load_pipeline(
+    name: str, revision: str | None = None, dtype: torch.dtype | None = None, **components: Any
+) -> Any:  # fmt: skip
     """
-    A diffusers pipeline from a folder or the Hub, without running any code that it brings along.
+    A diffusers pipeline from a folder or the Hub, without running any code that it brings along. `components` are taken
+    instead of its own; `None` leaves one out.
 
     Raises:
         ImportError: diffusers is not installed.
@@ -313,7 +324,7 @@ def load_pipeline(name: str, revision: str | None = None, dtype: torch.dtype | N
     except ImportError as error:
         raise ImportError(INSTALL) from error
     try:
-        return DiffusionPipeline.from_pretrained(name, revision=revision, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(name, revision=revision, dtype=dtype, **components)
     except (OSError, ValueError) as error:
         raise OSError(
             f"the diffusion model {name!r} at revision {revision or 'main'!r} could not be loaded. Set "

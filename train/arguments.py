@@ -8,6 +8,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from modeling_unimur import UniMuRConfig
+from modeling_unimur.configuration_unimur import DRAWING_FIELDS
 from train.closed_form import Grid
 from train.trainer import UniMuRTrainingArguments
 
@@ -78,8 +79,22 @@ class ModelArguments:
     temperature: float = UniMuRConfig.temperature
     learn_temperature: bool = UniMuRConfig.learn_temperature
     train_ret_embedding: bool = UniMuRConfig.train_ret_embedding
+    model: str | None = field(
+        default=None, metadata={"help": "A saved UniMuR to go on from, as it is, in the place of a new one over two towers."}
+    )
+    n_drawing_tokens: int = UniMuRConfig.n_drawing_tokens
+    drawing_model_name_or_path: str | None = UniMuRConfig.drawing_model_name_or_path
+    drawing_model_revision: str | None = UniMuRConfig.drawing_model_revision
+    mapper_width: int = UniMuRConfig.mapper_width
+    mapper_layers: int = UniMuRConfig.mapper_layers
+    mapper_heads: int = UniMuRConfig.mapper_heads
+    lambda3: float = UniMuRConfig.lambda3
+    drawing_steps: int = UniMuRConfig.drawing_steps
+    drawing_guidance: float = UniMuRConfig.drawing_guidance
 
     def __post_init__(self):
+        if self.n_drawing_tokens and self.drawing_model_name_or_path is None:
+            raise ValueError("--n_drawing_tokens needs --drawing_model_name_or_path: the diffusion model that is to draw")
         self.init = self.init or ("cca" if self.alignment == "canonical" else "random")
         if (self.alignment == "canonical") != (self.init == "cca"):
             raise ValueError(
@@ -88,9 +103,9 @@ class ModelArguments:
             )
 
     def config_fields(self) -> dict:
-        """The fields of [`UniMuRConfig`] that are given here."""
+        """The fields of [`UniMuRConfig`] that are given here, but for those of drawing, which are added to a model."""
         own = {f.name for f in fields(self)} & {f.name for f in fields(UniMuRConfig)}
-        given = {name: getattr(self, name) for name in own - {"n_visual_tokens", "ret_prompt", "dtype"}}
+        given = {name: getattr(self, name) for name in own - {"n_visual_tokens", "ret_prompt", "dtype"} - DRAWING_FIELDS}
         if self.alignment == "canonical":  # until the closed form has chosen them
             given |= {"shared_width": 1, "matching_feature": self.image_feature}
         return given

@@ -86,6 +86,8 @@ class PairCollator:
         every_caption (`bool`): a pair gives an item for each of its captions, instead of one.
         named (`bool`): a batch also has `names`, the row's id for each image of pairs and for each document, and `replies`,
             the documents' texts.
+        worded (`bool`): a batch of pairs also has `words`, the caption of each item.
+        images (`bool`): whether images are read; without them a batch is for the mapper's loss alone.
         epoch (`int`): with the seed and the row's id, what the draw of captions goes by; set it before each epoch.
 
     Raises:
@@ -93,7 +95,8 @@ class PairCollator:
         ValueError: `caption` is neither of the two.
     """
 
-    every_caption = named = False
+    every_caption = named = worded = False
+    images = True
 
     def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0, pack: bool = False):
         if caption not in ("random", "first"):
@@ -141,10 +144,13 @@ class PairCollator:
             items, images, names = list(self._spare[0]), list(self._spare[1]), [self._spare[2]]
         cached = bool(images) and isinstance(images[0], tuple)
         replies = [item["text"] for item in items]
+        words = [item["text"] for item in items if item["caption"] is not None]
         states = self._captions([item.pop("cached", {}) for item in items])
         if "text_embeds" in states:
             items = [item | {"text": None} for item in items]
-        batch = dict(self.processor.documents(items, None if cached else images, pack=self.pack))
+        batch = dict(
+            self.processor.documents(items, None if cached or not self.images else images, pack=self.pack)
+        )
         if states:
             batch = {k: v for k, v in batch.items() if "ret_states" not in states or not k.startswith("ret_")}
             batch |= states | {"text_rows": torch.arange(len(items))}
@@ -153,6 +159,8 @@ class PairCollator:
                 batch[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
         if self.named:
             batch |= {"names": names, "replies": replies}
+        if self.worded and words:
+            batch["words"] = words
         return batch | {"skipped": dict(skips.counts), "n_seen": skips.seen}
 
     def _pair(self, row: dict[str, Any]) -> tuple[list[dict], list, str | None]:
@@ -169,7 +177,7 @@ class PairCollator:
              "cached": {name: row[name][at] for name in CACHED_CAPTIONS if name in row}}
             for at in chosen
         ]  # fmt: skip
-        return items, [row], None
+        return items, [row] if self.images else [], None
 
     @staticmethod
     def _captions(cached: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ Trains UniMuR's two linear maps.
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a folder of the repository, not a package
@@ -32,11 +32,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
+from modeling_unimur.configuration_unimur import DRAWING_FIELDS
 from train.arguments import DataArguments, ModelArguments, parse
 from train.closed_form import ClosedForm, start
 from train.collate import PairCollator, SkipCounter
 from train.data import load_pairs, streamed_length
 from train.dequantise import dequantise
+from train.drawing import DrawingTargets
 from train.documents import InterleavedDocuments
 from train.features import cache_caption_states, cache_image_features
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
@@ -130,7 +132,11 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuR
 
 
 def make_model(model_args: ModelArguments, args: UniMuRTrainingArguments) -> UniMuRModel:
-    """The untrained model over the two towers that are named; a GGUF is dequantised first."""
+    """
+    The untrained model over the two towers that are named (a GGUF is dequantised first), or the saved one to go on from.
+    """
+    if model_args.model is not None:
+        return UniMuRModel.from_pretrained(model_args.model)
     for name in ("text_model", "clip_model"):
         if getattr(model_args, name) is None:
             raise ValueError(f"--{name} is missing: a folder or a Hub name such as facebook/opt-6.7b")
@@ -145,6 +151,19 @@ def make_model(model_args: ModelArguments, args: UniMuRTrainingArguments) -> Uni
     if model_args.lora_rank:
         add_lora(model, model_args.lora_rank, model_args.lora_targets)
     return model
+
+
+def learn_to_draw(model: UniMuRModel, model_args: ModelArguments, args: UniMuRTrainingArguments) -> DrawingTargets:
+    """The targets of the mapper, which a model that cannot draw yet is given. Raises what [`DrawingTargets`] does."""
+    targets = DrawingTargets(str(model_args.drawing_model_name_or_path), model_args.drawing_model_revision)
+    if not model.config.n_drawing_tokens:
+        names = DRAWING_FIELDS & {f.name for f in fields(model_args)}
+        model.add_drawing(
+            drawing_length=targets.length, drawing_width=targets.width, **{n: getattr(model_args, n) for n in names}
+        )
+    if args.schedule != "drawing":
+        args.ddp_find_unused_parameters = True  # a batch of documents leaves the mapper out
+    return targets
 
 
 def cache(data: TrainingData, model: UniMuRModel, data_args: DataArguments, args: UniMuRTrainingArguments) -> None:
@@ -162,7 +181,7 @@ def cache(data: TrainingData, model: UniMuRModel, data_args: DataArguments, args
     counts.check(args.max_bad_share)
     if args.process_index == 0:  # every process has the counts of all, and the trainer adds up the processes'
         data.skips.update(counts.counts, counts.seen, counts.examples)
-    if data_args.cache_captions:
+    if data_args.cache_captions and not model.config.n_drawing_tokens:  # [IMG] tokens behind [RET] need the LLM
         data.rows = cache_caption_states(data.rows, model, places[1])
     if data.documents is not None:
         data.documents.use_images(data.rows)
@@ -224,7 +243,8 @@ def main(argv: list[str] | None = None) -> dict:
     if data.streamed and args.max_steps < 0:
         args.max_steps = _steps(streamed_length(data_args.train_data), args)
     model = make_model(model_args, args)
-    if data_args.cache_features:
+    targets = learn_to_draw(model, model_args, args) if model_args.n_drawing_tokens else None
+    if data_args.cache_features and args.schedule != "drawing":
         cache(data, model, data_args, args)
     if data.streamed:
         data.rows = data.pairs.shuffle(seed=args.seed, buffer_size=SHUFFLED)
@@ -235,9 +255,11 @@ def main(argv: list[str] | None = None) -> dict:
     if resume is not None and model_args.alignment == "canonical":
         former = UniMuRConfig.from_pretrained(resume)
         model.set_shared_space(former.shared_width, former.matching_feature)
-    elif model_args.init != "random":
+    elif model_args.init != "random" and model_args.model is None:
         closed = solve(data, model, collator, model_args, args)
+    collator.worded, collator.images = targets is not None, args.schedule != "drawing"
     trainer = make_trainer(data, model, collator, args)
+    trainer.drawing_targets = targets
     # transformers takes no steps for no limit; here they are what they say.
     loss = trainer.train(resume_from_checkpoint=resume).training_loss if args.max_steps else None
     checkpoint = str(Path(args.output_dir) / "checkpoint")

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from modeling_unimur.towers_unimur import load_lora_weights
 from train.bank import NegativesBank
 from train.collate import SkipCounter
+from train.drawing import DrawingTargets
 from train.sampler import GroupedSampler
 
 logger = logging.get_logger(__name__)
@@ -24,6 +25,9 @@ MATCHING = (
     "ret_input_ids", "ret_attention_mask", "ret_image_indices", "ret_packing", "image_rows", "target_indices",
     "text_rows", "clip_input_ids", "clip_attention_mask", "text_embeds", "ret_states",
 )  # fmt: skip
+TARGETS = ("image_rows", "target_indices", "text_rows", "clip_input_ids", "clip_attention_mask", "text_embeds")
+# Of a pair the mapper's loss reads the caption alone.
+NOT_FOR_DRAWING = (*CAPTIONING, *TARGETS, "ret_image_indices", "pixel_values", "image_features", "image_embeds")
 
 MATCHING_TENSORS = ("W_t2m", "W_v2m", "logit_scale")
 
@@ -44,8 +48,8 @@ class UniMuRTrainingArguments(TrainingArguments):
     schedule: str = field(
         default="joint",
         metadata={"help": "joint: eq. 7 as one sum. alternating: L_cap and the matching losses in turn, step by step. "
-                          "captioning, matching: only the one part.",
-                  "choices": ["joint", "alternating", "captioning", "matching"]},
+                          "captioning, matching: only the one part. drawing: the mapper's loss alone, over captions.",
+                  "choices": ["joint", "alternating", "captioning", "matching", "drawing"]},
     )  # fmt: skip
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses from the log, at the price of waiting for every step."}
@@ -66,9 +70,13 @@ class UniMuRTrainingArguments(TrainingArguments):
         metadata={"help": "Peak learning rate of what eq. 3-6 alone train (W_t2m, the temperature, W_v2m where it is "
                           "trained), which a closed form has put near its place; learning_rate by default."},
     )  # fmt: skip
+    drawing_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the [IMG] tokens and the mapper; learning_rate by default."},
+    )
     state_noise: float = field(
         default=0.0,
-        metadata={"help": "Beyond the paper: Gaussian noise on the states that W_t2m reads in training, in units of their "
+        metadata={"help": "Beyond the paper: Gaussian noise on the states that W_t2m and the mapper read in training, in units of their "
                           "mean deviation within the batch. It keeps the map from fitting captions alone."},
     )  # fmt: skip
     max_bad_share: float = field(
@@ -89,6 +97,7 @@ class UniMuRTrainer(Trainer):
     transformers' Trainer over batches of [`train.collate.PairCollator`].
 
     `groups` gives each row's kind, where batches are to be of one kind (see [`train.sampler.GroupedSampler`]).
+    `drawing_targets` (a [`train.drawing.DrawingTargets`]) gives the mapper's targets, where the model can draw.
     `skips` counts the pairs left out so far; it is checked against `max_bad_share` at every log and at the end.
     """
 
@@ -96,6 +105,7 @@ class UniMuRTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.groups = groups
         self.skips = SkipCounter()
+        self.drawing_targets: DrawingTargets | None = None
         if self.args.negatives_bank and self.model.config.train_image_map:
             raise ValueError(
                 "--negatives_bank keeps past embeddings of images, which --train_image_map changes: give one"
@@ -112,6 +122,8 @@ class UniMuRTrainer(Trainer):
             self.add_callback(_BankToCheckpoint(self))
         if self.args.state_noise:
             self.model.W_t2m.register_forward_pre_hook(self._add_noise)
+            if self.model.config.n_drawing_tokens:
+                self.model.drawing.fc.register_forward_pre_hook(self._add_noise)
 
     def _add_noise(self, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
         (states,) = inputs
@@ -122,13 +134,17 @@ class UniMuRTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.matching_learning_rate is not None:
-            matching = {id(p) for n, p in self.model.named_parameters() if n.split(".")[0] in MATCHING_TENSORS}
+        for rate, names in (
+            (self.args.matching_learning_rate, MATCHING_TENSORS), (self.args.drawing_learning_rate, ("drawing",)),
+        ):  # fmt: skip
+            if rate is None:
+                continue
+            own = {id(p) for n, p in self.model.named_parameters() if n.split(".")[0] in names}
             for group in list(optimizer.param_groups):
-                slow = [p for p in group["params"] if id(p) in matching]
-                group["params"] = [p for p in group["params"] if id(p) not in matching]
-                if slow:
-                    optimizer.add_param_group(group | {"params": slow, "lr": self.args.matching_learning_rate})
+                chosen = [p for p in group["params"] if id(p) in own]
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+                if chosen:
+                    optimizer.add_param_group(group | {"params": chosen, "lr": rate})
         return optimizer
 
     def _get_train_sampler(self, train_dataset=None):
@@ -146,7 +162,10 @@ class UniMuRTrainer(Trainer):
         part = self.args.schedule
         if part == "alternating":
             part = "captioning" if self.state.global_step % 2 == 0 else "matching"
-        left_out = {"captioning": MATCHING, "matching": CAPTIONING}.get(part, ())
+        left_out = {"captioning": MATCHING, "matching": CAPTIONING, "drawing": NOT_FOR_DRAWING}.get(part, ())
+        words = inputs.pop("words", None)
+        if words is not None and self.drawing_targets is not None and part != "captioning":
+            inputs["drawing_targets"] = self.drawing_targets(words, self.args.device)
         inputs = {key: value for key, value in inputs.items() if key not in left_out}
         banked = self.bank is not None and "image_rows" in inputs
         if banked:
