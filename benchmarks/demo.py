@@ -66,9 +66,10 @@ def main() -> None:
         write_photos(split, output / "photos")
         # What the page, the pipeline and the endpoint search where nothing else is given.
         model.save_pretrained(trained["checkpoint"], pool=packed(model, split), golden=True)
-        draw_gallery(
-            replies(model, split), split.responses.texts | split.facts.texts, split.images, output / "gallery.png"
-        )
+        rows, texts = replies(model, split), split.responses.texts | split.facts.texts
+        draw_gallery(rows, texts, split.images, output / "gallery.png", columns=4)
+        # One that shows a picture, one that asks for one, one that needs words alone.
+        draw_gallery([rows[i] for i in (2, 6, 9)], texts, split.images, output / "three.png")
 
     # Every process counts: the two stages whose work is done beside this process, and this process alone.
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
