@@ -1,6 +1,8 @@
-# Two commands do everything on a machine with Python 3.11, make and git: `make demo` and `make test`. `make demo-real` adds
-# a real language model, and is the only one that fetches weights.
-PYTHON ?= python3.11
+# Two commands do everything on a machine with Python 3.10 to 3.13, make and git: `make demo` and `make test`.
+# `make demo-real` adds a real language model, and is the only one that fetches weights.
+RUNS = import sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
+    $$p -c '$(RUNS)' 2>/dev/null && echo $$p && break; done)
 SEED ?= 0
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -13,6 +15,7 @@ export MKL_CBWR ?= AUTO,STRICT
 
 # The exact pin comes first and alone: a resolver that meets an open torch range elsewhere may pull CUDA builds.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python from 3.10 to 3.13 with venv is on the PATH: install one, or say make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -53,5 +56,6 @@ quality: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
+# What was trained stays: `runs/` is removed by hand.
 clean:
-	rm -rf $(VENV) .venv-oldest runs
+	rm -rf $(VENV) .venv-oldest build .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -19,11 +19,10 @@ from train.miniature import encode, prepare
 from train.parallel import side_by_side
 from train.run import main as train
 
-from .baselines.chance import Chance
 from .baselines.clip import ClipBaseline
 from .gallery import draw_gallery
-from .load import UniMuR
-from .miniature import Split, load_split, measure, table
+from .miniature import Split, load_split, measure_columns, table
+from .spread import place, published
 from .tasks.contexts import context_of
 
 OUTPUT = Path("runs/miniature")
@@ -48,7 +47,7 @@ def main() -> None:
         seconds[name] = time.perf_counter() - start
 
     with stage("world and towers"):
-        (output / "towers" / "made.json").unlink(missing_ok=True)  # the demo makes everything anew
+        (output / "towers" / "made.json").unlink(missing_ok=True)  # the demo makes everything again
         world = prepare(output, arguments.seed)
     config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={arguments.seed}", f"--miniature={output}"]
     variants = [
@@ -62,19 +61,15 @@ def main() -> None:
         split = load_split(arguments.split)
         model = UniMuRModel.from_pretrained(trained["checkpoint"])
         clip = ClipBaseline(model)
-        columns = {
-            "UniMuR": measure(UniMuR(model), clip, split),
-            "pairs only": measure(UniMuR(UniMuRModel.from_pretrained(pairs_only["checkpoint"])), clip, split),
-            "CLIP alone": measure(clip, clip, split),
-            "chance": measure(Chance(), clip, split),
-        }
+        columns = measure_columns(model, UniMuRModel.from_pretrained(pairs_only["checkpoint"]), clip, split)
     with stage("pool, replies and gallery"):
         write_photos(split, output / "photos")
         # What the page, the pipeline and the endpoint search where nothing else is given.
         model.save_pretrained(trained["checkpoint"], pool=packed(model, split), golden=True)
-        draw_gallery(
-            replies(model, split), split.responses.texts | split.facts.texts, split.images, output / "gallery.png"
-        )
+        rows, texts = replies(model, split), split.responses.texts | split.facts.texts
+        draw_gallery(rows, texts, split.images, output / "gallery.png", columns=4)
+        # One that shows a picture, one that asks for one, one that needs words alone.
+        draw_gallery([rows[i] for i in (2, 6, 9)], texts, split.images, output / "three.png")
 
     # Every process counts: the two stages whose work is done beside this process, and this process alone.
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -88,6 +83,9 @@ def main() -> None:
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n{arguments.split} split, seed {arguments.seed}; percent, CLIP-Sim a cosine")
     print(table(columns))
+    if arguments.split == "test":
+        seeds, values = published()
+        print(place(columns["UniMuR"], seeds, values.get("UniMuR", {})))
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
     print(f"peak memory: {memory:.2f} GiB\ncheckpoint: {trained['checkpoint']}\ngallery: {output / 'gallery.png'}")
 

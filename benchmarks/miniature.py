@@ -78,6 +78,16 @@ def measure(system: System, clip: ClipBaseline, split: Split) -> dict[str, float
     return result
 
 
+def measure_columns(model: UniMuRModel, pairs_alone: UniMuRModel, clip: ClipBaseline, split: Split) -> dict[str, dict]:
+    """The demo's table: column -> measure -> value, as `measure` gives them."""
+    return {
+        "UniMuR": measure(UniMuR(model), clip, split),
+        "pairs alone": measure(UniMuR(pairs_alone), clip, split),
+        "CLIP alone": measure(clip, clip, split),
+        "chance": measure(Chance(), clip, split),
+    }
+
+
 def image_parts(said: Dialogues) -> dict[str, Dialogues]:
     """The dialogues whose reply has an image: all, those whose context's image informs, and these without it."""
     wanting = [d for d in said.dialogues if d["gold"]["image_ids"]]
@@ -211,6 +221,12 @@ def measure_seed(folder: Path, seed: int, split: str = "test") -> list[dict[str,
     jobs = [(_measure_task, {"folder": folder, "seed": seed, "task": task, "split": split}) for task in TASKS]
     jobs.insert(0, (_measure_perplexity, {"folder": folder, "seed": seed, "split": split}))
     return [result for done in side_by_side(jobs) for result in done.result]
+
+
+def measure_demo(folder: Path, split: str = "test") -> dict[str, dict[str, float]]:
+    """The demo's table of one seed's checkpoints; see `measure_columns`."""
+    models = [UniMuRModel.from_pretrained(checkpoints(folder)[name]) for name in ("UniMuR", "UniMuR, pairs alone")]
+    return measure_columns(*models, ClipBaseline(models[0]), load_split(split))
 
 
 def _systems(folder: Path) -> dict[str, System]:

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     if not arguments.page:
-        from .miniature import measure_seed, train_systems
+        from .miniature import measure_demo, measure_seed, train_systems
 
         for seed in arguments.seeds:
             start = time.perf_counter()
@@ -39,7 +39,10 @@ def main() -> None:
             seconds = train_systems(folder, seed)
             results = measure_seed(folder, seed)
             seconds["total"] = time.perf_counter() - start
-            write(arguments.output / f"seed-{seed}.json", {"seed": seed, "seconds": seconds, "results": results})
+            write(
+                arguments.output / f"seed-{seed}.json",
+                {"seed": seed, "seconds": seconds, "results": results, "demo": measure_demo(folder)},
+            )
             print(f"seed {seed}: {seconds['total']:.0f} s", flush=True)
     print(f"written: {page(arguments.output)}")
 

@@ -9,6 +9,8 @@ from .modeling_unimur import UniMuRModel, UniMuROutput
 from .pool_unimur import Candidate, CandidatePool, Retrieval
 from .processing_unimur import UniMuRProcessor
 
+__version__ = "0.1.0"
+
 # With this package installed, transformers' Auto classes need no remote code.
 AutoModel.register(UniMuRConfig, UniMuRModel, exist_ok=True)
 AutoProcessor.register(UniMuRConfig, UniMuRProcessor, exist_ok=True)
