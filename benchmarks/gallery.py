@@ -20,7 +20,7 @@ CARD, GAP, MARGIN, PAD = 420, 28, 18, 11
 LINE, PICTURE = 17, 132  # a line of speech, and a picture's side
 FONT = 11.0  # points at 100 dots an inch
 PAPER, FIRST, SECOND, OURS = "#ffffff", "#eef0f3", "#dcebfb", "#e3f3e6"
-INK, QUIET, GOOD, BAD = "#1f2328", "#6b7280", "#1a7f37", "#b42318"
+INK, QUIET, GOOD, BAD, DRAWN = "#1f2328", "#6b7280", "#1a7f37", "#b42318", "#8250df"
 
 
 def draw_gallery(
@@ -39,7 +39,8 @@ def draw_gallery(
         path: of the PNG.
         columns: cards beside each other.
 
-    The retrieved words and picture are marked where they are the gold ones; where they are not, the gold ones follow.
+    The retrieved words and picture are marked where they are the gold ones; where they are not, the gold ones follow. A
+    drawn picture says so, in a frame of a colour of its own.
     """
     cards = [_card(dialogue, reply, texts, images) for dialogue, reply in rows]
     lines = [cards[i : i + columns] for i in range(0, len(cards), columns)]
@@ -121,20 +122,24 @@ def _reply(top: float, gold: dict, reply: Retrieval, texts, images) -> list[_Blo
     same_image = bool(gold_images) and reply.image is not None and reply.image.tobytes() == gold_images[0].tobytes()
     # A dialogue that seeks a picture alone has no gold text to compare with.
     text = reply.text if gold_texts or not gold_images else ""
-    edge = None if reply.image is None else GOOD if same_image else BAD
-    blocks = [_Block(top, "UniMuR replies", ink=QUIET, size=FONT - 2)]
+    drawn = reply.image_source == "drawn"
+    edge = None if reply.image is None else DRAWN if drawn else GOOD if same_image else BAD
+    blocks = [_Block(top, "UniMuR draws" if drawn else "UniMuR replies", ink=QUIET, size=FONT - 2)]
     blocks.append(_Block(blocks[-1].bottom - 8, text or "", reply.image, colour=OURS, edge=edge))
     notes, missed = [], []
     if gold_texts:
         notes.append("the gold words" if same_text else "other words")
         missed += [] if same_text else gold_texts[:1]
     if gold_images:
-        notes.append("the gold picture" if same_image else "another picture" if reply.image else "no picture")
+        notes.append(
+            "a drawn picture" if drawn
+            else "the gold picture" if same_image else "another picture" if reply.image else "no picture"
+        )  # fmt: skip
     elif reply.image is not None:
         notes.append("a picture where none was due")
     good = (same_text or not gold_texts) and (same_image or (not gold_images and reply.image is None))
     note = " and ".join(notes) + (f"; gold: {missed[0]}" if missed else "")
-    blocks.append(_Block(blocks[-1].bottom - 4, note, ink=GOOD if good else BAD, size=FONT - 2))
+    blocks.append(_Block(blocks[-1].bottom - 4, note, ink=DRAWN if drawn else GOOD if good else BAD, size=FONT - 2))
     if gold_images and not same_image:
         blocks.append(_Block(blocks[-1].bottom - 8, "", gold_images[0]))
     return blocks

@@ -1,6 +1,9 @@
 """From a kind of system and a folder to a system."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
 
 from modeling_unimur import UniMuRModel
 
@@ -10,7 +13,7 @@ from .baselines.fromage import Fromage, FromageModel
 from .baselines.frozen import Frozen, FrozenModel
 from .baselines.perplexity import FromagePerplexity
 from .language import LanguageSystem
-from .systems import Embedder, System
+from .systems import DoesNotApplyError, Embedder, System
 
 
 class UniMuR(Embedder, LanguageSystem):
@@ -18,6 +21,12 @@ class UniMuR(Embedder, LanguageSystem):
 
     def __init__(self, model: UniMuRModel, name: str = "UniMuR"):
         super().__init__(model, name)
+
+    def draw(self, dialogues: Sequence[Any], captions: Sequence[str | None] = ()) -> list[Image.Image]:
+        """By the model's [IMG] tokens, where it has them."""
+        if not self.model.config.n_drawing_tokens:
+            raise DoesNotApplyError
+        return self.model.draw_each(dialogues, show_progress_bar=True)
 
 
 # kind -> from a folder, or a name on the Hub, to the system; a new baseline is a line here.

@@ -22,7 +22,7 @@ from .baselines.chance import Chance
 from .baselines.clip import ClipBaseline
 from .data import load_data
 from .load import UniMuR, load
-from .protocols import TASKS, protocols
+from .protocols import TASKS, protocols, read
 from .run import compare
 from .schema import Dialogues, Protocol
 from .systems import System
@@ -218,7 +218,8 @@ def checkpoints(folder: Path) -> dict[str, Path]:
 
 def measure_seed(folder: Path, seed: int, split: str = "test") -> list[dict[str, Any]]:
     """Every system of one seed on every task; see [`benchmarks.run.compare`]."""
-    jobs = [(_measure_task, {"folder": folder, "seed": seed, "task": task, "split": split}) for task in TASKS]
+    jobs = [(_measure_task, {"folder": folder, "seed": seed, "task": task, "split": split})
+            for task in TASKS if read(task)["kind"] != "generation"]  # by benchmarks.generate  # fmt: skip
     jobs.insert(0, (_measure_perplexity, {"folder": folder, "seed": seed, "split": split}))
     return [result for done in side_by_side(jobs) for result in done.result]
 

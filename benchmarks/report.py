@@ -81,7 +81,8 @@ def page(folder: Path) -> Path:
                   for s in seeds if "total" in s["seconds"]),
         systems(results),
     ]  # fmt: skip
-    parts += [section(task, [r for r in results if r["task"] == task]) for task in TASKS]
+    measured = {task: [r for r in results if r["task"] == task] for task in TASKS}
+    parts += [section(task, found) for task, found in measured.items() if found]
     plots.systems(results, folder / "systems.png")
     parts.append("![R@1 of every system on every retrieval task](systems.png)")
     if tables:

@@ -1,5 +1,6 @@
 """The one schema of every task's data: dialogues beside their tables of texts and images, and questions about images."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -91,19 +92,21 @@ class Dialogues:
         - `pool`, `gold`: `{text_ids, image_ids}`, lists of ids; dialogues may share one `pool` object;
         - `relevance` (only where the data has it): `[float]` along `pool["text_ids"]`.
     `texts`: id -> string. `images`: id -> anything `UniMuRProcessor.decode` takes; files stay paths until they are read.
+    `captions`: id of an image -> its caption, where the data has them.
     """
 
     dialogues: list[dict[str, Any]]
     texts: Mapping[str, str]
     images: Mapping[str, Any]
     missing: Missing = field(default_factory=Missing)
+    captions: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dialogues)
 
     def first(self, limit: int | None) -> "Dialogues":
         """The first `limit` dialogues over the same pools."""
-        return self if limit is None else Dialogues(self.dialogues[:limit], self.texts, self.images, self.missing)
+        return self if limit is None else dataclasses.replace(self, dialogues=self.dialogues[:limit])
 
     @property
     def pool_hash(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 
 class DoesNotApplyError(Exception):
@@ -34,10 +35,12 @@ class System:
     Attributes:
         name: of the row in a table.
         revision: what identifies the weights, for the result's json.
+        draw_below: of a system that draws, the score from which on the pool's best image is taken instead; `None`: never.
         notes: what a reader must know of this row, such as how many dialogues were truncated.
     """
 
     name: str = "?"
+    draw_below: float | None = None
 
     @property
     def revision(self) -> dict[str, Any]:
@@ -74,6 +77,13 @@ class System:
     def image_replies(self, dialogues: Sequence[Any]) -> ImageReplies | None:
         """Where the system itself decides which replies hold an image; `None`: the pool does (3.4)."""
         return None
+
+    def draw(self, dialogues: Sequence[Any], captions: Sequence[str | None] = ()) -> list[Image.Image]:
+        """
+        A picture for each dialogue, drawn. `captions` are the true images', for a system that measures what a diffusion
+        model draws from them.
+        """
+        raise DoesNotApplyError
 
     def text_scores(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor | None:
         """`(n, texts)` where the system does not rank texts by embedding; `None` where it does."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from .markdown import table
 
-PLAIN = ("CLIP-Sim", "mean rank")  # not percent
+PLAIN = ("CLIP-Sim", "CLIP-Sim, absent", "CLIP-Sim, another's", "mean rank")  # not percent
 
 
 def markdown(task: str, results: Sequence[Mapping[str, Any]], published: tuple[list[str], Mapping[str, list]]) -> str:
@@ -38,6 +38,6 @@ def cell(name: str, metric: Mapping[str, Any] | None) -> str:
     """One figure with its interval, as it is printed; one item alone has no interval."""
     if metric is None or metric["value"] is None:
         return ""
-    scale, digits = (1, 3 if name == "CLIP-Sim" else 1) if name in PLAIN else (100, 1)
+    scale, digits = (1, 1 if name == "mean rank" else 3) if name in PLAIN else (100, 1)
     value, *bounds = (f"{scale * metric[k]:.{digits}f}" for k in ("value", "low", "high") if metric[k] is not None)
     return f"{value} ({'–'.join(bounds)})" if bounds else value

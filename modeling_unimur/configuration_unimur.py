@@ -90,8 +90,8 @@ class UniMuRConfig(PreTrainedConfig):
         train_ret_embedding (`bool`, defaults to `False`): train [RET]'s input embedding beside the two maps.
         n_drawing_tokens (`int`, defaults to 0): [IMG] tokens behind a context that a diffusion model draws from (GILL 8), [RET]
             the first of them; 0: the model cannot draw, and holds nothing for it (Appendix A.2).
-        drawing_model_name_or_path, drawing_model_revision: the frozen diffusion model, a folder or a Hub name of diffusers; it is
-            never in the checkpoint.
+        drawing_model_name_or_path, drawing_model_revision: the frozen diffusion model, a folder or a Hub name of diffusers; it
+            is never in the checkpoint.
         drawing_length, drawing_width (`int`, default to 77 and 768): positions and width of its text conditioning.
         mapper_width, mapper_layers, mapper_heads (`int`, default to 512, 4 and 4): of GILL's mapper, layers in its encoder and
             in its decoder each.

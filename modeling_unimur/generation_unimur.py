@@ -190,8 +190,8 @@ class DrawingMixin:
         room = getattr(self.config.text_config, "max_position_embeddings", None)
         if room is not None and input_ids.shape[1] + len(self.drawing.tokens) > room:
             raise ValueError(
-                f"a context of {input_ids.shape[1]} tokens leaves no room for {len(self.drawing.tokens)} [IMG] tokens among the "
-                f"LLM's {room} positions: shorten it (UniMuRProcessor.contexts(..., reserve={len(self.drawing.tokens)}))"
+                f"a context of {input_ids.shape[1]} tokens leaves no room for {len(self.drawing.tokens)} [IMG] tokens among "
+                f"the LLM's {room} positions: shorten it (UniMuRProcessor.contexts(..., reserve={len(self.drawing.tokens)}))"
             )
         embeds = self.input_embeddings(input_ids, image_features)  # type: ignore[attr-defined]
         tokens = self.drawing.tokens.to(embeds.dtype)

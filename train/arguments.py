@@ -80,7 +80,8 @@ class ModelArguments:
     learn_temperature: bool = UniMuRConfig.learn_temperature
     train_ret_embedding: bool = UniMuRConfig.train_ret_embedding
     model: str | None = field(
-        default=None, metadata={"help": "A saved UniMuR to go on from, as it is, in the place of a new one over two towers."}
+        default=None,
+        metadata={"help": "A saved UniMuR to go on from, as it is, in the place of a new one over two towers."},
     )
     n_drawing_tokens: int = UniMuRConfig.n_drawing_tokens
     drawing_model_name_or_path: str | None = UniMuRConfig.drawing_model_name_or_path
@@ -94,7 +95,9 @@ class ModelArguments:
 
     def __post_init__(self):
         if self.n_drawing_tokens and self.drawing_model_name_or_path is None:
-            raise ValueError("--n_drawing_tokens needs --drawing_model_name_or_path: the diffusion model that is to draw")
+            raise ValueError(
+                "--n_drawing_tokens needs --drawing_model_name_or_path: the diffusion model that is to draw"
+            )
         self.init = self.init or ("cca" if self.alignment == "canonical" else "random")
         if (self.alignment == "canonical") != (self.init == "cca"):
             raise ValueError(
@@ -105,7 +108,9 @@ class ModelArguments:
     def config_fields(self) -> dict:
         """The fields of [`UniMuRConfig`] that are given here, but for those of drawing, which are added to a model."""
         own = {f.name for f in fields(self)} & {f.name for f in fields(UniMuRConfig)}
-        given = {name: getattr(self, name) for name in own - {"n_visual_tokens", "ret_prompt", "dtype"} - DRAWING_FIELDS}
+        given = {
+            name: getattr(self, name) for name in own - {"n_visual_tokens", "ret_prompt", "dtype"} - DRAWING_FIELDS
+        }
         if self.alignment == "canonical":  # until the closed form has chosen them
             given |= {"shared_width": 1, "matching_feature": self.image_feature}
         return given

@@ -148,9 +148,7 @@ class PairCollator:
         states = self._captions([item.pop("cached", {}) for item in items])
         if "text_embeds" in states:
             items = [item | {"text": None} for item in items]
-        batch = dict(
-            self.processor.documents(items, None if cached or not self.images else images, pack=self.pack)
-        )
+        batch = dict(self.processor.documents(items, None if cached or not self.images else images, pack=self.pack))
         if states:
             batch = {k: v for k, v in batch.items() if "ret_states" not in states or not k.startswith("ret_")}
             batch |= states | {"text_rows": torch.arange(len(items))}

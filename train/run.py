@@ -38,8 +38,8 @@ from train.closed_form import ClosedForm, start
 from train.collate import PairCollator, SkipCounter
 from train.data import load_pairs, streamed_length
 from train.dequantise import dequantise
-from train.drawing import DrawingTargets
 from train.documents import InterleavedDocuments
+from train.drawing import DrawingTargets
 from train.features import cache_caption_states, cache_image_features
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 

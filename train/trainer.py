@@ -76,8 +76,8 @@ class UniMuRTrainingArguments(TrainingArguments):
     )
     state_noise: float = field(
         default=0.0,
-        metadata={"help": "Beyond the paper: Gaussian noise on the states that W_t2m and the mapper read in training, in units of their "
-                          "mean deviation within the batch. It keeps the map from fitting captions alone."},
+        metadata={"help": "Beyond the paper: Gaussian noise on the states that W_t2m and the mapper read in training, in units "
+                          "of their mean deviation within the batch. It keeps the map from fitting captions alone."},
     )  # fmt: skip
     max_bad_share: float = field(
         default=0.05, metadata={"help": "Stop when more than this share of the pairs seen is broken."}

@@ -1,5 +1,6 @@
 """Image files that are there but cannot be read: found before anything is measured, and counted like absent ones."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def _dialogues(data: Dialogues, images: dict[str, Any], broken: dict[str, str]) 
     for i, problem in broken.items():
         candidates.add(f"image {problem}", i)
     data.missing.candidates = candidates
-    return Dialogues(kept, data.texts, images, data.missing)
+    return dataclasses.replace(data, dialogues=kept, images=images)
 
 
 def _problem(image: str | Path | bytes) -> str | None:

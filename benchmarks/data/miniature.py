@@ -12,7 +12,7 @@ from benchmarks.schema import Dialogues, Questions
 from train.miniature import pictures
 from train.miniature.dialogues import responses
 from train.miniature.dialogues import visdial as say_visdial
-from train.miniature.world import Scene, phrases
+from train.miniature.world import Scene, captions, phrases
 
 from .miniature_language import SEED, read_answers, read_questions, scenes_of
 
@@ -48,7 +48,9 @@ def visdial(split: str, n: int = 1000) -> Dialogues:
     for dialogue in said.dialogues:
         for i, turn in enumerate(dialogue["turns"]):
             turn["speaker"] = "I" if i == dialogue["target_turn"] else "QA"[i % 2]
-    return Dialogues(said.dialogues, said.texts, pictures(said.images, SEED))
+    rng = random.Random(f"captions-{SEED}")
+    told = {name: captions(scene, rng, 1, 0)[0] for name, scene in said.images.items()}
+    return Dialogues(said.dialogues, said.texts, pictures(said.images, SEED), captions=told)
 
 
 def visdial_answers(split: str, n: int = 250) -> Dialogues:
@@ -143,6 +145,8 @@ def vqav2(split: str, n: int = 600) -> Questions:
 READERS: dict[str, Callable[[str], Dialogues | Questions]] = {
     "mmdialog": mmdialog,
     "mmdialog_image": mmdialog_image,
+    "generation": visdial,
+    "generation_vist": vist,
     "visdial": visdial,
     "visdial_answers": visdial_answers,
     "vist": vist,

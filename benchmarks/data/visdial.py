@@ -34,6 +34,7 @@ def read_visdial(folder: str | Path, split: str = "val", caption: bool = False, 
     questions, answers = (require(data, name, list, f"{path}: data") for name in ("questions", "answers"))
     files, missing, items = _images(folder, split), Missing(), {}
     images: dict[str, Path] = {}
+    captions: dict[str, str] = {}
     for n, dialogue, image_id in _dialogues(path, data, progress):
         missing.seen += 1
         where = f"{path}: dialogue {n}"
@@ -47,6 +48,8 @@ def read_visdial(folder: str | Path, split: str = "val", caption: bool = False, 
             missing.add("no round", image_id)
         if name in files:
             images[image_id] = files[name]
+            if isinstance(dialogue.get("caption"), str):
+                captions[image_id] = dialogue["caption"]
             if turns:
                 items[image_id] = turns
     pool = {"text_ids": [], "image_ids": list(images)}
@@ -55,7 +58,7 @@ def read_visdial(folder: str | Path, split: str = "val", caption: bool = False, 
          "gold": {"text_ids": [], "image_ids": [image_id]}}
         for image_id, turns in items.items()
     ]  # fmt: skip
-    return Dialogues(dialogues, {}, images, missing)
+    return Dialogues(dialogues, {}, images, missing, captions)
 
 
 def read_visdial_answers(folder: str | Path, split: str = "val", progress: bool = True) -> Dialogues:

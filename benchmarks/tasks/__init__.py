@@ -5,6 +5,6 @@ A kind has `run(system, data, protocol, clip) -> {metric: Measure}` and says whi
 `SETTINGS` always, `BY_LANGUAGE` unless it is measured `by: embedding`, `OPTIONAL` where they are given.
 """
 
-from . import answers, image, response, vqa
+from . import answers, generation, image, response, vqa
 
-KINDS = {"response": response, "image": image, "answers": answers, "vqa": vqa}
+KINDS = {"response": response, "image": image, "answers": answers, "vqa": vqa, "generation": generation}

@@ -101,7 +101,7 @@ def test_another_conditioning_is_refused_with_both_numbers(drawer):
         drawer.pipeline = make_pipeline(length=9)
     with pytest.raises(ValueError, match="Stable Diffusion"):
         drawer.pipeline = Image.new("RGB", (8, 8))
-    with pytest.raises(ValueError, match="4, 12, 32.*4, 9, 32"):
+    with pytest.raises(ValueError, match=r"4, 12, 32.*4, 9, 32"):
         drawing_loss(torch.zeros(4, 12, 32), torch.zeros(4, 9, 32))
 
 
