@@ -91,10 +91,10 @@ def _set(*path, value):
         (_set("split", value="test2018"), "of the split 'test2018', expected 'val'"),
         (_set("data", "dialogs", 1, "image_id", value="8"), "dialogue 1: the field 'image_id' is str, expected int"),
         (_set("data", "dialogs", 1, "image_id", value=7), "second of image 7"),
-        (_set("data", "dialogs", 1, "dialog", 0, "question", value=9), "dialogue 1.*round 1, question: 9 is no index"),
-        (_set("data", "dialogs", 1, "dialog", 1, "answer", value=-1), "round 2, answer: -1 is no index"),
+        (_set("data", "dialogs", 1, "dialog", 0, "question", value=9), "dialogue 1.*round 1, question: 9 is not an index"),
+        (_set("data", "dialogs", 1, "dialog", 1, "answer", value=-1), "round 2, answer: -1 is not an index"),
         (_set("data", "dialogs", 1, "dialog", 1, "gt_index", value=3), "round 2: gt_index is 3, expected 0 to 2"),
-        (_set("data", "dialogs", 0, "dialog", 0, "answer_options", value=[0, 4]), "answer_options: 4 is no index"),
+        (_set("data", "dialogs", 0, "dialog", 0, "answer_options", value=[0, 4]), "answer_options: 4 is not an index"),
         (_set("data", "dialogs", 0, "dialog", value={}), "dialogue 0: the field 'dialog' is dict"),
     ],
 )
