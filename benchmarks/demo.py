@@ -48,7 +48,7 @@ def main() -> None:
         seconds[name] = time.perf_counter() - start
 
     with stage("world and towers"):
-        (output / "towers" / "made.json").unlink(missing_ok=True)  # the demo makes everything anew
+        (output / "towers" / "made.json").unlink(missing_ok=True)  # the demo makes everything again
         world = prepare(output, arguments.seed)
     config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={arguments.seed}", f"--miniature={output}"]
     variants = [
@@ -70,13 +70,13 @@ def main() -> None:
         }
     with stage("pool, replies and gallery"):
         write_photos(split, output / "photos")
-        # What the page, the pipeline and the endpoint search where nothing else is given.
+        # What the page, the pipeline and the endpoint search by default.
         model.save_pretrained(trained["checkpoint"], pool=packed(model, split), golden=True)
         draw_gallery(
             replies(model, split), split.responses.texts | split.facts.texts, split.images, output / "gallery.png"
         )
 
-    # Every process counts: the two stages whose work is done beside this process, and this process alone.
+    # Every process counts: this one, and those that work beside it in two of the stages.
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = max(own + world.towers_memory, own + sum(done.memory for done in both))
     seconds["total"] = sum(seconds.values())
@@ -93,17 +93,17 @@ def main() -> None:
 
 
 def replies(model: UniMuRModel, split: Split) -> list[tuple[dict, Retrieval]]:
-    """Retrieves for a fixed choice of dialogues, each out of its own kind's pool built as a user builds it."""
-    said, seen, facts = split.responses, split.visdial, split.facts
-    wanting = [d for d in said.dialogues if d["wants_image"]]
+    """Retrieves for a fixed choice of dialogues, each from the pool of its kind, built as a user builds it."""
+    responses, visdial, facts = split.responses, split.visdial, split.facts
+    wanting = [d for d in responses.dialogues if d["wants_image"]]
     chosen = [
         [d for d in facts.dialogues if "panda" in d["dialogue_id"]],
         [d for d in wanting if d["image_informs"]][:4] + [d for d in wanting if not d["image_informs"]][:3]
-        + [d for d in said.dialogues if not d["wants_image"]][:3],
-        seen.dialogues[:2],
+        + [d for d in responses.dialogues if not d["wants_image"]][:3],
+        visdial.dialogues[:2],
     ]  # fmt: skip
     rows = []
-    for dialogues, group in zip(chosen, (facts, said, seen), strict=True):
+    for dialogues, group in zip(chosen, (facts, responses, visdial), strict=True):
         ids = group.dialogues[0]["pool"]
         pool = model.build_pool(
             images=[split.images[i] for i in ids["image_ids"]], texts=[group.texts[i] for i in ids["text_ids"]]

@@ -1,4 +1,4 @@
-"""Dialogues drawn with what was retrieved beside what was right."""
+"""Dialogues drawn with the retrieved reply beside the gold one."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from PIL import Image
 
 from modeling_unimur import Retrieval
 
-RIGHT, WRONG, PLAIN = "#1a7f37", "#c62828", "#8a8a8a"
+CORRECT, WRONG, PLAIN = "#1a7f37", "#c62828", "#8a8a8a"
 
 
 def draw_gallery(
@@ -23,37 +23,38 @@ def draw_gallery(
     path: str | Path,
 ) -> None:
     """
-    Writes a picture with a row per dialogue: its context, the retrieved reply, the right reply.
+    Writes a picture with a row per dialogue: its context, the retrieved reply, the gold reply.
 
     Args:
-        rows: dialogues of the one schema and what was retrieved for them.
-        texts, images: the tables their ids point into.
+        rows: dialogues of [`benchmarks.schema`], and what was retrieved for them.
+        texts, images: the tables their ids refer to.
         path: of the PNG.
 
-    A retrieved part is framed green where it is the gold one and red where it is not.
+    A retrieved text or image is green where it is the gold one and red where it is not.
     """
     figure, axes = plt.subplots(len(rows), 3, figsize=(15, 2.15 * len(rows) + 0.6), width_ratios=(1.25, 1, 1))
-    for title, axis in zip(("dialogue", "retrieved", "right"), axes[0], strict=True):
+    for title, axis in zip(("dialogue", "retrieved", "gold"), axes[0], strict=True):
         axis.set_title(title, fontsize=13, fontweight="bold", pad=14)
-    for (dialogue, reply), (left, middle, right) in zip(rows, axes, strict=True):
+    for (dialogue, reply), (context_axis, reply_axis, gold_axis) in zip(rows, axes, strict=True):
         context = dialogue["turns"][: dialogue["target_turn"]]
         lines = [f"{t['speaker']}: " + "".join(e["text"] or "[image]" for e in t["elements"]) for t in context]
-        shown = [images[e["image_id"]] for t in context for e in t["elements"] if e["type"] == "image"]
+        context_images = [images[e["image_id"]] for t in context for e in t["elements"] if e["type"] == "image"]
         _panel(
-            left,
+            context_axis,
             "\n".join(textwrap.fill(line, 50, subsequent_indent="    ") for line in lines),
-            shown[:1],
+            context_images[:1],
             PLAIN,
             PLAIN,
         )
         gold_texts = [texts[i] for i in dialogue["gold"]["text_ids"]]
         gold_images = [images[i] for i in dialogue["gold"]["image_ids"][:1]]
         same = bool(gold_images) and reply.image is not None and reply.image.tobytes() == gold_images[0].tobytes()
-        found = [] if reply.image is None else [reply.image]
-        # A reply without a gold text (or image) has nothing that its text (or image) could be compared with.
-        said = PLAIN if not gold_texts else RIGHT if reply.text in gold_texts else WRONG
-        _panel(middle, textwrap.fill(reply.text or "", 38), found, said, RIGHT if same else WRONG)
-        _panel(right, textwrap.fill(" / ".join(gold_texts), 38), gold_images, PLAIN, PLAIN)
+        reply_images = [] if reply.image is None else [reply.image]
+        # Without a gold text there is nothing to compare the reply's text with.
+        text_colour = PLAIN if not gold_texts else CORRECT if reply.text in gold_texts else WRONG
+        image_colour = CORRECT if same else WRONG
+        _panel(reply_axis, textwrap.fill(reply.text or "", 38), reply_images, text_colour, image_colour)
+        _panel(gold_axis, textwrap.fill(" / ".join(gold_texts), 38), gold_images, PLAIN, PLAIN)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)

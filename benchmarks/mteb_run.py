@@ -29,7 +29,7 @@ def wrapped(model: str, revision: str | None = None) -> Any:
     except ImportError as error:
         raise ImportError(f"this {INSTALL}") from error
     encoder = SentenceTransformerEncoderWrapper(SentenceTransformer(model, revision=revision, trust_remote_code=True))
-    # mteb knows of a sentence-transformers model only that it takes texts.
+    # mteb assumes that a sentence-transformers model takes only texts.
     name = encoder.mteb_model_meta.name or f"local/{Path(model).name}"
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(
         update={"modalities": ["text", "image"], "name": name, "revision": revision}

@@ -1,9 +1,9 @@
 """
-The miniature's report: every system trained and measured over seeds, and one page from what was measured.
+The miniature's report: every system trained and measured over seeds, and one page of the results.
 
     python -m benchmarks.report --seeds 0                  one seed: systems, results, page
     python -m benchmarks.report --seeds 0 1 2 3 4 --output benchmarks/results
-    python -m benchmarks.report --page --output benchmarks/results     the page alone, from the json that lies there
+    python -m benchmarks.report --page --output benchmarks/results     the page alone, from the json there
 """
 
 import argparse
@@ -54,7 +54,7 @@ def page(folder: Path) -> Path:
     Writes `README.md` and its plots from the json in `folder`.
 
     Raises:
-        ValueError: no seed's results lie there.
+        ValueError: the folder has no `seed-*.json`.
     """
     seeds = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
     if not seeds:
@@ -136,7 +136,7 @@ def systems(results: list[dict[str, Any]]) -> str:
 
 
 def section(task: str, results: list[dict[str, Any]]) -> str:
-    """A task's tables, one a variant of its protocol, the paper's rows first."""
+    """A task's tables, one per variant of its protocol, the paper's rows first."""
     given = read(task)
     published, rows = paper(task)
     lines = [f"## {task}" + (f" (Table {given['table']})" if given["table"] else ""), "", given["about"]]
@@ -211,7 +211,7 @@ def ablation(measured: Mapping[str, Any]) -> str:
 
 def orderings(results: list[dict], tables: Mapping[str, Any]) -> str:
     """The paper's orderings, and whether each holds here; see [`benchmarks.claims`]."""
-    rows = [[claim.says, claim.there, claim.here, claim.verdict] for claim in claims.judge(results, tables)]
+    rows = [[j.claim, j.paper, j.ours, j.verdict] for j in claims.judge(results, tables)]
     return table(["the paper says", "there", "here, mean over the seeds", "verdict"], rows)
 
 

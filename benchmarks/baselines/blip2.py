@@ -17,11 +17,11 @@ NAME = "Salesforce/blip2-itm-vit-g"  # the checkpoint with the projections of im
 
 class Blip2Baseline(System):
     """
-    Images are the Q-Former's query outputs, of which the best counts; texts its [CLS] output. A dialogue is its words,
-    and the mean with its images' (each the mean of its queries) where it shows any. The paper does not say how it asks
-    BLIP-2; this is how BLIP-2's own retrieval embeds.
+    An image is embedded as the Q-Former's query outputs, of which the best counts; a text as its [CLS] output. A dialogue
+    is the embedding of its text; where it has images, the mean of that and theirs (each the mean of its queries). The
+    paper does not say how it uses BLIP-2; this is how BLIP-2's own retrieval embeds.
 
-    Words beyond the Q-Former's positions lose their oldest tokens (`truncated` counts those texts).
+    A text longer than the Q-Former's positions loses its oldest tokens (`truncated` counts those texts).
     """
 
     name = "BLIP-2"
@@ -32,7 +32,7 @@ class Blip2Baseline(System):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str = NAME, **kwargs) -> "Blip2Baseline":
-        """From a folder or a name on the Hub. Raises `OSError` where it cannot be loaded."""
+        """From a folder or a name on the Hub. Raises `OSError` if it cannot be loaded."""
         return cls(
             Blip2ForImageTextRetrieval.from_pretrained(name_or_path, **kwargs),
             AutoImageProcessor.from_pretrained(name_or_path),
@@ -92,23 +92,23 @@ class Blip2Baseline(System):
         flat = [[element for turn in parse_dialogue(dialogue) for element in turn] for dialogue in dialogues]
         texts = [" ".join(element for element in elements if isinstance(element, str)) for elements in flat]
         sums = torch.zeros(len(flat), self.model.config.image_text_hidden_size)
-        spoken = [i for i, text in enumerate(texts) if text]
-        if spoken:
-            sums[spoken] = self.embed_texts([texts[i] for i in spoken], **kwargs)
-        shown = [(i, e) for i, elements in enumerate(flat) for e in elements if not isinstance(e, str)]
-        if shown:
-            rows = torch.tensor([i for i, _ in shown])
-            images = F.normalize(self.embed_images([image for _, image in shown], **kwargs).mean(1), dim=-1)
-            sums += F.normalize(torch.zeros_like(sums).index_add_(0, rows, images), dim=-1)
+        with_text = [i for i, text in enumerate(texts) if text]
+        if with_text:
+            sums[with_text] = self.embed_texts([texts[i] for i in with_text], **kwargs)
+        images = [(i, e) for i, elements in enumerate(flat) for e in elements if not isinstance(e, str)]
+        if images:
+            rows = torch.tensor([i for i, _ in images])
+            embeds = F.normalize(self.embed_images([image for _, image in images], **kwargs).mean(1), dim=-1)
+            sums += F.normalize(torch.zeros_like(sums).index_add_(0, rows, embeds), dim=-1)
         return F.normalize(sums, dim=-1)
 
 
 def image_queries(model: Blip2ForImageTextRetrieval, pixel_values: torch.Tensor) -> torch.Tensor:
     """The projected outputs of the Q-Former's queries, `(n, queries, q)`, not normalised."""
-    seen = model.vision_model(pixel_values=pixel_values.to(model.vision_model.dtype)).last_hidden_state
-    queries = model.query_tokens.expand(len(seen), -1, -1)
-    found = model.qformer(query_embeds=queries, encoder_hidden_states=seen.to(queries.dtype)).last_hidden_state
-    return model.vision_projection(found.to(model.vision_projection.weight.dtype))
+    patches = model.vision_model(pixel_values=pixel_values.to(model.vision_model.dtype)).last_hidden_state
+    queries = model.query_tokens.expand(len(patches), -1, -1)
+    outputs = model.qformer(query_embeds=queries, encoder_hidden_states=patches.to(queries.dtype)).last_hidden_state
+    return model.vision_projection(outputs.to(model.vision_projection.weight.dtype))
 
 
 def text_outputs(
@@ -116,5 +116,5 @@ def text_outputs(
 ) -> torch.Tensor:
     """The projected output at [CLS], `(n, q)`, not normalised."""
     embeds = model.embeddings(input_ids=input_ids)
-    found = model.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask).last_hidden_state
-    return model.text_projection(found[:, 0].to(model.text_projection.weight.dtype))
+    outputs = model.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask).last_hidden_state
+    return model.text_projection(outputs[:, 0].to(model.text_projection.weight.dtype))

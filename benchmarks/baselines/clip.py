@@ -1,4 +1,4 @@
-"""CLIP alone: a dialogue is its last words, and the mean with its images where it has any."""
+"""CLIP alone: a dialogue is the mean of its text and its images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ class ClipBaseline(System):
     """
     The CLIP inside a [`UniMuRModel`], without the LLM.
 
-    The text of a dialogue beyond CLIP's positions loses its oldest tokens (`truncated` counts those dialogues). Where
-    the dialogue shows images, its embedding is the mean of the normalised text and image embeddings, normalised again.
+    A dialogue's text longer than CLIP's positions loses its oldest tokens (`truncated` counts those texts). Where the
+    dialogue has images, its embedding is the mean of the normalised text and image embeddings, normalised again.
     """
 
     name = "CLIP"
@@ -40,7 +40,7 @@ class ClipBaseline(System):
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Any], batch_size: int = 64, **kwargs) -> torch.Tensor:
-        """`(n, q)` float32, L2-normalised: CLIP's own, whatever space the model maps them to."""
+        """`(n, q)` float32, L2-normalised: CLIP's own, not the model's."""
         parts = [torch.empty(0, self.model.config.clip_width)]
         for start in range(0, len(images), batch_size):
             pixels = self.model.processor.pixels(images[start : start + batch_size])
@@ -65,14 +65,14 @@ class ClipBaseline(System):
         flat = [[element for turn in parse_dialogue(dialogue) for element in turn] for dialogue in dialogues]
         texts = [" ".join(element for element in elements if isinstance(element, str)) for elements in flat]
         sums = torch.zeros(len(flat), self.model.config.clip_width)
-        spoken = [i for i, text in enumerate(texts) if text]
-        if spoken:
-            sums[spoken] = self.embed_texts([texts[i] for i in spoken])
-        shown = [
+        with_text = [i for i, text in enumerate(texts) if text]
+        if with_text:
+            sums[with_text] = self.embed_texts([texts[i] for i in with_text])
+        images = [
             (i, element) for i, elements in enumerate(flat) for element in elements if not isinstance(element, str)
         ]
-        if shown:
-            rows = torch.tensor([i for i, _ in shown])
-            images = torch.zeros_like(sums).index_add_(0, rows, self.embed_images([image for _, image in shown]))
-            sums += F.normalize(images, dim=-1)
+        if images:
+            rows = torch.tensor([i for i, _ in images])
+            embeds = torch.zeros_like(sums).index_add_(0, rows, self.embed_images([image for _, image in images]))
+            sums += F.normalize(embeds, dim=-1)
         return F.normalize(sums, dim=-1)

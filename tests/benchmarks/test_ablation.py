@@ -76,8 +76,8 @@ def test_the_cached_measures_are_those_of_the_tasks(bench):
         assert found[name].value == pytest.approx(measure.value, abs=1e-6, nan_ok=True), name
     other = bench.trained(Row("candidates", {"text_candidates": "clip_text"}), 1e-2)
     words = list(said.texts.values())
-    wanted = other.embed_texts([said.texts[i] for i in bench.embedded(other, "validation", "said").text_rows])
-    assert torch.equal(bench.embedded(other, "validation", "said").texts, wanted) and len(wanted) == len(words)
+    wanted = other.embed_texts([said.texts[i] for i in bench.embedded(other, "validation", "mmdialog").text_rows])
+    assert torch.equal(bench.embedded(other, "validation", "mmdialog").texts, wanted) and len(wanted) == len(words)
 
 
 def test_the_rate_is_chosen_on_validation_and_test_is_measured_once(monkeypatch, tmp_path):

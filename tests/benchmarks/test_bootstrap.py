@@ -139,7 +139,7 @@ def test_what_is_refused():
         interval([0, 1], [-1, 2])
     with pytest.raises(ValueError, match="same items"):
         paired([0, 1], [0, 1, 1])
-    with pytest.raises(ValueError, match="one an item"):
+    with pytest.raises(ValueError, match="one per item"):
         interval([0, 1], [1])
     with pytest.raises(ValueError, match="confidence 95"):
         interval([0, 1], confidence=95)

@@ -218,7 +218,7 @@ def test_an_image_is_sought_with_the_ret_that_the_reply_holds(model):
             generator = torch.Generator().manual_seed(seed)
             model.ret_embedding.data.copy_(torch.randn(32, generator=generator) * 0.4)
             replies = Fromage(model, max_new_tokens=8).image_replies(many)
-            for dialogue, shown, query in zip(many, replies.shown, replies.queries, strict=True):
+            for dialogue, shown, query in zip(many, replies.with_image, replies.queries, strict=True):
                 tokens, states = one_by_one(model, dialogue, 8)
                 end = tokens.index(newline, 1) if newline in tokens[1:] else len(tokens)
                 assert bool(shown) == (ret in tokens[:end])
@@ -229,9 +229,9 @@ def test_an_image_is_sought_with_the_ret_that_the_reply_holds(model):
                 assert torch.allclose(query, expected, atol=1e-4)
                 forced = model.embed_dialogues([dialogue])[0]
                 late += at > 1 and not torch.allclose(forced, query, atol=1e-2)
-            seen |= set(replies.shown.tolist())
+            seen |= set(replies.with_image.tolist())
             few = model.image_replies(many, 8, batch_size=5)
-            assert torch.equal(few.shown, replies.shown)
+            assert torch.equal(few.with_image, replies.with_image)
             assert torch.allclose(few.queries, replies.queries, atol=1e-4)
     finally:
         model.ret_embedding.data.copy_(kept)
@@ -240,7 +240,7 @@ def test_an_image_is_sought_with_the_ret_that_the_reply_holds(model):
 
 def test_no_dialogue_has_no_reply(model):
     replies = model.image_replies([])
-    assert replies.shown.shape == (0,) and replies.queries.shape == (0, 12)
+    assert replies.with_image.shape == (0,) and replies.queries.shape == (0, 12)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_reply_ends_at_its_newline_and_at_its_length(model, monkeypatch, reply
 
     monkeypatch.setattr(model, "vocabulary_logits", scripted)
     replies = model.image_replies(["hello", "look"], max_new_tokens=3)
-    assert replies.shown.tolist() == [shown, False]
+    assert replies.with_image.tolist() == [shown, False]
     table = model.language_model.get_input_embeddings().weight
     bias = F.normalize(model.W_t2m.bias, dim=-1)
     assert torch.allclose(replies.queries[1], bias, atol=1e-6)  # nothing was read

@@ -15,9 +15,9 @@ from benchmarks import metrics
 from benchmarks.metrics import (
     cosine_per_item,
     hit_rate_per_item,
+    image_rate_per_item,
     load,
     normalise_answer,
-    shown_per_item,
     visdial_per_item,
     vqa_accuracy_per_item,
 )
@@ -160,8 +160,8 @@ def test_recall_keeps_float64():
 @pytest.mark.parametrize(
     ("scores", "right", "ks", "message"),
     [
-        ([[0.0], [1.0, 2.0]], [[0], [2]], [1], "query 1: right candidate 2, but it has candidates 0 to 1"),
-        ([[0.0, 1.0]], [[-1]], [1], "query 0: right candidate -1"),
+        ([[0.0], [1.0, 2.0]], [[0], [2]], [1], "query 1: gold candidate 2, but it has candidates 0 to 1"),
+        ([[0.0, 1.0]], [[-1]], [1], "query 0: gold candidate -1"),
         ([[0.0], [1.0, NAN]], [[0], [0]], [1], "query 1: a score is NaN"),
         ([[0.0]], [[0], [0]], [1], "1 rows of scores for 2"),
         ([[0.0]], [[0]], [0], "at least 1"),
@@ -178,7 +178,7 @@ def test_image_retrieval_rate():
     assert load("image_retrieval_rate").compute(predictions=shown, references=has) == {
         "image_retrieval_rate": 0.5, "on_text_only_turns": 0.25, "image_turns": 3, "text_only_turns": 4,
     }  # fmt: skip
-    with_image, text_only = shown_per_item(shown, has)
+    with_image, text_only = image_rate_per_item(shown, has)
     np.testing.assert_array_equal(with_image, [1, 0, 0.5, NAN, NAN, NAN, NAN])
     np.testing.assert_array_equal(text_only, [NAN, NAN, NAN, 1, 0, 0, 0])
 
@@ -187,10 +187,10 @@ def test_image_retrieval_rate_without_a_kind_of_turn():
     found = load("image_retrieval_rate").compute(predictions=[True], references=[False])
     assert math.isnan(found.pop("image_retrieval_rate"))
     assert found == {"on_text_only_turns": 1, "image_turns": 0, "text_only_turns": 1}
-    with pytest.raises(ValueError, match=r"turn 1: shown is 1\.5"):
-        shown_per_item([1, 1.5], [True, True])
-    with pytest.raises(ValueError, match="one value a turn"):
-        shown_per_item([1, 1], [True])
+    with pytest.raises(ValueError, match=r"turn 1: with_image is 1\.5"):
+        image_rate_per_item([1, 1.5], [True, True])
+    with pytest.raises(ValueError, match="one value per turn"):
+        image_rate_per_item([1, 1], [True])
 
 
 def test_clip_sim_is_the_mean_cosine_whatever_the_lengths():

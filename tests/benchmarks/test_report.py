@@ -92,7 +92,7 @@ def test_claims_take_the_main_variant():
         result("mmdialog", "FROMAGe", 0, {"overall R@1": 0.3}),
     ]
     (judged,) = claims.judge(results, {})
-    assert judged.here == "20.0 < 30.0"
+    assert judged.ours == "20.0 < 30.0"
 
 
 def test_every_claim_names_rows_that_exist():
