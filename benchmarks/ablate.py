@@ -19,6 +19,7 @@ import numpy as np
 from train.parallel import side_by_side
 
 from .ablation import Row, run_test, run_validation
+from .output import write_json
 
 BIASES = tuple(round(b, 3) for b in np.linspace(-0.3, 0.3, 25))
 MATCHING = ("image retrieval rate", "image retrieval rate on text-only turns", "image R@1", "text R@1", "overall R@1",
@@ -130,10 +131,9 @@ def main() -> None:
     tables = list(dict.fromkeys(name for given in arguments.table for name in GROUPS.get(given, [given])))
     results = ablate(tables, arguments.seeds, arguments.folder)
     output = arguments.output or arguments.folder
-    output.mkdir(parents=True, exist_ok=True)
     for name, result in results.items():
         path = output / f"ablation-{name.replace(' ', '-')}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, result)
         print(f"\n{result['asks']} (test, mean of {len(arguments.seeds)} seeds; percent)")
         for row in result["rows"]:
             means = {m: 100 * np.mean([s["metrics"][m]["value"] for s in row["seeds"]]) for m in result["shown"]}

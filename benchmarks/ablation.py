@@ -31,6 +31,7 @@ from .data import miniature
 from .measure import Measure
 from .protocols import protocols
 from .schema import Dialogues
+from .systems import cosine
 from .tasks import image, response
 from .tasks.candidates import Embedded, candidate_rows
 from .tasks.contexts import context_of
@@ -226,13 +227,13 @@ class Seed:
         embedded, data = self.embedded(model, split, "mmdialog"), self.evaluation(split)["mmdialog"]
         if ("clip", split) not in self._hidden:
             self._hidden["clip", split] = response.clip_embeddings(ClipBaseline(model), data, embedded)
-        return response.score(embedded, data, protocol, self._hidden["clip", split], _cosine, image_bias=image_bias)
+        return response.score(embedded, data, protocol, self._hidden["clip", split], cosine, image_bias=image_bias)
 
     def measure(self, model: UniMuRModel, split: str, *, images: bool = True) -> dict[str, Measure]:
         """The measures of a model on a split, by name; `images=False` leaves out what needs W_i2t."""
         to_image = next(p for p in protocols("visdial", miniature=True) if p.variant == "corrected")
         by_image = image.score(
-            self.embedded(model, split, "visdial"), self.evaluation(split)["visdial"], to_image, _cosine
+            self.embedded(model, split, "visdial"), self.evaluation(split)["visdial"], to_image, cosine
         )
         result = {f"dialogue to image {name}": m for name, m in by_image.items()}
         if not images:
@@ -247,7 +248,7 @@ class Seed:
             rows = [i for i, d in enumerate(data.dialogues) if d["wants_image"] and d[wanted]]
             part = Dialogues([data.dialogues[i] for i in rows], data.texts, data.images)
             few = replace(embedded, queries=embedded.queries[rows])
-            result[f"{name} R@1"] = image.score(few, part, context, _cosine)["R@1"]
+            result[f"{name} R@1"] = image.score(few, part, context, cosine)["R@1"]
         return result
 
 
@@ -306,7 +307,3 @@ def _hidden(model: UniMuRModel, contexts: Sequence) -> torch.Tensor:
         features = model.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
         parts.append(model.ret_states(inputs["input_ids"], inputs["attention_mask"], features))
     return torch.cat(parts)
-
-
-def _cosine(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    return queries @ candidates.T

@@ -7,8 +7,6 @@ The main job end to end: the miniature is made, UniMuR trained on it, evaluated 
 import argparse
 import json
 import resource
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +22,7 @@ from .baselines.clip import ClipBaseline
 from .gallery import draw_gallery
 from .load import UniMuR
 from .miniature import Split, load_split, measure, table
+from .output import stage, write_json
 from .tasks.contexts import context_of
 
 OUTPUT = Path("runs/miniature")
@@ -37,17 +36,11 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where everything goes")
     arguments = parser.parse_args()
-    output, seconds = arguments.output, {}
+    output = arguments.output
+    seconds: dict[str, float] = {}
     torch.set_num_threads(1)
 
-    @contextmanager
-    def stage(name: str):
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
-
-    with stage("world and towers"):
+    with stage("world and towers", seconds):
         (output / "towers" / "made.json").unlink(missing_ok=True)  # the demo makes everything again
         world = prepare(output, arguments.seed)
     config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={arguments.seed}", f"--miniature={output}"]
@@ -55,10 +48,10 @@ def main() -> None:
         [*config, f"--output_dir={output}"],
         [*config, "--interleaved=false", f"--output_dir={output / 'pairs_only'}"],
     ]
-    with stage("maps, with interleaved documents and on pairs alone"):
+    with stage("maps, with interleaved documents and on pairs alone", seconds):
         both = side_by_side([(train, {"argv": argv}) for argv in variants])
     trained, pairs_only = (done.result for done in both)
-    with stage(f"evaluation on the {arguments.split} split"):
+    with stage(f"evaluation on the {arguments.split} split", seconds):
         split = load_split(arguments.split)
         model = UniMuRModel.from_pretrained(trained["checkpoint"])
         clip = ClipBaseline(model)
@@ -68,7 +61,7 @@ def main() -> None:
             "CLIP alone": measure(clip, clip, split),
             "chance": measure(Chance(), clip, split),
         }
-    with stage("pool, replies and gallery"):
+    with stage("pool, replies and gallery", seconds):
         write_photos(split, output / "photos")
         # What the page, the pipeline and the endpoint search by default.
         model.save_pretrained(trained["checkpoint"], pool=packed(model, split), golden=True)
@@ -85,7 +78,7 @@ def main() -> None:
         "peak_memory_gib": memory, "clip_truncated_dialogues": clip.truncated,
         "checkpoint": trained["checkpoint"],
     }  # fmt: skip
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(output / "results.json", results)
     print(f"\n{arguments.split} split, seed {arguments.seed}; percent, CLIP-Sim a cosine")
     print(table(columns))
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import claims, plots, real_page
 from .markdown import table
+from .output import write_json
 from .protocols import TASKS, paper, protocols, read
 from .tables import PLAIN
 
@@ -39,14 +40,9 @@ def main() -> None:
             seconds = train_systems(folder, seed)
             results = measure_seed(folder, seed)
             seconds["total"] = time.perf_counter() - start
-            write(arguments.output / f"seed-{seed}.json", {"seed": seed, "seconds": seconds, "results": results})
+            write_json(arguments.output / f"seed-{seed}.json", {"seed": seed, "seconds": seconds, "results": results})
             print(f"seed {seed}: {seconds['total']:.0f} s", flush=True)
     print(f"written: {page(arguments.output)}")
-
-
-def write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def page(folder: Path) -> Path:

@@ -6,7 +6,6 @@ Measures a model on one task, beside baselines, on the miniature or on a folder 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from .baselines.clip import ClipBaseline
 from .data import load_data
 from .load import SYSTEMS, load
 from .measure import Measure
+from .output import write_json
 from .protocols import TASKS, paper, protocols
 from .schema import MAX_MISSING_SHARE, Dialogues, Protocol, Questions
 from .systems import DoesNotApplyError, System
@@ -121,9 +121,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         )
     if not results:
         raise ValueError(f"{arguments.task} has no variant {', '.join(arguments.variant)}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
     table = markdown(arguments.task, results, paper(arguments.task))
-    (arguments.output / f"{arguments.task}.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(arguments.output / f"{arguments.task}.json", results)
     (arguments.output / f"{arguments.task}.md").write_text(table)
     print("\n" + table)
     print(f"written: {arguments.output / arguments.task}.json and .md")

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+
+def cosine(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Of L2-normalised rows: `(n, q)`, `(m, q)` -> `(n, m)`."""
+    return queries @ candidates.T
 
 
 class DoesNotApplyError(Exception):
@@ -68,7 +72,7 @@ class System:
     def similarity(self, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """`(n, q)`, `(m, q)` -> `(n, m)`: cosine. A candidate of several vectors counts by its best one."""
         if candidates.ndim == 2:
-            return queries @ candidates.T
+            return cosine(queries, candidates)
         return torch.einsum("nq,mvq->nmv", queries, candidates).amax(-1)
 
     def image_replies(self, dialogues: Sequence[Any]) -> ImageReplies | None:
@@ -108,8 +112,3 @@ class Embedder(System):
 
     def embed_texts(self, texts, **kwargs):
         return self.model.embed_texts(texts, **kwargs)
-
-
-def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Row by row: `(n, q)`, `(n, q)` -> `(n,)`."""
-    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)

@@ -10,15 +10,13 @@ command resumes an interrupted run.
 import argparse
 import json
 import resource
-import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.load import UniMuR
 from benchmarks.measure import Measure
 from benchmarks.miniature import table
-from benchmarks.report import write
+from benchmarks.output import stage, write_json
 from modeling_unimur import UniMuRModel
 from train.arguments import CONFIGS
 from train.parallel import side_by_side
@@ -42,37 +40,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the towers of the miniature and of the trained maps")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     arguments = parser.parse_args(argv)
-    folder, seed, split, seconds = arguments.folder, arguments.seed, arguments.split, {}
+    folder, seed, split = arguments.folder, arguments.seed, arguments.split
+    seconds: dict[str, float] = {}
 
-    @contextmanager
-    def stage(name: str):
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
-
-    with stage("the real language model, and the miniature's towers"):
+    with stage("the real language model, and the miniature's towers", seconds):
         bench = make_bench(folder, arguments.miniature, seed)
-    with stage("the miniature's own language model, on pairs alone"):
+    with stage("the miniature's own language model, on pairs alone", seconds):
         own = folder / f"taught-{seed}"
         if not any((own / "checkpoint").glob("*.safetensors")):
             towers = arguments.miniature or folder / "miniature"
             job = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={seed}", f"--miniature={towers}",
                    "--interleaved=false", f"--output_dir={own}"]  # fmt: skip
             side_by_side([(train, {"argv": job})])
-    with stage("captions: states, and both maps in closed form"):
+    with stage("captions: states, and both maps in closed form", seconds):
         pairs = bench.pairs(PAIRS)
         visual.closed_form(bench, pairs.features)
-    with stage(f"the {split} split: states, and every system measured"):
+    with stage(f"the {split} split: states, and every system measured", seconds):
         results = measured(bench, pairs, {OURS: CANONICAL} | FITS, seed, split)
         system = UniMuR(UniMuRModel.from_pretrained(own / "checkpoint"))
         results["CLIP"] = results.get("CLIP") or bench.measure(bench.embedded_by(bench.clip, split), split)
         results[OWN] = bench.measure(bench.embedded_by(system, split), split)
-    with stage("the checkpoint, and the gallery"):
+    with stage("the checkpoint, and the gallery", seconds):
         model = canonical_model(bench, pairs, CANONICAL)
         model.save_pretrained(folder / "checkpoint", golden=True)
         draw(bench, model, split, folder / "gallery.png")
-    with stage("W_i2t trained"):
+    with stage("W_i2t trained", seconds):
         visual.train(bench, pairs.features, folder / f"W_i2t-{seed}.safetensors", seed)
         states = bench.evaluation_states(split, which="trained")
         results[OURS_TRAINED] = bench.measure(bench.embedded(canonical(pairs, CANONICAL), split, states), split)
@@ -83,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     differences = {
         name: {k: results[OURS][k].against(m) for k, m in row.items()} for name, row in results.items() if name != OURS
     }
-    write(folder / "results.json", {
+    write_json(folder / "results.json", {
         "about": ABOUT, "seed": seed, "split": split, "results": columns, "first_less_this": differences,
         "seconds": seconds, "peak_memory_gib": memory, "dtype": str(bench.model.language_model.dtype),
     })  # fmt: skip

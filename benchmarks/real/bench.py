@@ -16,7 +16,7 @@ from benchmarks.data import miniature
 from benchmarks.measure import Measure
 from benchmarks.protocols import protocols
 from benchmarks.schema import Dialogues
-from benchmarks.systems import System
+from benchmarks.systems import System, cosine
 from benchmarks.tasks import image, response
 from benchmarks.tasks.candidates import Embedded, candidate_rows, embed
 from benchmarks.tasks.contexts import context_of
@@ -248,11 +248,6 @@ class Bench:
             like = Embedded(torch.empty(0), None, None, texts, images)
             known["clip"] = response.clip_embeddings(self.clip, known["data"][RESPONSE], like)
         return known["clip"]
-
-
-def cosine(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Of normalised rows: `(n, q)`, `(m, q)` -> `(n, m)`."""
-    return queries @ candidates.T
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

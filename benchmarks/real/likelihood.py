@@ -22,8 +22,8 @@ from benchmarks.data.visdial import read_visdial_answers
 from benchmarks.load import UniMuR
 from benchmarks.measure import Measure
 from benchmarks.metrics import hit_rate_per_item
+from benchmarks.output import write_json
 from benchmarks.protocols import protocols
-from benchmarks.report import write
 from benchmarks.schema import Dialogues
 from benchmarks.tasks import answers
 from benchmarks.tasks.contexts import context_of
@@ -96,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = make_bench(arguments.folder, arguments.miniature, seed=0)
     system = UniMuR(bench.model)
     result: dict[str, Any] = {"about": ABOUT, "miniature": replies(system, "test")}
-    write(arguments.output, result)
+    write_json(arguments.output, result)
     if arguments.visdial:
         result["visdial_answers"] = visdial_answers(system, arguments.visdial, arguments.limit)
-        write(arguments.output, result)
+        write_json(arguments.output, result)
     print(json.dumps(result, indent=1))
 
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.data import miniature
 from benchmarks.metrics import hit_rate_per_item
-from benchmarks.report import write
+from benchmarks.output import write_json
 from modeling_unimur.losses_unimur import visual_matching_loss
 from train.canonical import Setting
 from train.miniature.world import CAPTIONS, phrases, splits
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.sort(key=lambda row: -row["R@1"])
     for row in results[:20]:
         print(f"{row['R@1']:5.1f}  {'chat ' if row['chat'] else ''}{row['words']!r}, {row['read']}")
-    write(arguments.output, {
+    write_json(arguments.output, {
         "about": ABOUT, "split": "validation", "captions": N_CAPTIONS, "dialogues": N_DIALOGUES, "pool": 1000,
         "dtype": str(bench.model.language_model.dtype), "rows": results, "seconds": round(time.perf_counter() - start),
     })  # fmt: skip

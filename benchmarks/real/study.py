@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Measure
-from benchmarks.report import write
+from benchmarks.output import write_json
 from train.canonical import Setting
 
 from . import visual
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "orderings": judge(results), "dtype": str(bench.model.language_model.dtype),
         "seconds": round(time.perf_counter() - start),
     }  # fmt: skip
-    write(arguments.output, result)
+    write_json(arguments.output, result)
     print(f"written: {arguments.output}")
 
 

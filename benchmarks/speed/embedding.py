@@ -7,7 +7,6 @@ photos against encoding them.
 
 import argparse
 import io
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 from train.extract import Decode
 
@@ -135,8 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "towers": towers(model, arguments.rounds), "turns": [turns(model, arguments.rounds, tokens) for tokens in TURN_TOKENS],
         "decoding": decoding(max(1, arguments.rounds // 4)),
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "embedding-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "embedding-speed.json", result)
     for part in (result["towers"], *result["turns"], result["decoding"]):
         for name, value in part["ratios"].items():
             print(f"{name}: {value['median']:.2f}x ({value['low']:.2f}-{value['high']:.2f})")

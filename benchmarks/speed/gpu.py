@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, OPTConfig, OPTForCausalLM
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
 from train.miniature.towers import clip_tokenizer, opt_tokenizer
 
@@ -196,8 +197,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "ways": ways,
         "derived_from": f"{EPOCHS} epochs of {PAIRS:,} pairs, one visual token",
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "gpu-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "gpu-speed.json", result)
     print(json.dumps(result, indent=1))
     return result
 

@@ -13,7 +13,6 @@ The cost of searching a pool against the bare libraries, as ratios measured in i
 """
 
 import argparse
-import json
 import os
 import random
 import tempfile
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from benchmarks.output import write_json
 from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.exact_unimur import CHUNK
 from train.miniature.prepare import encode
@@ -181,8 +181,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result["retrieve"] = retrieval(model, pool, embeddings, rounds)
         del pool, embeddings
     result["approximate"] = approximate(*scenes(UniMuRModel.from_pretrained(arguments.checkpoint), size), rounds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "pool-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "pool-speed.json", result)
     for n, measured in result["exact"].items():
         _print(f"exact, {n}", measured["ratios"])
     _print("retrieve", result["retrieve"]["ratios"])

@@ -8,12 +8,13 @@ The milliseconds in each operator itself, by torch's profiler, for the shapes an
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.output import write_json
 
 from .step import CACHED, OURS, REFERENCE, STEP_SHAPES, batches, make_model, stepper
 
@@ -53,8 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = {
         "threads": arguments.threads, "torch": torch.__version__, "shapes": [measure(shape) for shape in STEP_SHAPES]
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "step-profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "step-profile.json", result)
     for shape in result["shapes"]:
         for way, times in shape["ways"].items():
             print(f"{shape['shape']}, {way}: " + ", ".join(f"{n} {ms:.0f} ms" for n, ms in times.items()))

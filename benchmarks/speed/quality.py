@@ -13,7 +13,6 @@ or of images and captions, and the closed form. Loading the towers, the same for
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, get_cosine_schedule_with_warmup, set_seed
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 from train.arguments import parse
 from train.closed_form import start
@@ -235,8 +235,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             for way in WAYS if way != REFERENCE
         },
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "quality-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "quality-speed.json", result)
     draw(results, arguments.output / "quality-speed.png")
     return result
 

@@ -10,7 +10,6 @@ five epochs include the building of that cache.
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 from train.bank import NegativesBank
 
@@ -218,8 +218,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "rounds": arguments.rounds, "threads": arguments.threads, "torch": torch.__version__, "batch": BATCH,
         "shapes": [measure(shape, arguments.rounds) for shape in shapes],
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "step-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "step-speed.json", result)
     for shape in result["shapes"]:
         print(f"{shape['shape']}; largest differences {shape['largest_differences']}")
         for name, value in shape["ratios"].items():

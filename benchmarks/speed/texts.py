@@ -12,7 +12,6 @@ The models have random weights, which does not change the time. Candidates are e
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 
 from ..language import LanguageSystem
@@ -78,8 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "shapes": [measure(name, arguments.candidates, arguments.rounds) for name in arguments.shape or SHAPES],
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "text-retrieval-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "text-retrieval-speed.json", result)
     for shape in result["shapes"]:
         ratios = ", ".join(
             f"{k} {v['median']:.0f}x ({v['low']:.0f}-{v['high']:.0f})" for k, v in shape["ratios"].items()

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import claims, report
+from benchmarks.output import write_json
 from benchmarks.protocols import protocols, read
 
 
@@ -45,12 +46,12 @@ def folder(tmp_path):
             result("vqav2", "Frozen", seed, {"accuracy": 0.2}, difference=(-0.1, -0.2, -0.01)),
             result("mmdialog", "UniMuR", seed, {"overall R@1": 0.4, "CLIP-Sim": 0.7123}),
         ]
-        report.write(
+        write_json(
             tmp_path / f"seed-{seed}.json",
             {"seed": seed, "seconds": {"total": 100 + seed} if seed else {}, "results": results},
         )
     rows = [("DAT", 1.0, [0.3, 0.5]), ("VM", 2.0, [0.4, 0.4]), ("TM", 1.0, [0.1, 0.1])]
-    report.write(tmp_path / "ablation-4.json", ablation("Table 4: the training strategy", rows))
+    write_json(tmp_path / "ablation-4.json", ablation("Table 4: the training strategy", rows))
     return tmp_path
 
 
