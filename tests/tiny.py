@@ -34,7 +34,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 
 def text_tokenizer(bos: bool = True) -> GPT2Tokenizer:
-    """A letter-level tokenizer laid out as OPT's: `<s>` 0, `<pad>` 1, `</s>` 2, with BOS `</s>` in front."""
+    """A letter-level tokenizer laid out as OPT's: `<s>` 0, `<pad>` 1, `</s>` 2, with BOS `</s>` first."""
     vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *LETTERS])}
     return GPT2Tokenizer(
         vocab=vocab,
@@ -70,11 +70,11 @@ def text_model(kind: str, vocab_size: int):
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**gqa, **ids)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**gqa, **ids)),
     }
-    return awaken(makers[kind]())
+    return init_weights(makers[kind]())
 
 
-def awaken(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights of a scale that reacts to the input: the usual 0.02 leaves a small model almost blind."""
+def init_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Random weights large enough that outputs depend on the input: with the usual 0.02 a small model's hardly do."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -134,7 +134,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = GPT2Tokenizer.from_pretrained(arguments.text_vocab)
     config = GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=256, vocab_size=len(tokenizer))
-    awaken(GPT2LMHeadModel(config)).save_pretrained(arguments.out / "text")
+    init_weights(GPT2LMHeadModel(config)).save_pretrained(arguments.out / "text")
     tokenizer.save_pretrained(arguments.out / "text")
     words = CLIPTokenizer.from_pretrained(arguments.clip_vocab)
     clip_model(len(words), words.eos_token_id, image_size=64, width=64).save_pretrained(arguments.out / "clip")

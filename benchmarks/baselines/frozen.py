@@ -47,8 +47,8 @@ AutoConfig.register(FrozenConfig.model_type, FrozenConfig, exist_ok=True)
 
 class FrozenModel(UniMuRModel):
     """
-    `vision_encoder` and `W_i2t` are trained by eq. 1-2, everything else is frozen. CLIP is there for its preprocessing
-    alone, and there is no embedding: `W_t2m` and the matching losses do not exist.
+    `vision_encoder` and `W_i2t` are trained by eq. 1-2, everything else is frozen. Only CLIP's preprocessing
+    is used, and there is no embedding: `W_t2m` and the matching losses do not exist.
     """
 
     config_class = FrozenConfig
@@ -77,13 +77,13 @@ class FrozenModel(UniMuRModel):
             self.vision_encoder.requires_grad_(True)
 
     def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The encoder's pooled output `(i, c)`, with gradient, in the place of both of CLIP's."""
+        """The encoder's pooled output `(i, c)`, with gradient, in place of both outputs of CLIP."""
         pooled = self.vision_encoder(pixel_values=pixel_values.float()).pooler_output
         return pooled, pooled
 
 
 class Frozen(LanguageSystem):
-    """What Frozen says about images; it embeds nothing."""
+    """Frozen's answers about images; it has no embeddings."""
 
     def __init__(self, model: FrozenModel, name: str = "Frozen"):
         self.model, self.name = model, name

@@ -1,4 +1,4 @@
-"""A training step as FROMAGe computes one, written to be compared with: what each saving is measured against."""
+"""A training step as FROMAGe computes it: the reference against which each saving is measured."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +10,17 @@ from torch import nn
 from modeling_unimur import UniMuRModel
 from modeling_unimur.losses_unimur import text_matching_loss, total_loss, visual_matching_loss
 
-LENGTH = 24  # FROMAGe pads or cuts every caption to so many tokens; visual tokens come on top
+LENGTH = 24  # FROMAGe pads or cuts every caption to so many tokens, not counting visual tokens
 
 
 @dataclass(frozen=True)
 class Savings:
     """
-    What the reference step leaves out of FROMAGe's way.
+    Which of FROMAGe's costs the reference step leaves out.
 
     Args:
-        table_frozen: the vocabulary's embeddings are not trained (FROMAGe trains the whole matrix, and then keeps [RET]'s
-            row alone).
+        table_frozen: the vocabulary's embeddings are not trained (FROMAGe trains the whole matrix, and then keeps only
+            [RET]'s row).
         once: CLIP's visual tower runs once a batch rather than once a pass; hidden states of all layers are not kept;
             images are placed by one assignment rather than by a loop.
         no_ret_logits: the retrieval pass computes no logits and no next-token loss (FROMAGe's model computes both; eq. 7
@@ -72,8 +72,8 @@ class ReferenceStep(nn.Module):
         ids, mask = batch["ret_input_ids"], batch["ret_attention_mask"]
         hidden, logits = self._pass(ids, mask, None, logits=not self.savings.no_ret_logits)
         if logits is not None:
-            words = (mask == 0) | (ids == config.ret_token_id)
-            next_token_loss(logits, ids.masked_fill(words, -100))
+            ignored = (mask == 0) | (ids == config.ret_token_id)
+            next_token_loss(logits, ids.masked_fill(ignored, -100))
         if once:
             at_ret = (ids == config.ret_token_id).int().argmax(-1)
             states = hidden[torch.arange(len(hidden)), at_ret]
@@ -129,7 +129,7 @@ class ReferenceStep(nn.Module):
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """transformers' causal loss: float32 logits `(n, length, vocabulary)` of all positions, -100 counting for nothing."""
+    """transformers' causal loss: float32 logits `(n, length, vocabulary)` of all positions, where the label -100 is ignored."""
     labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
 

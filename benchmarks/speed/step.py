@@ -1,16 +1,15 @@
 """
-What a training step costs, optimiser included, against one computed as FROMAGe computes it, saving by saving.
+The cost of a training step with its optimiser against one as FROMAGe computes it, saving by saving.
 
     python -m benchmarks.speed.step --output benchmarks/results
 
 Batches of 32 captions of 6 to 14 tokens, float32. V1.6k and V50k are an OPT of 6 layers of width 512 with a vocabulary of
 1,600 (where its head is 3 % of the trunk, as in OPT-6.7B) and of 50,272 (where it is as large as the trunk); CLIP's visual
-tower has 4 layers of width 256 over 65 positions. A cached epoch reads CLIP's features, and [RET]'s states, from before;
-five epochs count the building of that cache.
+tower has 4 layers of width 256 over 65 positions. A cached epoch reads CLIP's features, and [RET]'s states, from a cache;
+five epochs include the building of that cache.
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 from train.bank import NegativesBank
 
@@ -41,10 +41,10 @@ SAVINGS = {
 PADDED, OURS = "+ padded to the longest, chunked cross-entropy", "+ packed (ours)"
 CLIP_CACHED, CACHED = "CLIP cached", "CLIP and [RET] states cached"
 VARIANTS = (*SAVINGS, PADDED, OURS, CLIP_CACHED, CACHED)
-# Another loss, so apart: eq. 4 against past images too.
+# Another loss, so not in VARIANTS: eq. 4 against past images too.
 BANK = 8192
 BANKED = f"packed (ours), {BANK:,} past images as negatives"
-# Not the same to rounding, so apart: the towers in bfloat16, the maps in float32, as --dtype bfloat16 trains.
+# Not equal up to rounding, so not in VARIANTS: the towers in bfloat16, the maps in float32, as --dtype bfloat16 trains.
 HALF = {"packed (ours), towers in bfloat16": OURS, "CLIP and [RET] states cached, towers in bfloat16": CACHED}
 
 
@@ -75,7 +75,7 @@ def batches(model: UniMuRModel, count: int, seed: int = 0) -> list[dict[str, Any
 
 
 def inputs_of(variant: str, model: UniMuRModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """What a variant reads of a batch."""
+    """The inputs a variant reads of a batch."""
     if variant in SAVINGS:
         return padded(batch, model.config.n_visual_tokens)
     left_out = {"image_features", "image_embeds", "text_embeds", "ret_states"}
@@ -99,7 +99,7 @@ def stepper(
     trained = reference.trained() if reference else [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=0.0, weight_decay=0.0
-    )  # steps cost the same, and every variant stays alike
+    )  # with a rate of 0 a step costs the same and the variants stay equal
 
     def step(number: int) -> torch.Tensor:
         batch = ready[number % len(ready)]
@@ -125,13 +125,13 @@ def gradients(variant: str, model: UniMuRModel, batch: dict[str, Any]) -> tuple[
     inputs = inputs_of(variant, model, batch)
     loss = ReferenceStep(model, SAVINGS[variant])(inputs) if variant in SAVINGS else model(**inputs).loss
     loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and n.startswith("W_")}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and n.startswith("W_")}
     model.zero_grad(set_to_none=True)
-    return float(loss.detach()), found
+    return float(loss.detach()), grads
 
 
 def building(model: UniMuRModel, made: list[dict[str, Any]]) -> Callable[[int], None]:
-    """What an epoch's cache costs, a batch."""
+    """A function that computes one batch's part of an epoch's cache."""
 
     @torch.no_grad()
     def build(number: int) -> None:
@@ -150,9 +150,9 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     loss, expected = gradients(REFERENCE, model, made[0])
     worst = {"loss": 0.0, "gradients": 0.0}
     for variant in VARIANTS:
-        other, found = gradients(variant, model, made[0])
+        other, grads = gradients(variant, model, made[0])
         worst["loss"] = max(worst["loss"], abs(other - loss))
-        difference = max(float((found[n] - g).abs().max() / g.abs().max()) for n, g in expected.items())
+        difference = max(float((grads[n] - g).abs().max() / g.abs().max()) for n, g in expected.items())
         worst["gradients"] = max(worst["gradients"], difference)
     if worst["loss"] > 1e-4 or worst["gradients"] > 1e-3:
         raise AssertionError(f"{shape}: the variants do not compute the same: {worst}")
@@ -189,7 +189,7 @@ def one(variant: str, shape: str) -> int:
     """`peak_memory` of this process."""
     model = make_model(shape)
     made = batches(model, 1)
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the highest mark so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak memory of this process
     before = _status("VmRSS")
     step = stepper(variant, model, made)
     step(0), step(1)
@@ -218,13 +218,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "rounds": arguments.rounds, "threads": arguments.threads, "torch": torch.__version__, "batch": BATCH,
         "shapes": [measure(shape, arguments.rounds) for shape in shapes],
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "step-speed.json").write_text(json.dumps(result, indent=1) + "\n")
-    for found in result["shapes"]:
-        print(f"{found['shape']}; largest differences {found['largest_differences']}")
-        for name, value in found["ratios"].items():
+    write_json(arguments.output / "step-speed.json", result)
+    for shape in result["shapes"]:
+        print(f"{shape['shape']}; largest differences {shape['largest_differences']}")
+        for name, value in shape["ratios"].items():
             print(f"  {name}: {value['median']:.2f}x ({value['low']:.2f}-{value['high']:.2f})")
-        print("  peak MiB: " + ", ".join(f"{name} {size / 2**20:.0f}" for name, size in found["peak_bytes"].items()))
+        print("  peak MiB: " + ", ".join(f"{name} {size / 2**20:.0f}" for name, size in shape["peak_bytes"].items()))
     return result
 
 

@@ -35,10 +35,10 @@ def test_a_captioning_row_is_image_bos_caption(model):
     assert rows_in(batch, "ret_") == [ids_of(model, "BOS", word, "RET") for word in WORDS[:3]]
     for labels, word in zip(batch["labels"], WORDS, strict=False):
         expected = labels_of(model, "image", "BOS", word)
-        assert labels.tolist() == expected + [-100] * (len(labels) - len(expected))  # BOS is told, no end of text is
+        assert labels.tolist() == expected + [-100] * (len(labels) - len(expected))  # BOS is labelled; no end of text
 
 
-def test_joined_captioning_rows_keep_each_its_bos(model):
+def test_joined_captioning_rows_keep_every_bos(model):
     batch = inputs_of(model, 5, concatenate=1.0)
     expected = [
         ["image", "BOS", WORDS[0], "image", "BOS", WORDS[1]], ["image", "BOS", WORDS[2], "image", "BOS", WORDS[3]],
@@ -84,7 +84,7 @@ def contexts_of(model, dialogue, bos=FIRST_TEXT, **arguments):
         ([["hi", picture(1)]], ["BOS", "hi", "image"], ["BOS", "hi", "image", "BOS"]),
     ],
 )
-def test_bos_stands_before_text(model, dialogue, first, every):
+def test_bos_comes_before_text(model, dialogue, first, every):
     dialogue = [
         turn if not isinstance(turn, list) else {"role": "user", "content": [
             {"type": "text", "text": e} if isinstance(e, str) else {"type": "image", "image": e} for e in turn]}
@@ -95,7 +95,7 @@ def test_bos_stands_before_text(model, dialogue, first, every):
     assert contexts_of(model, dialogue, end_with_ret=False) == ids_of(model, *first)
 
 
-def test_more_bos_take_their_room(model):
+def test_further_bos_count_towards_the_length(model):
     dialogue = ["x" * 116, picture(1), "y", picture(2), "z"]
     assert len(contexts_of(model, dialogue)) == 128  # all the LLM has; two more BOS and the oldest must go
     parts = ["image", "BOS", "\ny\n", "image", "BOS", "\nz", "RET"]
@@ -203,7 +203,7 @@ def test_fromages_dialogue_to_image(model):
     assert system.rows == [ids_of(model, "BOS", "Q: is it? A: a cat.", "RET")]
 
 
-def test_fromages_conversations_speak_behind_the_context(model, monkeypatch):
+def test_fromages_conversations_generate_after_the_context(model, monkeypatch):
     """`generate_for_images_and_texts`: the LLM goes on from the prompts, which end in no [RET]."""
     read = []
     plain = model._speak
