@@ -287,18 +287,14 @@ class CheckpointModel(PreTrainedModel):
 
     def _saved_tensors(self, adapter: bool, given: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         """What `model.safetensors` is to hold. A LoRA is saved beside it, and the LLM's tensors keep their own names."""
-        tensors = self._whole_state_dict() if given is None else given
+        tensors = self.state_dict() if given is None else given
         if adapter:
             tensors = {n: tensor for n, tensor in tensors.items() if n.split(".")[0] in self.own_tensors}
+        if any(tensor.is_meta for tensor in tensors.values()):  # offloaded
+            from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+            tensors = {n: t for n, t in tensors.items() if not t.is_meta} | get_state_dict_offloaded_model(self)
         return {plain_name(n): tensor for n, tensor in tensors.items() if LORA not in n}
-
-    def _whole_state_dict(self) -> dict[str, torch.Tensor]:
-        tensors = self.state_dict()
-        if not any(tensor.is_meta for tensor in tensors.values()):
-            return tensors
-        from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-        return get_state_dict_offloaded_model(self)
 
     def push_to_hub(
         self, repo_id: str, *, card: ModelCard | None = None, pool: CandidatePool | None = None,
