@@ -10,9 +10,9 @@ from transformers import BatchFeature
 
 from .conversation_unimur import Conversation
 from .dialogues_unimur import is_batch
+from .identity_unimur import non_finite_tensors
 from .pool_unimur import CandidatePool, Retrieval
 from .replies_unimur import candidate_ids
-from .towers_unimur import non_finite_tensors
 
 
 class RetrievalMixin:

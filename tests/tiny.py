@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -20,10 +21,16 @@ from transformers import (
     GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MetaClip2Config,
+    MetaClip2Model,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Siglip2Tokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
 )
 
 from modeling_unimur import UniMuRModel, UniMuRProcessor
@@ -97,21 +104,64 @@ def clip_model(vocab_size: int, eos: int, image_size: int = 32, width: int = 32)
     return CLIPModel(config).eval()
 
 
+def siglip_tokenizer() -> Siglip2Tokenizer:
+    """A letter-level tokenizer laid out as SigLIP 2's: lower case, an end of text behind it, no beginning."""
+    ids = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS])}
+    tokenizer = Siglip2Tokenizer(vocab=ids, merges=[], model_max_length=16, padding_side="right")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", ids["<eos>"])]
+    )
+    return tokenizer
+
+
+def siglip_model(vocab_size: int, image_size: int = 32) -> SiglipModel:
+    """A SigLIP, as which SigLIP 2 of a fixed resolution is published; its embeddings have 32 dimensions."""
+    return SiglipModel(
+        SiglipConfig(
+            text_config={**SMALL, "vocab_size": vocab_size, "max_position_embeddings": 16, "projection_size": 32},
+            vision_config={**SMALL, "image_size": image_size, "patch_size": image_size // 4},
+        )
+    ).eval()
+
+
+def metaclip_2_model(vocab_size: int, eos: int, image_size: int = 32) -> MetaClip2Model:
+    ids = {"vocab_size": vocab_size, "eos_token_id": eos, "bos_token_id": eos - 1, "pad_token_id": eos}
+    return MetaClip2Model(
+        MetaClip2Config(
+            text_config={**SMALL, **ids},
+            vision_config={**SMALL, "image_size": image_size, "patch_size": image_size // 4},
+            projection_dim=24,
+        )
+    ).eval()
+
+
 def image_processor(size: int = 32) -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
-def make_towers(folder: Path, kind: str = "opt", seed: int = 0) -> tuple[Path, Path]:
-    """Both towers with their tokenizers, in `folder/text` and `folder/clip`."""
+def make_towers(folder: Path, kind: str = "opt", seed: int = 0, clip_kind: str = "clip") -> tuple[Path, Path]:
+    """
+    Both towers with their tokenizers, in `folder/text` and `folder/clip`; `clip_kind` is `clip`, `metaclip_2` or `siglip`.
+    """
     torch.manual_seed(seed)
     text, clip = folder / "text", folder / "clip"
-    tokenizer, clip_words = text_tokenizer(), clip_tokenizer()
+    tokenizer = text_tokenizer()
     text_model(kind, len(tokenizer)).save_pretrained(text)
     tokenizer.save_pretrained(text)
-    clip_model(len(clip_words), clip_words.eos_token_id).save_pretrained(clip)
-    clip_words.save_pretrained(clip)
-    image_processor().save_pretrained(clip)
+    make_image_text_tower(clip, clip_kind)
     return text, clip
+
+
+def make_image_text_tower(folder: Path, kind: str) -> None:
+    """A `clip`, `metaclip_2` or `siglip` with what reads its input."""
+    words = siglip_tokenizer() if kind == "siglip" else clip_tokenizer()
+    pictures = SiglipImageProcessor(size={"height": 32, "width": 32}) if kind == "siglip" else image_processor()
+    if kind == "siglip":
+        model = siglip_model(len(words))
+    else:
+        model = (clip_model if kind == "clip" else metaclip_2_model)(len(words), words.eos_token_id)
+    for part in (model, words, pictures):
+        part.save_pretrained(folder)
 
 
 def make_processor(n_visual_tokens: int = 2, **kwargs) -> UniMuRProcessor:

@@ -144,16 +144,18 @@ class PairCollator:
         states = self._captions([item.pop("cached", {}) for item in items])
         if "text_embeds" in states:
             items = [item | {"text": None} for item in items]
-        batch = dict(self.processor.documents(items, None if cached else images, pack=self.pack))
-        if states:
-            batch = {k: v for k, v in batch.items() if "ret_states" not in states or not k.startswith("ret_")}
-            batch |= states | {"text_rows": torch.arange(len(items))}
+        batch = self.processor.documents(items, None if cached else images, pack=self.pack)
+        if "ret_states" in states:
+            batch["contexts"] = {"states": states["ret_states"]}
+        if "text_embeds" in states:
+            batch["targets"] |= {"text_rows": torch.arange(len(items)), "text_embeds": states["text_embeds"]}
         if cached:
-            for name, values in zip(("image_features", "image_embeds"), zip(*images, strict=True), strict=True):
-                batch[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
-        if self.named:
-            batch |= {"names": names, "replies": replies}
-        return batch | {"skipped": dict(skips.counts), "n_seen": skips.seen}
+            features, embeds = (
+                torch.from_numpy(np.asarray(values, dtype=np.float32)) for values in zip(*images, strict=True)
+            )
+            batch["images"] = {"features": features, "embeds": embeds}
+        named = {"names": names, "replies": replies} if self.named else {}
+        return {**batch, **named, "skipped": dict(skips.counts), "n_seen": skips.seen}
 
     def _pair(self, row: dict[str, Any]) -> tuple[list[dict], list, str | None]:
         captions = usable_captions(row["captions"])

@@ -19,13 +19,9 @@ from train.sampler import GroupedSampler
 logger = logging.get_logger(__name__)
 
 BANK = "negatives_bank.safetensors"
-CAPTIONING = ("input_ids", "attention_mask", "labels", "label_positions", "image_indices", "packing")
-MATCHING = (
-    "ret_input_ids", "ret_attention_mask", "ret_image_indices", "ret_packing", "image_rows", "target_indices",
-    "text_rows", "clip_input_ids", "clip_attention_mask", "text_embeds", "ret_states",
-)  # fmt: skip
-
-MATCHING_TENSORS = ("W_t2m", "W_v2m", "logit_scale")
+# The parts of a batch that a schedule leaves out.
+LEFT_OUT = {"captioning": ("contexts", "targets"), "matching": ("captions",)}
+MATCHING_TENSORS = ("W_t2m", "W_v2m", "logit_scale", "logit_bias")
 
 
 @dataclass
@@ -146,21 +142,25 @@ class UniMuRTrainer(Trainer):
         part = self.args.schedule
         if part == "alternating":
             part = "captioning" if self.state.global_step % 2 == 0 else "matching"
-        left_out = {"captioning": MATCHING, "matching": CAPTIONING}.get(part, ())
-        inputs = {key: value for key, value in inputs.items() if key not in left_out}
-        banked = self.bank is not None and "image_rows" in inputs
+        inputs = {name: value for name, value in inputs.items() if name not in LEFT_OUT.get(part, ())}
+        banked = self.bank is not None and "targets" in inputs
         if banked:
             self.fill_bank()  # only now: the last step's backward pass still read the bank
             inputs["negatives"] = self.bank.embeds
         outputs = model(**inputs)
         if banked:
-            self._to_bank = outputs.image_embeds[inputs["target_indices"]]
+            self._to_bank = outputs.image_embeds[inputs["targets"]["image_indices"]]
         for name, loss in outputs.items():
             if name.startswith("loss_"):
                 # Kept on the device: reading it here would make the host wait for every step.
                 total, count = self._parts.get(name, (0.0, 0))
                 self._parts[name] = (total + loss.detach(), count + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def floating_point_ops(self, inputs):
+        """6 for each parameter and token of the contexts, as transformers counts them; none where they are cached."""
+        tokens = inputs.get("contexts", {}).get("input_ids")
+        return 0 if tokens is None else 6 * tokens.numel() * self.model.num_parameters(exclude_embeddings=True)
 
     def fill_bank(self) -> None:
         """Adds the last step's images to the bank of negatives; every process takes part."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
@@ -15,6 +16,8 @@ from benchmarks.baselines.fromage_processor import FIRST_TEXT, FromageProcessor
 from benchmarks.language import LanguageSystem
 from benchmarks.systems import Embedder, ImageReplies
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuROutput
+from modeling_unimur.batch_unimur import Captions, Contexts, Images, Targets
+from modeling_unimur.checkpoint_unimur import CheckpointModel
 from modeling_unimur.losses_unimur import caption_loss, info_nce
 from modeling_unimur.processing_unimur import IGNORE
 
@@ -87,13 +90,18 @@ class FromageModel(UniMuRModel):
     own_tensors = UniMuRModel.own_tensors
     _keep_in_fp32_modules_strict = list(own_tensors)
 
-    @staticmethod
-    def map_widths(config: FromageConfig) -> dict[str, tuple[int, int]]:
-        """The linear maps: name -> widths in and out."""
-        return UniMuRModel.map_widths(config) | {"W_v2m": (config.image_feature_width, config.embedding_width)}
+    def __init__(self, config: FromageConfig):
+        CheckpointModel.__init__(self, config)  # UniMuR's tensors, with one more map
+        self.W_i2t = nn.Linear(config.image_feature_width, config.n_visual_tokens * config.text_width)
+        self.W_t2m = nn.Linear(config.text_width, config.embedding_width)
+        self.W_v2m = nn.Linear(config.image_feature_width, config.embedding_width)
+        self.ret_embedding = nn.Parameter(torch.empty(config.text_width))
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.make_towers()
+        self.post_init()
+        self.freeze()
 
-    @staticmethod
-    def trained_maps(config: FromageConfig) -> set[str]:
+    def trained_maps(self) -> set[str]:
         """All of them."""
         return {"W_i2t", "W_t2m", "W_v2m"}
 
@@ -131,47 +139,42 @@ class FromageModel(UniMuRModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        image_indices: torch.Tensor | None = None,
-        ret_input_ids: torch.Tensor | None = None,
-        ret_attention_mask: torch.Tensor | None = None,
-        ret_image_indices: torch.Tensor | None = None,
-        image_rows: torch.Tensor | None = None,
-        target_indices: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
+        captions: Captions | None = None,
+        contexts: Contexts | None = None,
+        targets: Targets | None = None,
+        images: Images | None = None,
     ) -> FromageOutput:
         """
-        The losses on a batch of [`benchmarks.baselines.fromage_train.FromageCollator`]: captioning where `labels` are
-        given, the retrieval pass where `ret_input_ids` are. `image_features` `(i, c)` may be given for `pixel_values`.
+        The losses on a batch of [`benchmarks.baselines.fromage_train.FromageCollator`]: captioning where there are
+        `captions`, the retrieval pass where there are `contexts`. Images may come with their `features` `(i, c)`.
 
         Raises:
-            ValueError: neither kind of input is given.
+            ValueError: neither captions nor contexts with their targets are given.
         """
-        if labels is None and ret_input_ids is None:
-            raise ValueError("give labels (captioning), ret_input_ids (retrieval), or both")
-        if pixel_values is not None and len(pixel_values):
-            image_features = self.encode_images(pixel_values)[0]
+        if captions is None and (contexts is None or targets is None):
+            raise ValueError("give captions, contexts (retrieval) with their targets, or both")
+        features = self._encoded(images)[0]
         losses: dict[str, torch.Tensor] = {}
         ret_embeds = image_embeds = None
-        if labels is not None:
+        if captions is not None:
             losses["loss_cap"] = caption_loss(
-                *self.caption_logits(input_ids, attention_mask, labels, image_features[image_indices])
-            )
-        if ret_input_ids is not None:
-            features = None if ret_image_indices is None else image_features[ret_image_indices]
-            hidden = self.last_outputs(self.input_embeddings(ret_input_ids, features), ret_attention_mask)
-            is_text = ret_attention_mask.bool() & (ret_input_ids != self.config.image_token_id)
-            losses["loss_ret"] = caption_loss(
-                *self.next_token_logits(hidden, ret_input_ids.masked_fill(~is_text, IGNORE))
-            )
-            at_ret = (ret_input_ids == self.config.ret_token_id).int().argmax(-1)
+                *self.caption_logits(
+                    captions["input_ids"], captions["attention_mask"], captions["labels"],
+                    features[captions["image_indices"]],
+                )
+            )  # fmt: skip
+        if contexts is not None and targets is not None:
+            ids, mask = contexts["input_ids"], contexts["attention_mask"]
+            in_context = features[contexts["image_indices"]] if "image_indices" in contexts else None
+            hidden = self.last_outputs(self.input_embeddings(ids, in_context), mask)
+            words = mask.bool() & (ids != self.config.image_token_id)
+            losses["loss_ret"] = caption_loss(*self.next_token_logits(hidden, ids.masked_fill(~words, IGNORE)))
+            at_ret = (ids == self.config.ret_token_id).int().argmax(-1)
             ret_embeds = self.W_t2m(hidden[torch.arange(len(hidden), device=hidden.device), at_ret].float())
-            image_embeds = self.W_v2m(image_features[target_indices])
+            image_embeds = self.W_v2m(features[targets["image_indices"]])
             scale = self.logit_scale.exp().clamp(max=100)
-            losses["loss_vm"] = self.config.lambda1 * info_nce(ret_embeds[image_rows], image_embeds, scale) / 2
+            rows = ret_embeds[targets["image_rows"]]
+            losses["loss_vm"] = self.config.lambda1 * info_nce(rows, image_embeds, scale) / 2
         return FromageOutput(
             loss=sum(losses.values()), ret_embeds=ret_embeds, image_embeds=image_embeds, **losses
         )  # fmt: skip

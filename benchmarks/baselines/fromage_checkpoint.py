@@ -14,7 +14,7 @@ from transformers import AutoConfig, CLIPConfig
 
 from benchmarks.baselines.fromage import FromageModel
 from benchmarks.schema import BadDataError, read_json, require
-from modeling_unimur.towers_unimur import non_finite_tensors
+from modeling_unimur.identity_unimur import non_finite_tensors
 from train.arguments import ModelArguments
 from train.run import make_processor
 

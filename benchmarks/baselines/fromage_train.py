@@ -46,25 +46,27 @@ class FromageCollator(PairCollator):
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
-        # The targets are W_v2m of the features; CLIP's texts, and embeddings cached from an untrained map are not needed.
-        for name in ("text_rows", "clip_input_ids", "clip_attention_mask", "image_embeds", "label_positions"):
-            batch.pop(name, None)
+        # The targets are W_v2m of the features; CLIP's texts, and what was cached of an untrained map, are not needed.
+        for name in ("text_rows", "input_ids", "attention_mask", "text_embeds"):
+            batch["targets"].pop(name, None)
         # A hash rather than a generator, as for the captions: the draw is the same in every worker.
         draw = zlib.crc32(f"{self.seed}-{self.epoch}-{'-'.join(str(row['id']) for row in rows)}".encode()) / 2**32
         rows = caption_rows(batch, self.processor)
         if draw < self.concatenate:
             rows = joined(rows, self.processor.max_length)
-        return batch | captioning(rows, self.processor)
+        images = batch["captions"]["image_indices"]
+        return batch | {"captions": captioning(rows, self.processor) | {"image_indices": images}}
 
 
-def caption_rows(batch: dict[str, torch.Tensor], processor: UniMuRProcessor) -> list[list[int]]:
+def caption_rows(batch: dict[str, Any], processor: UniMuRProcessor) -> list[list[int]]:
     """`image BOS caption` of each row `BOS caption [RET]` of the retrieval pass, within the LLM's positions."""
     image = [processor.image_token_id] * processor.n_visual_tokens
     room = processor.max_length - len(image)
-    sizes = batch["ret_attention_mask"].sum(1).tolist()
+    contexts = batch["contexts"]
+    sizes = contexts["attention_mask"].sum(1).tolist()
     return [
         image + ids[: min(size - 1, room)].tolist()
-        for ids, size in zip(batch["ret_input_ids"], sizes, strict=True)
+        for ids, size in zip(contexts["input_ids"], sizes, strict=True)
     ]  # fmt: skip
 
 

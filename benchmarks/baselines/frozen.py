@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, set_seed
 from transformers.configuration_utils import SubConfigSpec
 
 from benchmarks.language import LanguageSystem
 from modeling_unimur import UniMuRConfig, UniMuRModel
+from modeling_unimur.checkpoint_unimur import CheckpointModel
 from train.arguments import CONFIGS, parse
 from train.collate import PairCollator
 from train.miniature.prepare import Miniature
@@ -56,25 +58,25 @@ class FrozenModel(UniMuRModel):
     _keep_in_fp32_modules_strict = list(own_tensors)
 
     def __init__(self, config: FrozenConfig):
-        super().__init__(config)
+        CheckpointModel.__init__(self, config)  # UniMuR's tensors without W_t2m
+        self.W_i2t = nn.Linear(config.image_feature_width, config.n_visual_tokens * config.text_width)
+        self.ret_embedding = nn.Parameter(torch.empty(config.text_width))
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.make_towers()
+        self.post_init()
         self.vision_encoder = CLIPVisionModel._from_config(config.vision_config)
         self.post_init()
-        self._freeze()
+        self.freeze()
 
-    @staticmethod
-    def map_widths(config: FrozenConfig) -> dict[str, tuple[int, int]]:
-        return {"W_i2t": (config.image_feature_width, config.n_visual_tokens * config.text_width)}
-
-    @staticmethod
-    def trained_maps(config: FrozenConfig) -> set[str]:
+    def trained_maps(self) -> set[str]:
         return {"W_i2t"}
 
-    def _freeze(self) -> None:
-        super()._freeze()
+    def freeze(self) -> None:
+        """Lets gradients into the map and the image encoder."""
+        super().freeze()
         self.logit_scale.requires_grad_(False)
         self.ret_embedding.requires_grad_(False)
-        if hasattr(self, "vision_encoder"):
-            self.vision_encoder.requires_grad_(True)
+        self.vision_encoder.requires_grad_(True)
 
     def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder's pooled output `(i, c)`, with gradient, in place of both outputs of CLIP."""

@@ -22,7 +22,7 @@ from benchmarks.tasks.candidates import Embedded, candidate_rows, embed
 from benchmarks.tasks.contexts import context_of
 from modeling_unimur import UniMuRModel
 from modeling_unimur.dialogues_unimur import parse_dialogue
-from modeling_unimur.towers_unimur import digest
+from modeling_unimur.identity_unimur import digest, named_weights
 from train.arguments import ModelArguments
 from train.extract import values_hash
 from train.miniature import Miniature, prepare
@@ -101,11 +101,11 @@ class Bench:
 
         with_images = any(model.config.image_token_id in row for row in ids)
         identity = {
-            "weights of the LLM": digest(model.language_model.named_parameters(), head=64),
+            "weights of the LLM": digest(named_weights(model.language_model), head=64),
             "dtype": str(model.language_model.dtype),
             "[RET]": digest([("ret_embedding", model.ret_embedding)]),
             "preprocessing": processor.fingerprint,
-            "W_i2t": digest(model.W_i2t.named_parameters()) if with_images else "no images",
+            "W_i2t": digest(named_weights(model.W_i2t)) if with_images else "no images",
         }
         sources = [
             {"rows": f"{p.start}-{p.stop - 1}", "texts": values_hash([_words(turns[i]) for i in p])} for p in parts

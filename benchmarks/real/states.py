@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from modeling_unimur.towers_unimur import digest
+from modeling_unimur.identity_unimur import digest, named_weights
 from train.extract import values_hash
 from train.shards import Shard, ShardedTable, build_shards
 
@@ -41,8 +41,8 @@ def cached_states(
             yield number, columns, {}
 
     identity = {
-        "weights of the LLM": digest(llm.named_parameters(), head=64), "dtype": str(llm.dtype), "layers": list(layers),
-        "prompts": digest(prompts.items()),
+        "weights of the LLM": digest(named_weights(llm), head=64), "dtype": str(llm.dtype), "layers": list(layers),
+        "prompts": digest(sorted(prompts.items())),
     }  # fmt: skip
     sources = [{"rows": f"{p.start}-{p.stop - 1}", "ids": values_hash([str(rows[i]) for i in p])} for p in parts]
     build_shards(folder, identity, sources, make, rank=0, world=1)

@@ -64,10 +64,7 @@ def train(bench: Bench, features: torch.Tensor, path: Path, seed: int = 0) -> fl
             group["lr"] = RATE * min(1.0, (step + 1) / 5) * (1 - step / STEPS)
         chosen = torch.randint(len(features), (BATCH,), generator=generator).tolist()
         batch = model.processor.pairs(None, [rows["captions"][i][0] for i in chosen])
-        inputs = {
-            name: batch[name] for name in ("input_ids", "attention_mask", "labels", "label_positions", "image_indices")
-        }
-        loss = model(**inputs, image_features=features[chosen]).loss_cap
+        loss = model(captions=batch["captions"], images={"features": features[chosen]}).loss_cap
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

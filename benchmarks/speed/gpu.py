@@ -25,13 +25,13 @@ from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
 from train.miniature.towers import clip_tokenizer, opt_tokenizer
 
 from .models import sentence
+from .step import CACHED_ALL, CACHED_CLIP, UNCACHED, UNPACKED, with_cached, without
 
 PAIRS, EPOCHS = 3_300_000, 5
 WAYS = {
-    "uncached": ("image_features", "image_embeds", "text_embeds", "ret_states"),
-    "CLIP cached": ("pixel_values", "clip_input_ids", "clip_attention_mask", "ret_states"),
-    "CLIP and [RET] states cached": ("pixel_values", "clip_input_ids", "clip_attention_mask", "ret_input_ids",
-                                     "ret_attention_mask", "ret_image_indices", "ret_packing"),
+    "uncached": UNCACHED,
+    "CLIP cached": CACHED_CLIP,
+    "CLIP and [RET] states cached": CACHED_ALL,
 }  # fmt: skip
 
 
@@ -75,27 +75,18 @@ def make_batch(model: UniMuRModel, size: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     captions = [sentence(model, rng.randint(6, 16), rng) for _ in range(size)]
     items = [{"caption": (i, c), "context": [[c]], "image": i, "text": c} for i, c in enumerate(captions)]
-    batch = _moved(dict(model.processor.documents(items, None, pack=True)), model.device)
+    batch = _moved(model.processor.documents(items, None, pack=True), model.device)
     side = model.config.clip_config.vision_config.image_size
-    batch["pixel_values"] = torch.randn(size, 3, side, side, device=model.device)
-    return batch | cached(model, batch)
-
-
-@torch.no_grad()
-def cached(model: UniMuRModel, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the cache contains for a batch."""
-    features, embeds = model.encode_images(batch["pixel_values"])
-    texts = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
-    states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch["ret_packing"])
-    return {"image_features": features, "image_embeds": embeds, "text_embeds": texts, "ret_states": states}
+    batch["images"] = {"pixel_values": torch.randn(size, 3, side, side, device=model.device)}
+    return with_cached(model, batch, packed=True)
 
 
 def check(model: UniMuRModel, batch: dict[str, Any], tolerance: float) -> dict[str, float]:
     """Losses of every way on one batch; raises `AssertionError` where they differ by more than the share `tolerance`."""
     losses = {}
     with torch.no_grad():
-        for way, left_out in {**WAYS, "padded": (*WAYS["uncached"], "packing", "ret_packing")}.items():
-            losses[way] = float(model(**{k: v for k, v in batch.items() if k not in left_out}).loss)
+        for way, left_out in {**WAYS, "padded": UNPACKED}.items():
+            losses[way] = float(model(**without(batch, **left_out)).loss)
     for way, loss in losses.items():
         if not abs(loss - losses["padded"]) <= tolerance * abs(losses["padded"]):
             raise AssertionError(f"{way} gives the loss {loss}, padded {losses['padded']}")
@@ -114,9 +105,9 @@ def flop_per_pair(model: UniMuRModel, batch: dict[str, Any]) -> dict[str, float]
     llm, clip = model.language_model, model.clip
     table = llm.get_input_embeddings().weight.numel()
     trunk = weights(llm.base_model) - table
-    pairs = len(batch["ret_states"])
-    caption, labelled = float(batch["attention_mask"].sum()) / pairs, len(batch["label_positions"]) / pairs
-    retrieval, words = (float(batch[name].sum()) / pairs for name in ("ret_attention_mask", "clip_attention_mask"))
+    captions, pairs = batch["captions"], len(batch["contexts"]["states"])
+    caption, labelled = float(captions["attention_mask"].sum()) / pairs, len(captions["label_positions"]) / pairs
+    retrieval, words = (float(batch[part]["attention_mask"].sum()) / pairs for part in ("contexts", "targets"))
     vision = model.config.clip_config.vision_config
     positions = (vision.image_size // vision.patch_size) ** 2 + 1
     images = 2 * weights(clip.vision_model) * positions
@@ -159,7 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
               "CLIP and [RET] states cached": operations["captioning"]}  # fmt: skip
     ways = {}
     for way, left_out in WAYS.items():
-        ready = [{k: v for k, v in batch.items() if k not in left_out} for batch in batches]
+        ready = [without(batch, **left_out) for batch in batches]
         number = 0
 
         def step(ready=ready):
@@ -177,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "hours": EPOCHS * PAIRS / each / 3600,
             "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         }  # fmt: skip
-    build = arguments.batch / _seconds(lambda: cached(model, batches[0]), device, arguments.steps)
+    build = arguments.batch / _seconds(lambda: with_cached(model, batches[0], packed=True), device, arguments.steps)
     ways["CLIP and [RET] states cached"]["hours_with_building"] = (
         ways["CLIP and [RET] states cached"]["hours"] + PAIRS / build / 3600
     )

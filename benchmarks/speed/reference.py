@@ -59,17 +59,21 @@ class ReferenceStep(nn.Module):
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """The loss; see [`UniMuRModel.forward`]."""
         model, config, once = self.model, self.model.config, self.savings.once
-        features, embeds = model.encode_images(batch["pixel_values"])
-        hidden, logits = self._pass(batch["input_ids"], batch["attention_mask"], features[batch["image_indices"]])
-        labels = batch["labels"][:, 1:]
+        captions, contexts, targets = batch["captions"], batch["contexts"], batch["targets"]
+        pixel_values = batch["images"]["pixel_values"]
+        features, embeds = model.encode_images(pixel_values)
+        hidden, logits = self._pass(
+            captions["input_ids"], captions["attention_mask"], features[captions["image_indices"]]
+        )
+        labels = captions["labels"][:, 1:]
         if self.savings.caption_logits:
             kept = labels != -100
             loss_cap = F.cross_entropy(F.linear(hidden[:, :-1][kept], self.table[:-1]).float(), labels[kept])
         else:
-            loss_cap = next_token_loss(logits, batch["labels"])
+            loss_cap = next_token_loss(logits, captions["labels"])
         if not once:
-            features, embeds = model.encode_images(batch["pixel_values"])
-        ids, mask = batch["ret_input_ids"], batch["ret_attention_mask"]
+            features, embeds = model.encode_images(pixel_values)
+        ids, mask = contexts["input_ids"], contexts["attention_mask"]
         hidden, logits = self._pass(ids, mask, None, logits=not self.savings.no_ret_logits)
         if logits is not None:
             ignored = (mask == 0) | (ids == config.ret_token_id)
@@ -82,8 +86,8 @@ class ReferenceStep(nn.Module):
             states = torch.stack([row[(ids == config.ret_token_id).nonzero()[0, 0]] for row, ids in rows])
         ret_embeds = model.W_t2m(states.float())
         scale = model.logit_scale.exp().clamp(max=100)
-        loss_vm = visual_matching_loss(ret_embeds, embeds[batch["target_indices"]], scale)
-        texts = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
+        loss_vm = visual_matching_loss(ret_embeds, embeds[targets["image_indices"]], scale)
+        texts = model.encode_clip_texts(targets["input_ids"], targets["attention_mask"])
         loss_tm = text_matching_loss(
             ret_embeds, texts, target=config.text_target, reduction=config.text_target_reduction
         )
@@ -137,8 +141,10 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def padded(batch: dict[str, Any], n_visual_tokens: int) -> dict[str, Any]:
     """A batch with its two passes padded to a fixed length, as FROMAGe pads."""
     made = dict(batch)
-    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100), ("ret_input_ids", 0),
-                       ("ret_attention_mask", 0)):  # fmt: skip
-        rows, length = made[name], LENGTH + (0 if name.startswith("ret_") else n_visual_tokens)
-        made[name] = F.pad(rows, (0, max(0, length - rows.shape[1])), value=fill)
+    for part, length in (("captions", LENGTH + n_visual_tokens), ("contexts", LENGTH)):
+        made[part] = dict(made[part])
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+            if name in made[part]:
+                rows = made[part][name]
+                made[part][name] = F.pad(rows, (0, max(0, length - rows.shape[1])), value=fill)
     return made

@@ -13,7 +13,7 @@ import argparse
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -63,31 +63,49 @@ def batches(model: UniMuRModel, count: int, seed: int = 0) -> list[dict[str, Any
     for _ in range(count):
         captions = [sentence(model, rng.randint(6, 14), rng) for _ in range(BATCH)]
         items = [{"caption": (i, c), "context": [[c]], "image": i, "text": c} for i, c in enumerate(captions)]
-        batch = dict(model.processor.documents(items, None, pack=True))
+        batch = model.processor.documents(items, None, pack=True)
         size = model.config.clip_config.vision_config.image_size
-        batch["pixel_values"] = torch.randn(BATCH, 3, size, size, generator=generator)
-        with torch.no_grad():
-            batch["image_features"], batch["image_embeds"] = model.encode_images(batch["pixel_values"])
-            batch["text_embeds"] = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
-            batch["ret_states"] = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"])
-        made.append(batch)
+        batch["images"] = {"pixel_values": torch.randn(BATCH, 3, size, size, generator=generator)}
+        made.append(with_cached(model, batch))
     return made
+
+
+@torch.no_grad()
+def with_cached(model: UniMuRModel, batch: dict[str, Any], *, packed: bool = False) -> dict[str, Any]:
+    """The batch, each part with what the cache would hold of it beside what it is computed from."""
+    contexts, targets, images = batch["contexts"], batch["targets"], batch["images"]
+    features, embeds = model.encode_images(images["pixel_values"])
+    texts = model.encode_clip_texts(targets["input_ids"], targets["attention_mask"])
+    packing = contexts["packing"] if packed else None
+    states = model.ret_states(contexts["input_ids"], contexts["attention_mask"], packing=packing)
+    return batch | {
+        "contexts": contexts | {"states": states},
+        "targets": targets | {"text_embeds": texts},
+        "images": images | {"features": features, "embeds": embeds},
+    }
+
+
+def without(batch: dict[str, Any], **left_out: Sequence[str]) -> dict[str, Any]:
+    """The batch without some of the tensors of its parts: part -> names."""
+    return batch | {
+        part: {name: value for name, value in batch[part].items() if name not in names}
+        for part, names in left_out.items()
+    }
+
+
+TOKENS = ("input_ids", "attention_mask")
+CACHED_CLIP = {"images": ("pixel_values",), "targets": TOKENS, "contexts": ("states",)}
+CACHED_ALL = CACHED_CLIP | {"contexts": (*TOKENS, "image_indices", "packing")}
+UNCACHED = {"images": ("features", "embeds"), "targets": ("text_embeds",), "contexts": ("states",)}
+UNPACKED = UNCACHED | {"contexts": ("states", "packing"), "captions": ("packing",)}
 
 
 def inputs_of(variant: str, model: UniMuRModel, batch: dict[str, Any]) -> dict[str, Any]:
     """The inputs a variant reads of a batch."""
     if variant in SAVINGS:
         return padded(batch, model.config.n_visual_tokens)
-    left_out = {"image_features", "image_embeds", "text_embeds", "ret_states"}
-    if variant == PADDED:
-        left_out |= {"packing", "ret_packing"}
-    elif variant in (CLIP_CACHED, CACHED):
-        left_out = {"pixel_values", "clip_input_ids", "clip_attention_mask"} | (
-            {"ret_states"} if variant == CLIP_CACHED else set()
-        )
-        if variant == CACHED:
-            left_out |= {"ret_input_ids", "ret_attention_mask", "ret_image_indices", "ret_packing"}
-    return {name: value for name, value in batch.items() if name not in left_out}
+    left_out = {PADDED: UNPACKED, CLIP_CACHED: CACHED_CLIP, CACHED: CACHED_ALL}.get(variant, UNCACHED)
+    return without(batch, **left_out)
 
 
 def stepper(
@@ -133,12 +151,8 @@ def gradients(variant: str, model: UniMuRModel, batch: dict[str, Any]) -> tuple[
 def building(model: UniMuRModel, made: list[dict[str, Any]]) -> Callable[[int], None]:
     """A function that computes one batch's part of an epoch's cache."""
 
-    @torch.no_grad()
     def build(number: int) -> None:
-        batch = made[number % len(made)]
-        model.encode_images(batch["pixel_values"])
-        model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
-        model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch["ret_packing"])
+        with_cached(model, made[number % len(made)], packed=True)
 
     return build
 

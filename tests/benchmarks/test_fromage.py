@@ -127,14 +127,14 @@ def test_losses_equal_a_computation_row_by_row(model):
     both = [F.cross_entropy(s, torch.arange(4)) for s in (scores, scores.T)]
     assert torch.allclose(outputs.loss_vm, (both[0] + both[1]) / 2, atol=1e-4)
     assert torch.allclose(outputs.loss, outputs.loss_cap + outputs.loss_ret + outputs.loss_vm)
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="give captions, contexts"):
         model()
 
 
 def test_cached_features_give_the_same_loss(model):
     batch = inputs_of(model)
     expected = model(**batch).loss
-    batch["image_features"] = model.encode_images(batch.pop("pixel_values"))[0]
+    batch["images"] = {"features": model.encode_images(batch["images"]["pixel_values"])[0]}
     assert torch.equal(model(**batch).loss, expected)
 
 

@@ -57,7 +57,7 @@ def test_the_retrieval_pass_of_the_reference_computes_its_next_token_loss(small,
     inputs = step.padded(batch, model.config.n_visual_tokens)
     step.ReferenceStep(model)(inputs)
     assert len(seen) == 2
-    ids, mask = batch["ret_input_ids"], batch["ret_attention_mask"]
+    ids, mask = batch["contexts"]["input_ids"], batch["contexts"]["attention_mask"]
     logits = model.language_model(inputs_embeds=model.input_embeddings(ids), attention_mask=mask).logits
     words = ids.masked_fill((mask == 0) | (ids == model.config.ret_token_id), -100)
     assert float(seen[1].detach()) == pytest.approx(float(plain(logits, words).detach()), rel=1e-4)
@@ -117,4 +117,4 @@ def test_the_gpu_script_works_at_small_shapes_anywhere(tmp_path):
     model = gpu.make_model(True, torch.device("cpu"), torch.float32)
     with pytest.raises(AssertionError, match="CLIP cached gives the loss"):
         batch = gpu.make_batch(model, 4, 0)
-        gpu.check(model, batch | {"image_features": batch["image_features"] + 1}, 1e-4)
+        gpu.check(model, batch | {"images": batch["images"] | {"features": batch["images"]["features"] + 1}}, 1e-4)
