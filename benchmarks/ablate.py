@@ -4,8 +4,8 @@ The paper's ablations and its open questions on the miniature.
     python -m benchmarks.ablate --table 4          Tables 4, 5, 6, or `open` for what the paper leaves open
     python -m benchmarks.ablate --table all --seeds 0 1 2 3 4
 
-Every row has the same steps and is trained at the same learning rates; the rate with the best mean on validation over
-the seeds is taken for it, and only that one is measured on test.
+Every row has the same steps and is trained at the same learning rates. The rate with the best mean on validation over
+the seeds is taken, and only that one is measured on test.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import numpy as np
 from train.parallel import side_by_side
 
 from .ablation import Row, run_test, run_validation
+from .output import write_json
 
 BIASES = tuple(round(b, 3) for b in np.linspace(-0.3, 0.3, 25))
 MATCHING = ("image retrieval rate", "image retrieval rate on text-only turns", "image R@1", "text R@1", "overall R@1",
@@ -28,7 +29,7 @@ VISUAL = ("contextual image R@1", "contextual image, image informs R@1", "overal
 SPACE = {"alignment": "canonical", "lambda2": 0.0, "temperature": 0.05}
 NEAR = {"state_noise": 0.3, "negatives_bank": 4096}
 
-# name -> (what it asks, the measure that chooses the rate, the measures shown, rows; the first is the default)
+# name -> (what it asks, the measure that chooses the rate, the columns, rows; the first is the default)
 TABLES: dict[str, tuple[str, str, Sequence[str], list[Row]]] = {
     "4": ("Table 4: the training strategy", "overall R@1", MATCHING,
           [Row("DAT"), Row("VM", {"lambda2": 0.0}), Row("TM", {"lambda1": 0.0})]),
@@ -82,8 +83,8 @@ def ablate(tables: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[st
     Runs tables over seeds, two at a time.
 
     Returns:
-        By table: `asks`, `chosen_by`, `shown`, and `rows`, each with its `validation` means by rate, the chosen `rate`,
-        and a test result a seed.
+        By table: `asks`, `chosen_by`, `shown` (the columns) and `rows`, each with its `validation` means by rate, the
+        chosen `rate`, and a test result per seed.
     """
     rows = list({row.key + str(row.fields): row for name in tables for row in TABLES[name][3]}.values())
     folders = [str(folder / f"seed-{seed}") for seed in seeds]
@@ -106,9 +107,9 @@ def ablate(tables: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[st
         entry["seeds"] = [result[at] for result in tested]
     results = {}
     for name in tables:
-        asks, by, shown, members = TABLES[name]
+        asks, by, columns, members = TABLES[name]
         results[name] = {
-            "asks": asks, "chosen_by": f"{by} on validation", "shown": list(shown), "rates": list(members[0].rates),
+            "asks": asks, "chosen_by": f"{by} on validation", "shown": list(columns), "rates": list(members[0].rates),
             "rows": [
                 {"name": e["row"].name, "fields": e["row"].fields, "part": e["row"].part, "steps": e["row"].steps,
                  "training": e["row"].training,
@@ -125,15 +126,14 @@ def main() -> None:
     parser.add_argument("--table", nargs="+", default=["all"], choices=[*GROUPS, *TABLES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--folder", type=Path, default=Path("runs/report"), help="towers and trained maps, by seed")
-    parser.add_argument("--output", type=Path, help="folder of the json; by default the one of the runs")
+    parser.add_argument("--output", type=Path, help="folder of the json; by default --folder")
     arguments = parser.parse_args()
     tables = list(dict.fromkeys(name for given in arguments.table for name in GROUPS.get(given, [given])))
     results = ablate(tables, arguments.seeds, arguments.folder)
     output = arguments.output or arguments.folder
-    output.mkdir(parents=True, exist_ok=True)
     for name, result in results.items():
         path = output / f"ablation-{name.replace(' ', '-')}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, result)
         print(f"\n{result['asks']} (test, mean of {len(arguments.seeds)} seeds; percent)")
         for row in result["rows"]:
             means = {m: 100 * np.mean([s["metrics"][m]["value"] for s in row["seeds"]]) for m in result["shown"]}

@@ -1,7 +1,7 @@
 """One seed of the ablations on the miniature: rows trained at every learning rate, measured on validation and on test.
 
-With [RET] frozen, L_cap trains only W_i2t and L_vm + L_tm only W_t2m, so the rows that differ in the latter share the
-former, and train on the LLM's cached outputs at [RET].
+With [RET] frozen, L_cap trains only W_i2t and L_vm + L_tm only W_t2m, so rows that differ in W_t2m share
+W_i2t, and train on the LLM's cached outputs at [RET].
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from .data import miniature
 from .measure import Measure
 from .protocols import protocols
 from .schema import Dialogues
+from .systems import cosine
 from .tasks import image, response
 from .tasks.candidates import Embedded, candidate_rows
 from .tasks.contexts import context_of
@@ -79,7 +80,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Names what is trained, so that a row that stands in several tables is trained once."""
+        """Names what is trained, so that a row in several tables is trained once."""
         given = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
         if "text_candidates" in self.fields:  # a choice of the pool, not of training
             given["fields"] = {k: v for k, v in self.fields.items() if k != "text_candidates"}
@@ -129,13 +130,15 @@ class Seed:
             tensors |= {n: t for n, t in shared.items() if n.startswith(other[1])}
         model = self.model(row)
         if model.config.alignment == "canonical":
-            width, read = len(tensors["W_t2m.bias"]), tensors["W_v2m.weight"].shape[1]
-            model.set_shared_space(width, "pooled" if read == model.config.image_feature_width else "projected")
+            width, feature_width = len(tensors["W_t2m.bias"]), tensors["W_v2m.weight"].shape[1]
+            model.set_shared_space(
+                width, "pooled" if feature_width == model.config.image_feature_width else "projected"
+            )
         model.load_state_dict(tensors, strict=False)
         return model.eval()
 
     def _tensors(self, row: Row, rate: float) -> dict[str, torch.Tensor]:
-        """What training the row gives, taken from disk where an earlier call left it."""
+        """What training the row gives, read from disk where an earlier call saved it."""
         path = self.runs / f"{row.key}-{rate:g}.safetensors"
         if not path.is_file():
             model = self.model(row)
@@ -185,13 +188,13 @@ class Seed:
     # Evaluation
 
     def evaluation(self, split: str) -> dict:
-        """The two dialogue sets of a split, their contexts, and CLIP's embeddings of the first one's candidates."""
+        """The two dialogue sets of a split, `"mmdialog"` and `"visdial"`, and their contexts."""
         if split not in self._evaluation:
-            said, seen = miniature.mmdialog(split), miniature.visdial(split)
+            mmdialog, visdial = miniature.mmdialog(split), miniature.visdial(split)
             self._evaluation[split] = {
-                "said": said, "seen": seen,
-                "said contexts": [context_of(d, said.images) for d in said.dialogues],
-                "seen contexts": [context_of(d, seen.images) for d in seen.dialogues],
+                "mmdialog": mmdialog, "visdial": visdial,
+                "mmdialog contexts": [context_of(d, mmdialog.images) for d in mmdialog.dialogues],
+                "visdial contexts": [context_of(d, visdial.images) for d in visdial.dialogues],
             }  # fmt: skip
         return self._evaluation[split]
 
@@ -201,7 +204,7 @@ class Seed:
         text_rows, image_rows = candidate_rows(data)
         texts = [data.texts[i] for i in text_rows]
         images = [data.images[i] for i in image_rows]
-        inputs = [model.ret_embedding, model.W_i2t.weight] if which == "said" else [model.ret_embedding]
+        inputs = [model.ret_embedding, model.W_i2t.weight] if which == "mmdialog" else [model.ret_embedding]
         key = (split, which, model.config.text_model_name_or_path, *(t.detach().double().sum().item() for t in inputs))
         if key not in self._hidden:
             self._hidden[key] = _hidden(model, contexts), (_hidden(model, [[t] for t in texts]) if texts else None)
@@ -221,47 +224,49 @@ class Seed:
     def response(self, model: UniMuRModel, split: str, image_bias: float = 0.0) -> dict[str, Measure]:
         """Table 1's measures."""
         (protocol,) = protocols("mmdialog", miniature=True)
-        embedded, said = self.embedded(model, split, "said"), self.evaluation(split)["said"]
+        embedded, data = self.embedded(model, split, "mmdialog"), self.evaluation(split)["mmdialog"]
         if ("clip", split) not in self._hidden:
-            self._hidden["clip", split] = response.clip_embeddings(ClipBaseline(model), said, embedded)
-        return response.score(embedded, said, protocol, self._hidden["clip", split], _cosine, image_bias=image_bias)
+            self._hidden["clip", split] = response.clip_embeddings(ClipBaseline(model), data, embedded)
+        return response.score(embedded, data, protocol, self._hidden["clip", split], cosine, image_bias=image_bias)
 
     def measure(self, model: UniMuRModel, split: str, *, images: bool = True) -> dict[str, Measure]:
         """The measures of a model on a split, by name; `images=False` leaves out what needs W_i2t."""
         to_image = next(p for p in protocols("visdial", miniature=True) if p.variant == "corrected")
-        found = image.score(self.embedded(model, split, "seen"), self.evaluation(split)["seen"], to_image, _cosine)
-        result = {f"dialogue to image {name}": m for name, m in found.items()}
+        by_image = image.score(
+            self.embedded(model, split, "visdial"), self.evaluation(split)["visdial"], to_image, cosine
+        )
+        result = {f"dialogue to image {name}": m for name, m in by_image.items()}
         if not images:
             return result
         (context,) = protocols("mmdialog_image", miniature=True)
-        embedded, said = self.embedded(model, split, "said"), self.evaluation(split)["said"]
+        embedded, data = self.embedded(model, split, "mmdialog"), self.evaluation(split)["mmdialog"]
         result |= self.response(model, split)
         for name, wanted in (
             ("contextual image", "wants_image"),
             ("contextual image, image informs", "image_informs"),
         ):
-            rows = [i for i, d in enumerate(said.dialogues) if d["wants_image"] and d[wanted]]
-            part = Dialogues([said.dialogues[i] for i in rows], said.texts, said.images)
+            rows = [i for i, d in enumerate(data.dialogues) if d["wants_image"] and d[wanted]]
+            part = Dialogues([data.dialogues[i] for i in rows], data.texts, data.images)
             few = replace(embedded, queries=embedded.queries[rows])
-            result[f"{name} R@1"] = image.score(few, part, context, _cosine)["R@1"]
+            result[f"{name} R@1"] = image.score(few, part, context, cosine)["R@1"]
         return result
 
 
 def run_validation(folder: str, seed: int, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """Trains every row at every rate: `key -> rate -> measure -> value` on validation."""
     bench = Seed(Path(folder), seed)
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for row in rows:
         name = row.key + json.dumps(row.fields.get("text_candidates"))
-        if name in found:
+        if name in results:
             continue
-        found[name] = {}
+        results[name] = {}
         for rate in row.rates:
             model = bench.trained(row, rate)
             values = bench.measure(model, "validation", images=row.language_model == "opt")
-            found[name][f"{rate:g}"] = {k: m.value for k, m in values.items()}
+            results[name][f"{rate:g}"] = {k: m.value for k, m in values.items()}
         print(f"seed {seed}: {row.name} on validation done", flush=True)
-    return found
+    return results
 
 
 def run_test(
@@ -271,14 +276,19 @@ def run_test(
     Measures each row on test, at the rate chosen for it.
 
     Args:
-        biases: for each row the modality biases at which to measure Table 1's rates too; mostly none.
+        biases: for each row the modality biases at which Table 1 is measured too; empty for most rows.
     """
     bench = Seed(Path(folder), seed)
     results = []
     for row, rate, curve in zip(rows, rates, biases, strict=True):
         model = bench.trained(row, rate)
-        found = bench.measure(model, "test", images=row.language_model == "opt")
-        result = {"seed": seed, "row": row.name, "rate": rate, "metrics": {k: m.summary() for k, m in found.items()}}
+        measures = bench.measure(model, "test", images=row.language_model == "opt")
+        result = {
+            "seed": seed,
+            "row": row.name,
+            "rate": rate,
+            "metrics": {k: m.summary() for k, m in measures.items()},
+        }
         if curve:
             points = {bias: bench.response(model, "test", bias) for bias in curve}
             result["bias"] = [
@@ -297,7 +307,3 @@ def _hidden(model: UniMuRModel, contexts: Sequence) -> torch.Tensor:
         features = model.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
         parts.append(model.ret_states(inputs["input_ids"], inputs["attention_mask"], features))
     return torch.cat(parts)
-
-
-def _cosine(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    return queries @ candidates.T

@@ -7,7 +7,7 @@ import numpy as np
 
 # Indices drawn at once: bounds the memory.
 BLOCK = 2**22
-# Where an item has this few distinct values to each that there are items, counts of values are drawn instead of items.
+# From so many items per distinct value on, counts of the values are drawn instead of items.
 ITEMS_PER_VALUE = 16
 
 
@@ -44,12 +44,12 @@ def interval(
     the draws. The same arguments give the same interval.
 
     Args:
-        values: `(n,)`, an item each; nan where it says nothing, which is left out.
+        values: `(n,)`, one per item; nan where it has no value, which is left out.
         denominators: `(n,)`, at least 0, for `sum(values) / sum(denominators)`; an item with a nan in either is left out.
             A draw whose denominators sum to 0 has no ratio and does not count.
 
     Returns:
-        `low, high`; `nan, nan` with fewer than two items, of which one says nothing about how items vary.
+        `low, high`; `nan, nan` with fewer than two items, which have no spread.
 
     Raises:
         ValueError: shapes differ, an infinite value, a negative denominator, `samples` < 1, or `confidence` outside 0..1.
@@ -92,7 +92,7 @@ def _items(values, denominators) -> tuple[np.ndarray, np.ndarray]:
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones_like(values) if denominators is None else np.asarray(denominators, dtype=np.float64)
     if values.ndim != 1 or values.shape != weights.shape:
-        raise ValueError(f"values of shape {values.shape}, denominators {weights.shape}: expected (n,), one an item")
+        raise ValueError(f"values of shape {values.shape}, denominators {weights.shape}: expected (n,), one per item")
     for name, numbers in (("value", values), ("denominator", weights)):
         if np.isinf(numbers).any():
             raise ValueError(f"item {np.isinf(numbers).argmax()}: its {name} is infinite; nan leaves an item out")
@@ -107,13 +107,13 @@ def _bootstrap(
     """Low, high and the two-sided p of a difference from 0."""
     if samples < 1 or not 0 < confidence < 1:
         raise ValueError(f"samples {samples}, confidence {confidence}: expected at least 1, and between 0 and 1")
-    nothing = float("nan"), float("nan"), float("nan")
+    undefined = float("nan"), float("nan"), float("nan")
     if len(values) < 2:
-        return nothing
+        return undefined
     tops, bottoms = _resampled_sums(np.stack([values, weights], axis=1), samples, np.random.default_rng(seed)).T
     drawn = tops[bottoms > 0] / bottoms[bottoms > 0]
     if not len(drawn):
-        return nothing
+        return undefined
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     smaller = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     return float(low), float(high), min(1.0, 2 * (smaller + 1) / (len(drawn) + 1))

@@ -1,4 +1,4 @@
-"""The paper's orderings, each a claim about two rows and a measure, and what the miniature says of it."""
+"""The paper's orderings, each a claim about two rows and a measure, and whether it holds on the miniature."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# (what the paper says, its figures, task, variant's beginning, better, worse, measure)
+# (the paper's claim, its figures, task, variant's beginning, better, worse, measure)
 TASK_CLAIMS = [
     ("UniMuR's overall R@1 is above FROMAGe's (Table 1)", "32.3 > 15.3", "mmdialog", "UniMuR", "FROMAGe", "overall R@1"),
     ("UniMuR's overall R@1 is above BLIP-2's (Table 1)", "32.3 > 22.2", "mmdialog", "UniMuR", "BLIP-2", "overall R@1"),
@@ -44,47 +44,47 @@ ABLATION_CLAIMS = [
 
 @dataclass
 class Judged:
-    """A claim, the paper's figures, ours, and whether the order holds on how many seeds."""
+    """A claim, the paper's figures, ours, and on how many seeds the order holds."""
 
-    says: str
-    there: str
-    here: str
+    claim: str
+    paper: str
+    ours: str
     verdict: str
 
 
 def judge(results: list[dict[str, Any]], tables: Mapping[str, Any]) -> list[Judged]:
-    """Every claim that what was measured can speak to."""
-    found = []
-    for says, there, task, better, worse, measure in TASK_CLAIMS:
+    """Every claim whose two values were measured."""
+    judged = []
+    for claim, paper, task, better, worse, measure in TASK_CLAIMS:
         # Both forms of UniMuR are judged: the paper's has caption pairs alone.
         for system in dict.fromkeys([better, "UniMuR, pairs alone"] if better == "UniMuR" else [better]):
-            name = says + (", pairs alone" if system != better else "")
+            name = claim + (", pairs alone" if system != better else "")
             a, b = (_of_task(results, task, s, measure) for s in (system, worse))
-            found += _judged(name, there, a, b, 1 if measure == "CLIP-Sim" else 100)
-    for says, there, table, better, worse, measure in ABLATION_CLAIMS:
+            judged += _judged(name, paper, a, b, 1 if measure == "CLIP-Sim" else 100)
+    for claim, paper, table, better, worse, measure in ABLATION_CLAIMS:
         if table in tables:
             a, b = (_of_row(tables[table], name, measure) for name in (better, worse))
-            found += _judged(says, there, a, b, 100)
-    return found
+            judged += _judged(claim, paper, a, b, 100)
+    return judged
 
 
-def _judged(says: str, there: str, a: dict[int, float], b: dict[int, float], scale: int) -> list[Judged]:
+def _judged(claim: str, paper: str, a: dict[int, float], b: dict[int, float], scale: int) -> list[Judged]:
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         return []
-    ours, theirs = (scale * np.array([x[s] for s in seeds]) for x in (a, b))
+    better, worse = (scale * np.array([x[s] for s in seeds]) for x in (a, b))
     digits = 3 if scale == 1 else 1
-    holds = int((ours > theirs).sum())
+    holds = int((better > worse).sum())
     verdict = "holds" if holds == len(seeds) else "does not hold" if holds == 0 else "open"
-    sign = ">" if ours.mean() > theirs.mean() else "<" if ours.mean() < theirs.mean() else "="
-    here = f"{ours.mean():.{digits}f} {sign} {theirs.mean():.{digits}f}"
-    return [Judged(says, there, here, f"{verdict}: {holds} of {len(seeds)} seeds")]
+    sign = ">" if better.mean() > worse.mean() else "<" if better.mean() < worse.mean() else "="
+    ours = f"{better.mean():.{digits}f} {sign} {worse.mean():.{digits}f}"
+    return [Judged(claim, paper, ours, f"{verdict}: {holds} of {len(seeds)} seeds")]
 
 
 def _of_task(results: list[dict], task: str, system: str, measure: str) -> dict[int, float]:
     """seed -> value, by the first variant of the protocol that was run."""
-    mine = [r for r in results if r["task"] == task and r["system"] == system and measure in r["metrics"]]
-    main = [r for r in mine if "," not in r["protocol"]["variant"]]
+    rows = [r for r in results if r["task"] == task and r["system"] == system and measure in r["metrics"]]
+    main = [r for r in rows if "," not in r["protocol"]["variant"]]
     first = main[0]["protocol"]["variant"] if main else None
     return {
         r["seed"]: r["metrics"][measure]["value"]

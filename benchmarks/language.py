@@ -1,4 +1,4 @@
-"""The frozen LLM as a judge and a speaker: likelihoods of candidate texts after a context, and greedy answers."""
+"""The frozen LLM scores and generates: likelihoods of candidate texts after a context, and greedy answers."""
 
 import copy
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class Likelihoods:
     Summed negative log-likelihoods of candidates after one context, from which every published score follows.
 
     `candidate` and `context` hold `(shifted, unshifted)`: where the logits of a position are compared with the next
-    token, as a language model is trained, and where they are compared with the token they have just read, as FROMAGe's
-    evaluation does.
+    token, as a language model is trained, and where they are compared with the token just read, as FROMAGe's evaluation
+    does.
     """
 
     candidate: tuple[torch.Tensor, torch.Tensor]  # each (m,)
@@ -31,7 +31,7 @@ class Likelihoods:
 
     def scores(self, *, shift: bool = True, reduction: str = "sum", scope: str = "candidate") -> torch.Tensor:
         """
-        `(m,)`, higher is likelier.
+        `(m,)`, higher is more likely.
 
         Args:
             shift: compare a position's logits with the next token.
@@ -48,7 +48,7 @@ class Likelihoods:
 
 
 class LanguageSystem(System):
-    """What a [`System`] over a [`UniMuRModel`] (or a subclass of it) says and judges through its frozen LLM."""
+    """What a [`System`] over a [`UniMuRModel`] (or a subclass of it) scores and generates with its frozen LLM."""
 
     model: Any
 
@@ -60,7 +60,7 @@ class LanguageSystem(System):
         """
         Likelihoods of each context's candidate texts.
 
-        The context runs once; its candidates follow packed behind one another, each seeing the context and itself, so
+        The context runs once. Its candidates follow in one packed sequence, each attending to the context and itself, so
         that nothing is padded or computed twice.
 
         Args:
@@ -85,8 +85,8 @@ class LanguageSystem(System):
         return results
 
     def log_likelihoods(self, contexts, options, *, own_bos=False, show_progress_bar=False, **score):
-        found = self.likelihoods(contexts, options, own_bos=own_bos, show_progress_bar=show_progress_bar)
-        return [f.scores(**score) for f in found]
+        likelihoods = self.likelihoods(contexts, options, own_bos=own_bos, show_progress_bar=show_progress_bar)
+        return [each.scores(**score) for each in likelihoods]
 
     def _after(self, context: Any, rows: list[list[int]]) -> Likelihoods:
         model = self.model
@@ -100,13 +100,13 @@ class LanguageSystem(System):
         )
         hidden, length = past.last_hidden_state[0], ids.shape[1]
         logits = self._logits(hidden)
-        words = ids[0] != model.config.image_token_id
-        labels = ids[0].masked_fill(~words, -100)
+        is_text = ids[0] != model.config.image_token_id
+        labels = ids[0].masked_fill(~is_text, -100)
         sums = [
             F.cross_entropy(logits[:-1], labels[1:], reduction="sum")
-            if length > 1 and words[1:].any()
+            if length > 1 and is_text[1:].any()
             else logits.new_zeros(()),
-            F.cross_entropy(logits, labels, reduction="sum") if words.any() else logits.new_zeros(()),
+            F.cross_entropy(logits, labels, reduction="sum") if is_text.any() else logits.new_zeros(()),
         ]
         parts = [
             self._packed(rows[a:b], copy.deepcopy(past.past_key_values), length, logits[-1]) for a, b in _chunks(rows)
@@ -114,7 +114,7 @@ class LanguageSystem(System):
         shifted, unshifted = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         return Likelihoods(
             (shifted, unshifted), tuple(s.cpu() for s in sums), torch.tensor([len(r) for r in rows]),
-            (int(words[1:].sum()), int(words.sum())),
+            (int(is_text[1:].sum()), int(is_text.sum())),
         )  # fmt: skip
 
     def _packed(self, rows, past, length: int, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,37 +128,37 @@ class LanguageSystem(System):
         offsets = torch.cat([torch.arange(len(row), device=device) for row in rows])
         embeds = model.language_model.get_input_embeddings()(ids)[None]
         # A float mask with restarted positions is exact under eager and sdpa alike; a bool mask is not.
-        sees = (owner[:, None] == owner[None, :]) & (offsets[:, None] >= offsets[None, :])
-        sees = torch.cat([sees.new_ones(len(ids), length), sees], dim=1)
-        mask = torch.zeros(sees.shape, dtype=embeds.dtype, device=device)
-        mask = mask.masked_fill(~sees, torch.finfo(embeds.dtype).min)[None, None]
+        visible = (owner[:, None] == owner[None, :]) & (offsets[:, None] >= offsets[None, :])
+        visible = torch.cat([visible.new_ones(len(ids), length), visible], dim=1)
+        mask = torch.zeros(visible.shape, dtype=embeds.dtype, device=device)
+        mask = mask.masked_fill(~visible, torch.finfo(embeds.dtype).min)[None, None]
         hidden = model.language_model.base_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=(length + offsets)[None], past_key_values=past,
             use_cache=True,
         ).last_hidden_state[0]  # fmt: skip
-        # One normaliser a position serves both readings; the logits themselves are not copied.
+        # One normaliser per position serves both losses; the logits themselves are not copied.
         logits, at = self._logits(hidden), torch.arange(len(ids), device=device)
         normaliser, first = logits.logsumexp(-1), offsets == 0
-        read = normaliser - logits[at, ids]
-        told = (normaliser - logits[at, ids.roll(-1)]).roll(1)
-        told = torch.where(first, last.logsumexp(-1) - last[ids], told)
+        unshifted = normaliser - logits[at, ids]
+        shifted = (normaliser - logits[at, ids.roll(-1)]).roll(1)
+        shifted = torch.where(first, last.logsumexp(-1) - last[ids], shifted)
         sums = torch.zeros(len(rows), device=device)
-        return sums.index_add(0, owner, told), sums.index_add(0, owner, read)
+        return sums.index_add(0, owner, shifted), sums.index_add(0, owner, unshifted)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.language_model.get_output_embeddings()(hidden).float()
 
     @torch.no_grad()
     def answers(self, contexts: Sequence[Any], max_new_tokens: int = 10, batch_size: int = 32) -> list[str]:
-        """What the LLM says after each context: greedy, at most `max_new_tokens` tokens, up to a line's end."""
-        model, said = self.model, []
+        """The LLM's greedy answer to each context: at most `max_new_tokens` tokens, up to the end of the line."""
+        model, answers = self.model, []
         tokenizer = model.processor.tokenizer
         for start in tqdm(range(0, len(contexts), batch_size), "answers"):
             batch = contexts[start : start + batch_size]
             inputs = model.processor.contexts(batch, end_with_ret=False, reserve=max_new_tokens).to(model.device)
             features = model.encode_images(inputs["pixel_values"])[0] if "pixel_values" in inputs else None
             embeds = model.input_embeddings(inputs["input_ids"], features)
-            # Generation goes on from a row's right end, so the padding moves to the left.
+            # Generation continues from a row's right end, so the padding moves to the left.
             mask = inputs["attention_mask"]
             order = mask.argsort(dim=1, stable=True)
             embeds = embeds.gather(1, order[..., None].expand_as(embeds))
@@ -166,19 +166,19 @@ class LanguageSystem(System):
                 inputs_embeds=embeds, attention_mask=mask.gather(1, order), max_new_tokens=max_new_tokens,
                 do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )  # fmt: skip
-            said += [
+            answers += [
                 text.strip().split("\n")[0].strip()
                 for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)
             ]
-        return said
+        return answers
 
 
 def _chunks(rows: list[list[int]]) -> list[tuple[int, int]]:
-    """Runs of rows of at most `CHUNK` tokens, a row at least."""
-    found, start, total = [], 0, 0
+    """Consecutive rows of at most `CHUNK` tokens in total, one row at least: `(start, end)`."""
+    chunks, start, total = [], 0, 0
     for i, row in enumerate(rows):
         if i > start and total + len(row) > CHUNK:
-            found.append((start, i))
+            chunks.append((start, i))
             start, total = i, 0
         total += len(row)
-    return [*found, (start, len(rows))] if rows else []
+    return [*chunks, (start, len(rows))] if rows else []

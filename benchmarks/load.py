@@ -1,4 +1,4 @@
-"""From a kind of system and a folder to a system."""
+"""Loads a system of a given kind from a folder."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ class UniMuR(Embedder, LanguageSystem):
         return self.model.draw_each(dialogues, show_progress_bar=True)
 
 
-# kind -> from a folder, or a name on the Hub, to the system; a new baseline is a line here.
+# kind -> what loads it from a folder or a name on the Hub; a new baseline is one line here.
 SYSTEMS: dict[str, Callable[[str], System]] = {
     "unimur": lambda path: UniMuR(UniMuRModel.from_pretrained(path)),
     "clip": lambda path: ClipBaseline(UniMuRModel.from_pretrained(path)),  # the CLIP inside that checkpoint

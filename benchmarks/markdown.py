@@ -10,7 +10,7 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]], labels: int = 1) -
     Args:
         head: the columns' names.
         rows: their cells, as many as `head` has.
-        labels: how many columns from the left hold words; the others hold figures, set to the right.
+        labels: how many columns from the left hold text; the others hold figures and are aligned to the right.
 
     Raises:
         ValueError: a row of another length.

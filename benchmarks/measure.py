@@ -1,4 +1,4 @@
-"""A measured quantity as its values item by item, so that any two systems can be compared on the same items."""
+"""A measured quantity, item by item, so that any two systems can be compared on the same items."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from .bootstrap import interval, paired
 class Measure:
     """
     Args:
-        values: `(n,)` float64, an item each; nan where the item says nothing about this quantity.
+        values: `(n,)` float64, one per item; nan where the quantity is not defined for the item.
         weights: `(n,)`, for a ratio of sums (overall R@1: hits over gold items); `None` for a plain mean.
         percent: whether it is printed times 100.
     """
@@ -37,8 +37,8 @@ class Measure:
 
     def against(self, other: "Measure", seed: int = 0) -> dict[str, float | None]:
         """This less `other` over the same items, with its paired 95 % interval."""
-        found = paired(self.values, other.values, self.weights, seed=seed)
-        return {name: _number(getattr(found, name)) for name in ("mean", "low", "high")}
+        difference = paired(self.values, other.values, self.weights, seed=seed)
+        return {name: _number(getattr(difference, name)) for name in ("mean", "low", "high")}
 
 
 def _number(value: float) -> float | None:

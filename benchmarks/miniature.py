@@ -28,10 +28,10 @@ from .schema import Dialogues, Protocol
 from .systems import System
 from .tasks import image, response
 
-SEED = 7  # of the dialogues that are measured, whatever the model's seed
+SEED = 7  # of the dialogues, for every seed of the model
 FROMAGE_RATE = 2e-3  # of 1e-3, 2e-3, 5e-3 and 1e-2, the best on seed 0's validation split (dialogue to image R@1)
-# How its heads go on after that. Tried on the validation splits of seeds 0 and 1, 640 steps of 1,024 (dialogue to image
-# R@1 / overall R@1 of Table 1, means): as joint training left them 69.3 / 63.3; trained on from there without noise at 3e-3
+# How its heads are trained after that. Tried on the validation splits of seeds 0 and 1, 640 steps of 1,024 (dialogue to image
+# R@1 / overall R@1 of Table 1, means): after joint training 69.3 / 63.3; trained further without noise at 3e-3
 # 79.4 / 66.8, with noise 0.3 at 1e-3 81.0 / 68.5, at 3e-3 82.1 / 69.4; from random maps, noise 0.3, at 3e-3 82.4 / 68.9;
 # from the canonical start, itself 78.7 / 65.2, without noise at 1e-3 78.6 / 65.7, with noise 0.3 at 5e-4 83.4 / 69.1, at
 # 1e-3 83.0 / 69.4, at 3e-3 82.1 / 69.3. On seed 0 alone: noise 0.5 from joint training 85.0 / 68.0 where 0.3 has 86.0 /
@@ -43,7 +43,7 @@ PERPLEXITY_LIMIT = 100  # dialogues whose 1,000 texts are ranked by perplexity
 
 @dataclass
 class Split:
-    """Dialogues of one split with their pictures drawn."""
+    """Dialogues of one split and their pictures."""
 
     responses: DialogueSet
     visdial: DialogueSet
@@ -66,15 +66,17 @@ def measure(system: System, clip: ClipBaseline, split: Split) -> dict[str, float
     """One column of the demo's table; percent, but for CLIP-Sim."""
     (joint,), (context,) = protocols("mmdialog", miniature=True), protocols("mmdialog_image", miniature=True)
     to_image = next(p for p in protocols("visdial", miniature=True) if p.variant == "corrected")
-    said = Dialogues(split.responses.dialogues, split.responses.texts, split.images)
-    seen = Dialogues(split.visdial.dialogues, {}, split.images)
-    found = response.run(system, said, joint, clip)
-    result = {name: m.value * (100 if m.percent else 1) for name, m in found.items()}
-    tasks = {f"contextual image{name}": (part, context) for name, part in image_parts(said).items()}
-    tasks |= {"dialogue to image": (seen, to_image), "image to itself": (image_to_itself(seen), context)}
+    response_data = Dialogues(split.responses.dialogues, split.responses.texts, split.images)
+    visdial_data = Dialogues(split.visdial.dialogues, {}, split.images)
+    measures = response.run(system, response_data, joint, clip)
+    result = {name: m.value * (100 if m.percent else 1) for name, m in measures.items()}
+    tasks = {f"contextual image{name}": (part, context) for name, part in image_parts(response_data).items()}
+    tasks |= {
+        "dialogue to image": (visdial_data, to_image), "image to itself": (image_to_itself(visdial_data), context),
+    }  # fmt: skip
     for task, (data, protocol) in tasks.items():
-        found = image.run(system, data, protocol)
-        result |= {f"{task} {name}": 100 * m.value for name, m in found.items()}
+        measures = image.run(system, data, protocol)
+        result |= {f"{task} {name}": 100 * m.value for name, m in measures.items()}
     return result
 
 
@@ -88,21 +90,21 @@ def measure_columns(model: UniMuRModel, pairs_alone: UniMuRModel, clip: ClipBase
     }
 
 
-def image_parts(said: Dialogues) -> dict[str, Dialogues]:
-    """The dialogues whose reply has an image: all, those whose context's image informs, and these without it."""
-    wanting = [d for d in said.dialogues if d["gold"]["image_ids"]]
+def image_parts(data: Dialogues) -> dict[str, Dialogues]:
+    """Dialogues whose gold reply has an image: all, those with an informative image in the context, and these without it."""
+    wanting = [d for d in data.dialogues if d["gold"]["image_ids"]]
     informed = [d for d in wanting if d["image_informs"]]
     parts = {
         "": wanting,
         ", image informs": informed,
         ", image informs but is removed": without_context_images(informed),
     }
-    return {name: Dialogues(part, said.texts, said.images) for name, part in parts.items()}
+    return {name: Dialogues(part, data.texts, data.images) for name, part in parts.items()}
 
 
-def image_to_itself(seen: Dialogues) -> Dialogues:
+def image_to_itself(data: Dialogues) -> Dialogues:
     """`[image][RET]` against the pool of those images: what W_i2t carries through the LLM."""
-    pool = seen.dialogues[0]["pool"]
+    pool = data.dialogues[0]["pool"]
     element = {"type": "image", "text": None}
     return Dialogues(
         [
@@ -110,12 +112,12 @@ def image_to_itself(seen: Dialogues) -> Dialogues:
              "pool": pool, "gold": {"text_ids": [], "image_ids": [i]}}
             for i in pool["image_ids"]
         ],
-        {}, seen.images,
+        {}, data.images,
     )  # fmt: skip
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
-    """A markdown table, a row a measure; a dash where a column does not have it."""
+    """A markdown table, one row per measure; a dash where a column lacks it."""
     rows = list(dict.fromkeys(name for values in columns.values() for name in values))
     width = max(map(len, rows))
     lines = [f"| {'':{width}} | " + " | ".join(f"{name:>12}" for name in columns) + " |"]
@@ -141,7 +143,7 @@ class Row:
         name: of the row.
         kind: of [`benchmarks.load.SYSTEMS`].
         at: the folder of its weights under the seed's.
-        train: called in a process of its own with `folder` (the seed's), `output` (this row's) and `seed`; it leaves the
+        train: called in its own process with `folder` (the seed's), `output` (this row's) and `seed`; it saves the
             weights in `output / "checkpoint"`.
     """
 
@@ -196,7 +198,7 @@ ROWS = (
 
 def train_systems(folder: Path, seed: int) -> dict[str, float]:
     """
-    Makes the towers and every system of one seed under `folder`, but for what an earlier call left there.
+    Makes the towers and every system of one seed under `folder`, except those that are already there.
 
     Returns:
         The seconds each part took.
@@ -243,7 +245,7 @@ def _measure_task(folder: Path, seed: int, task: str, split: str) -> list[dict[s
         results += compare(list(systems.values()), data, protocol, clip=clip, seed=seed)
         if task == "mmdialog_image":
             for name, part in list(image_parts(data).items())[1:]:
-                results += compare(list(systems.values()), part, _also(protocol, name), clip=clip, seed=seed)
+                results += compare(list(systems.values()), part, _variant(protocol, name), clip=clip, seed=seed)
     return results
 
 
@@ -259,9 +261,9 @@ def _measure_perplexity(folder: Path, seed: int, split: str) -> list[dict[str, A
         unimur, fromage, *(FromagePerplexity(fromage.model, score, known) for score in SCORES),
     ]  # fmt: skip
     data = load_data(protocol, split=split).first(PERPLEXITY_LIMIT)
-    protocol = _also(protocol, f", first {PERPLEXITY_LIMIT} dialogues")
+    protocol = _variant(protocol, f", first {PERPLEXITY_LIMIT} dialogues")
     return compare(systems, data, protocol, clip=ClipBaseline(unimur.model), seed=seed)
 
 
-def _also(protocol: Protocol, what: str) -> Protocol:
+def _variant(protocol: Protocol, what: str) -> Protocol:
     return dataclasses.replace(protocol, variant=protocol.variant + what)

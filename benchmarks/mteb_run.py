@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .output import write_json
+
 DEFAULT_TASKS = ("Flickr30kT2IRetrieval", "Flickr30kI2TRetrieval", "MSCOCOT2IRetrieval", "MSCOCOI2TRetrieval")
 INSTALL = "needs mteb and sentence-transformers: pip install 'modeling-unimur[embed]'"
 
@@ -29,7 +31,7 @@ def wrapped(model: str, revision: str | None = None) -> Any:
     except ImportError as error:
         raise ImportError(f"this {INSTALL}") from error
     encoder = SentenceTransformerEncoderWrapper(SentenceTransformer(model, revision=revision, trust_remote_code=True))
-    # mteb knows of a sentence-transformers model only that it takes texts.
+    # mteb assumes that a sentence-transformers model takes only texts.
     name = encoder.mteb_model_meta.name or f"local/{Path(model).name}"
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(
         update={"modalities": ["text", "image"], "name": name, "revision": revision}
@@ -69,8 +71,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for name, score in scores.items():
             print(f"{name}: {score:.4f}")
         full = [json.loads(task.model_dump_json()) for task in result.task_results]
-        (arguments.output / "results.json").write_text(json.dumps(full, indent=1) + "\n")
-    (arguments.output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+        write_json(arguments.output / "results.json", full)
+    write_json(arguments.output / "scores.json", scores)
     return scores
 
 

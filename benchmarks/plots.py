@@ -16,7 +16,7 @@ COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9b9a97", "#3
 
 
 def systems(results: list[Mapping[str, Any]], path: Path) -> None:
-    """R@1 of every system on every retrieval task: a dot a seed, a bar for their mean."""
+    """R@1 of every system on every retrieval task: a dot per seed, a bar for their mean."""
     tasks = [(task, given["lead"], given["drawn"]) for task, given in ((t, read(t)) for t in TASKS) if given["drawn"]]
     names = [n for n in dict.fromkeys(r["system"] for r in results) if "perplexity" not in n and n != "Frozen"]
     figure, axis = plt.subplots(figsize=(10, 4.2))
@@ -47,18 +47,18 @@ def systems(results: list[Mapping[str, Any]], path: Path) -> None:
 
 
 def bias(table: Mapping[str, Any], path: Path) -> None:
-    """Image retrieval rate against R@1 of images, texts and both, as the modality bias is turned; a line a row."""
-    shown = ("image R@1", "text R@1", "overall R@1")
+    """Image retrieval rate against R@1 of images, texts and both, for each modality bias; a line per row."""
+    measures = ("image R@1", "text R@1", "overall R@1")
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.8))
     for colour, row in zip(COLOURS, table["rows"], strict=False):
         curves = [s["bias"] for s in row["seeds"]]
         mean = {k: 100 * np.mean([[point[k] for point in curve] for curve in curves], axis=0) for k in curves[0][0]}
         biases = mean["image_bias"] / 100
         plain = int(np.abs(biases).argmin())
-        for axis, measure in zip(axes, (*shown, "image retrieval rate on text-only turns"), strict=True):
+        for axis, measure in zip(axes, (*measures, "image retrieval rate on text-only turns"), strict=True):
             axis.plot(mean["image retrieval rate"], mean[measure], color=colour, label=row["name"])
             axis.plot(mean["image retrieval rate"][plain], mean[measure][plain], "o", color=colour)
-    for axis, measure in zip(axes, (*shown, "rate on text-only turns"), strict=True):
+    for axis, measure in zip(axes, (*measures, "rate on text-only turns"), strict=True):
         axis.set_xlabel("image retrieval rate, %")
         axis.set_title(f"{measure}, %", fontsize=11)
         axis.set_xlim(0, 100)

@@ -1,4 +1,4 @@
-"""The report page's part on the real language model, from `real.json` and what lies beside it."""
+"""The report page's part on the real language model, from `real.json` and the files next to it."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ LEADING = ("dialogue to image R@1", "overall R@1")
 
 
 def page(folder: Path) -> str:
-    """Markdown of `real.json`, and of `real-prompts.json` and `real-likelihood.json` where they lie beside it."""
+    """Markdown of `real.json`, and of `real-prompts.json` and `real-likelihood.json` where these exist."""
     result = json.loads((folder / "real.json").read_text())
     parts = ["## A real language model, untaught", introduction(result), systems(result), orderings(result)]
     for name, render in (("real-prompts", prompts), ("real-likelihood", likelihood)):
@@ -28,7 +28,7 @@ def page(folder: Path) -> str:
 
 
 def introduction(result: Mapping[str, Any]) -> str:
-    """What was run, in words."""
+    """What was run, as a paragraph."""
     seeds = sorted({row["seed"] for row in result["rows"]})
     return (
         f"{result['about']} It stands in the place of the miniature's own language model, which was taught; CLIP, pictures and "
@@ -42,16 +42,16 @@ def introduction(result: Mapping[str, Any]) -> str:
 
 
 def systems(result: Mapping[str, Any]) -> str:
-    """A row a system; behind it our form less the row, with the paired 95 % interval (first seed)."""
+    """A row per system, and in the last columns our form less the row, with the paired 95 % interval (first seed)."""
     names = list(dict.fromkeys(row["system"] for row in result["rows"]))
-    shown = [m for m in MEASURES if any(m in row["metrics"] for row in result["rows"])]
+    columns = [m for m in MEASURES if any(m in row["metrics"] for row in result["rows"])]
     rows = []
     for name in names:
         mine = [row for row in result["rows"] if row["system"] == name]
-        cells = [_span([r["metrics"][m]["value"] for r in mine if m in r["metrics"]]) for m in shown]
+        cells = [_span([r["metrics"][m]["value"] for r in mine if m in r["metrics"]]) for m in columns]
         less = mine[0].get("first_less_this", {})
         rows.append([name, *cells, *(_interval(less[m]) if m in less else "" for m in LEADING)])
-    return table(["", *shown, *(f"{names[0]} less this, {m}" for m in LEADING)], rows)
+    return table(["", *columns, *(f"{names[0]} less this, {m}" for m in LEADING)], rows)
 
 
 def orderings(result: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def orderings(result: Mapping[str, Any]) -> str:
 
 
 def verdict(seeds: Iterable[Mapping[str, Any]]) -> str:
-    """Holds or not where every seed's interval lies on one side of zero; else it is open."""
+    """`holds` or `does not hold` where every seed's interval is on the same side of zero; else `open`."""
     differences = [s["difference"] for s in seeds]
     above, below = (sum(test(d) for d in differences) for test in (lambda d: d["low"] > 0, lambda d: d["high"] < 0))
     if above == len(differences):
@@ -79,7 +79,7 @@ def verdict(seeds: Iterable[Mapping[str, Any]]) -> str:
 
 
 def prompts(result: Mapping[str, Any], count: int = 12) -> str:
-    """The best places to read at, the best of each prompt only."""
+    """The best places to read at, one row per prompt."""
     best = {}
     for row in sorted(result["rows"], key=lambda r: -r["R@1"]):
         best.setdefault((row["words"], row["chat"]), row)

@@ -1,9 +1,9 @@
 """
-The miniature's report: every system trained and measured over seeds, and one page from what was measured.
+The miniature's report: every system trained and measured over seeds, and one page of the results.
 
     python -m benchmarks.report --seeds 0                  one seed: systems, results, page
     python -m benchmarks.report --seeds 0 1 2 3 4 --output benchmarks/results
-    python -m benchmarks.report --page --output benchmarks/results     the page alone, from the json that lies there
+    python -m benchmarks.report --page --output benchmarks/results     the page alone, from the json there
 """
 
 import argparse
@@ -17,6 +17,7 @@ import numpy as np
 
 from . import claims, plots, real_page
 from .markdown import table
+from .output import write_json
 from .protocols import TASKS, paper, protocols, read
 from .tables import PLAIN
 
@@ -39,7 +40,7 @@ def main() -> None:
             seconds = train_systems(folder, seed)
             results = measure_seed(folder, seed)
             seconds["total"] = time.perf_counter() - start
-            write(
+            write_json(
                 arguments.output / f"seed-{seed}.json",
                 {"seed": seed, "seconds": seconds, "results": results, "demo": measure_demo(folder)},
             )
@@ -47,17 +48,12 @@ def main() -> None:
     print(f"written: {page(arguments.output)}")
 
 
-def write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def page(folder: Path) -> Path:
     """
     Writes `README.md` and its plots from the json in `folder`.
 
     Raises:
-        ValueError: no seed's results lie there.
+        ValueError: the folder has no `seed-*.json`.
     """
     seeds = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
     if not seeds:
@@ -140,7 +136,7 @@ def systems(results: list[dict[str, Any]]) -> str:
 
 
 def section(task: str, results: list[dict[str, Any]]) -> str:
-    """A task's tables, one a variant of its protocol, the paper's rows first."""
+    """A task's tables, one per variant of its protocol, the paper's rows first."""
     given = read(task)
     published, rows = paper(task)
     lines = [f"## {task}" + (f" (Table {given['table']})" if given["table"] else ""), "", given["about"]]
@@ -215,7 +211,7 @@ def ablation(measured: Mapping[str, Any]) -> str:
 
 def orderings(results: list[dict], tables: Mapping[str, Any]) -> str:
     """The paper's orderings, and whether each holds here; see [`benchmarks.claims`]."""
-    rows = [[claim.says, claim.there, claim.here, claim.verdict] for claim in claims.judge(results, tables)]
+    rows = [[j.claim, j.paper, j.ours, j.verdict] for j in claims.judge(results, tables)]
     return table(["the paper says", "there", "here, mean over the seeds", "verdict"], rows)
 
 

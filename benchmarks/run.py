@@ -6,7 +6,6 @@ Measures a model on one task, beside baselines, on the miniature or on a folder 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from .baselines.clip import ClipBaseline
 from .data import load_data
 from .load import SYSTEMS, load
 from .measure import Measure
+from .output import write_json
 from .protocols import TASKS, paper, protocols
 from .schema import MAX_MISSING_SHARE, Dialogues, Protocol, Questions
 from .systems import DoesNotApplyError, System
@@ -43,7 +43,7 @@ def compare(
     Every system on one protocol, each against the first over the same items.
 
     Returns:
-        A result a system: protocol, data, system, seed, `metrics` (value, 95 % interval, items) and `first_less_this`
+        One result per system: protocol, data, system, seed, `metrics` (value, 95 % interval, items) and `first_less_this`
         (the first system's value less this one's, with its paired 95 % interval).
     """
     results, first = [], None
@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--data", help="folder of the data set as it is published; by default the miniature")
     parser.add_argument("--split", help="instead of the protocol's")
     parser.add_argument("--variant", action="append", help="of the protocol; by default every one")
-    parser.add_argument("--limit", type=int, help="only the first so many items, for a trial")
-    parser.add_argument("--manifest", help="VIST: file of the photo ids that are left")
+    parser.add_argument("--limit", type=int, help="only the first N items, for a trial")
+    parser.add_argument("--manifest", help="VIST: file of the photo ids to keep")
     parser.add_argument(
         "--max_missing_share", type=float, default=MAX_MISSING_SHARE, help="of items that may be left out"
     )
@@ -121,9 +121,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         )
     if not results:
         raise ValueError(f"{arguments.task} has no variant {', '.join(arguments.variant)}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
     table = markdown(arguments.task, results, paper(arguments.task))
-    (arguments.output / f"{arguments.task}.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(arguments.output / f"{arguments.task}.json", results)
     (arguments.output / f"{arguments.task}.md").write_text(table)
     print("\n" + table)
     print(f"written: {arguments.output / arguments.task}.json and .md")

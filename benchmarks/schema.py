@@ -1,4 +1,4 @@
-"""The one schema of every task's data: dialogues beside their tables of texts and images, and questions about images."""
+"""The schema of every task's data: dialogues with their tables of texts and images, and questions about images."""
 
 import dataclasses
 import hashlib
@@ -28,10 +28,10 @@ class TooMuchMissingError(ValueError):
 @dataclass
 class Missing:
     """
-    Items that cannot be evaluated, by reason, with the first few of each: said in every result, never dropped silently.
+    Items that cannot be evaluated, by reason, with the first few of each; every result reports them.
 
-    `seen` counts all items, those left out among them. `candidates` is the same for the pools' distinct candidates, in
-    data sets where a pool may lack one although its items can be evaluated.
+    `seen` counts all items, including those left out. `candidates` is the same for the pools' distinct candidates, in
+    data sets where an item can be evaluated although its pool lacks a candidate.
     """
 
     seen: int = 0
@@ -52,15 +52,15 @@ class Missing:
 
     def by_reason(self) -> dict[str, int]:
         """Counts of items and of candidates by reason, for a result's json."""
-        found = dict(self.counts)
+        counts = dict(self.counts)
         if self.candidates:
-            found |= {f"candidate: {reason}": count for reason, count in self.candidates.counts.items()}
-        return found
+            counts |= {f"candidate: {reason}": count for reason, count in self.candidates.counts.items()}
+        return counts
 
     def check(self, allowed: float = MAX_MISSING_SHARE) -> None:
         """
         Raises [`TooMuchMissingError`] with counts and examples where more than `allowed` of the items are left out, or
-        of the candidates: a thinned pool is an easier one.
+        of the candidates: a smaller pool is easier.
         """
         if max(self.share, self.candidates.share if self.candidates else 0) > allowed:
             raise TooMuchMissingError(
@@ -69,21 +69,21 @@ class Missing:
             )
 
     def __str__(self) -> str:
-        return self._said("items") + (f"; {self.candidates._said('candidates')}" if self.candidates else "")
+        return self._summary("items") + (f"; {self.candidates._summary('candidates')}" if self.candidates else "")
 
-    def _said(self, what: str) -> str:
+    def _summary(self, what: str) -> str:
         reasons = "; ".join(
             f"{reason}: {count} (such as {', '.join(self.examples[reason])})"
             for reason, count in self.counts.most_common()
         )
-        said = f"{self.counts.total()} of {self.seen} {what} left out ({self.share:.1%})"
-        return said + (f": {reasons}" if reasons else "")
+        summary = f"{self.counts.total()} of {self.seen} {what} left out ({self.share:.1%})"
+        return summary + (f": {reasons}" if reasons else "")
 
 
 @dataclass
 class Dialogues:
     """
-    Dialogues with a target turn each, beside the tables their ids point into.
+    Dialogues with a target turn each, and the tables their ids refer to.
 
     `dialogues`: dicts of
         - `dialogue_id` (str);
@@ -110,7 +110,7 @@ class Dialogues:
 
     @property
     def pool_hash(self) -> str:
-        """Hash of the ids of every dialogue's pool, in order: two results over one hash ranked the same candidates."""
+        """Hash of the ids of every dialogue's pool, in order: results with equal hashes ranked the same candidates."""
         known: dict[int, str] = {}
         for d in self.dialogues:
             if id(d["pool"]) not in known:
@@ -154,7 +154,7 @@ class Protocol:
         data: the reader of [`benchmarks.data`].
         settings: what the module reads.
         about: of the variant, in a sentence.
-        miniature: whether it is the form for the miniature; `why` then says how and why it differs from the real one.
+        miniature: whether it is the form for the miniature; `why` then gives the reason for what differs from the real one.
     """
 
     task: str
@@ -180,7 +180,7 @@ def read_json(path: Path) -> Any:
     """A json file, or json lines. Raises [`BadDataError`] naming the path where it is absent or not json."""
     text = _read_text(path)
     try:
-        # An array or an object over several lines is one value; json lines are a value a line.
+        # An array or an object over several lines is one value; json lines have one value per line.
         return json.loads(text)
     except json.JSONDecodeError as error:
         if text.lstrip()[:1] != "{" or error.msg != "Extra data":
@@ -190,8 +190,8 @@ def read_json(path: Path) -> Any:
 
 def read_items(path: Path) -> Iterator[Any]:
     """
-    The items of a json array or of json lines, told apart by the first byte, one at a time: of a file of gigabytes only
-    the text and one item are held.
+    The items of a json array or of json lines (the first character tells which), one at a time: of a file of gigabytes
+    only the text and one item are in memory.
 
     Raises:
         BadDataError: the path is absent, or not of this form; the message gives the position or the line.
@@ -224,7 +224,7 @@ def require(value: Any, name: str, kind: type | tuple[type, ...], where: str) ->
     names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
     if not isinstance(value, dict) or name not in value:
         held = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise BadDataError(f"{where}: expected the field {name!r} ({names}), found {held}")
+        raise BadDataError(f"{where}: expected the field {name!r} ({names}), got {held}")
     of_kind = isinstance(value[name], kind)
     if isinstance(value[name], bool):  # which Python counts as an integer
         of_kind = bool in (kind if isinstance(kind, tuple) else (kind,))
@@ -235,21 +235,21 @@ def require(value: Any, name: str, kind: type | tuple[type, ...], where: str) ->
 
 def list_files(*folders: Path) -> dict[str, Path]:
     """
-    File name -> path over `folders`, the first that has a name counting: one listing a folder instead of a look at
-    every file. Absent folders are empty.
+    File name -> path over `folders`; a name in several is that of the first. Each folder is listed once, since a check
+    of every file is slow. Absent folders are empty.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for folder in folders:
         if folder.is_dir():
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.is_file():
-                        found.setdefault(entry.name, folder / entry.name)
-    return found
+                        files.setdefault(entry.name, folder / entry.name)
+    return files
 
 
 def find_file(folder: Path, *names: str) -> Path:
-    """The first of `names` (relative paths) in `folder`. Raises [`BadDataError`] that lists what was looked for."""
+    """The first of `names` (relative paths) in `folder`. Raises [`BadDataError`] that lists these names."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -267,7 +267,7 @@ def _read_text(path: Path) -> str:
 
 
 def _lines(text: str, path: Path) -> Iterator[Any]:
-    # Not str.splitlines: it also splits at separators that may stand inside a json string, such as U+2028.
+    # Not str.splitlines: it also splits at separators that may be inside a json string, such as U+2028.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:

@@ -1,36 +1,40 @@
-"""What every task asks of a system, be it UniMuR or a baseline."""
+"""The interface that the tasks need of a system: UniMuR or a baseline."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 
+def cosine(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Of L2-normalised rows: `(n, q)`, `(m, q)` -> `(n, m)`."""
+    return queries @ candidates.T
+
+
 class DoesNotApplyError(Exception):
-    """A system has no such answer. Its own class: torch says `NotImplementedError` of an operation a device lacks."""
+    """A task does not apply to a system. Not `NotImplementedError`, which torch raises where a device lacks an operation."""
 
 
 @dataclass
 class ImageReplies:
     """
-    Replies whose images a system decides on itself.
+    Whether each reply has an image, where the system itself decides this.
 
     Args:
-        shown: `(n,)` bool, whether the reply holds an image.
-        queries: `(n, q)` float32, L2-normalised, what that image is sought with; read only where `shown`.
+        with_image: `(n,)` bool, whether the reply has an image.
+        queries: `(n, q)` float32, L2-normalised, the query for that image; used only where `with_image`.
     """
 
-    shown: torch.Tensor
+    with_image: torch.Tensor
     queries: torch.Tensor
 
 
 class System:
     """
-    A model as the tasks see it. A system answers with what it can; the rest raises [`DoesNotApplyError`], and the task
-    says that it does not apply.
+    A model as the tasks see it. What a system cannot do raises [`DoesNotApplyError`], and the result then says that the
+    task does not apply.
 
     Attributes:
         name: of the row in a table.
@@ -51,7 +55,7 @@ class System:
         return []
 
     def begin(self) -> None:
-        """Forgets what was counted for `notes`: a new task begins."""
+        """Resets the counts behind `notes`, at the start of a task."""
 
     def embed_dialogues(self, dialogues: Sequence[Any], **kwargs) -> torch.Tensor:
         """
@@ -71,11 +75,11 @@ class System:
     def similarity(self, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """`(n, q)`, `(m, q)` -> `(n, m)`: cosine. A candidate of several vectors counts by its best one."""
         if candidates.ndim == 2:
-            return queries @ candidates.T
+            return cosine(queries, candidates)
         return torch.einsum("nq,mvq->nmv", queries, candidates).amax(-1)
 
     def image_replies(self, dialogues: Sequence[Any]) -> ImageReplies | None:
-        """Where the system itself decides which replies hold an image; `None`: the pool does (3.4)."""
+        """The replies' images, where the system itself decides which replies have one; `None`: the pool decides (3.4)."""
         return None
 
     def draw(self, dialogues: Sequence[Any], captions: Sequence[str | None] = ()) -> list[Image.Image]:
@@ -92,11 +96,11 @@ class System:
     def log_likelihoods(
         self, contexts: Sequence[Any], options: Sequence[Sequence[str]], **protocol
     ) -> list[torch.Tensor]:
-        """For each context, a score an option `(options,)`, higher is likelier; see [`benchmarks.language`]."""
+        """For each context a score per option, `(options,)`, higher is more likely; see [`benchmarks.language`]."""
         raise DoesNotApplyError
 
     def answers(self, contexts: Sequence[Any], max_new_tokens: int = 10) -> list[str]:
-        """What the language model says after each context, greedily, up to a line's end."""
+        """The language model's greedy answer to each context, up to the end of the line."""
         raise DoesNotApplyError
 
 
@@ -118,8 +122,3 @@ class Embedder(System):
 
     def embed_texts(self, texts, **kwargs):
         return self.model.embed_texts(texts, **kwargs)
-
-
-def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Row by row: `(n, q)`, `(n, q)` -> `(n,)`."""
-    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)

@@ -1,4 +1,4 @@
-"""Results as markdown: the paper's rows first, then what was measured, each labelled with its protocol."""
+"""Results as markdown: the paper's rows first, then the measured ones, each with its protocol."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ PLAIN = ("CLIP-Sim", "CLIP-Sim, absent", "CLIP-Sim, another's", "mean rank")  # 
 
 
 def markdown(task: str, results: Sequence[Mapping[str, Any]], published: tuple[list[str], Mapping[str, list]]) -> str:
-    """A table of one task: a row a protocol and system, a column a metric with its 95 % interval."""
+    """A table of one task: a row per protocol and system, a column per metric with its 95 % interval."""
     columns, rows = published
     names = list(dict.fromkeys([*columns, *(name for r in results for name in r["metrics"])]))
     lines = []

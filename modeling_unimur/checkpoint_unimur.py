@@ -1,26 +1,47 @@
-"""Checkpoints of a UniMuR, adapter or full: towers found and attached, tensors checked, LoRA beside them."""
+"""Checkpoints of a UniMuR, adapter or full: towers loaded and attached, tensors checked, what lies beside the weights."""
 
-from copy import deepcopy
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import CLIPModel, PreTrainedModel
+from huggingface_hub import HfApi, ModelCard
+from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
-from .hub_unimur import CUSTOM_PIPELINES
+from .card_unimur import model_card
+from .configuration_unimur import TOKENS, UniMuRConfig
+from .hub_unimur import (
+    CUSTOM_PIPELINES,
+    FORMER_POOL,
+    HUB_ARGUMENTS,
+    beside_weights,
+    damaged_file,
+    follow_umask,
+    packed_pool,
+    refuse_local_towers,
+    save_companions,
+)
+from .identity_unimur import GOLDEN, compare_golden, fingerprint, save_golden
 from .pool_unimur import CandidatePool
 from .processing_unimur import UniMuRProcessor
 from .towers_unimur import (
+    LOADING_ARGUMENTS,
     LORA,
     LORA_FOLDER,
-    SHARED_ARGUMENTS,
-    check_widths,
-    digest,
+    PARTS,
+    check_loaded,
+    check_same_widths,
+    clip_text_length,
+    input_device,
     load_lora,
     load_towers,
     plain_name,
+    positions,
+    split_arguments,
 )
 
 # What a full checkpoint remembers of where its towers came from, for their licences.
@@ -28,8 +49,34 @@ SOURCE_FIELDS = {"text_model_source": "text_model_name_or_path", "clip_model_sou
 TOWER_FIELDS = ("text_model_name_or_path", "text_model_revision", "clip_model_name_or_path", "clip_model_revision")
 
 
-class CheckpointMixin:
-    """Over a `PreTrainedModel` with `own_tensors`, `map_widths` and `_freeze`."""
+class CheckpointModel(PreTrainedModel):
+    """
+    Loading and saving. A subclass makes its own tensors in `__init__` and, where the config is a full checkpoint's, its
+    towers; `freeze` says what is trained.
+
+    Attributes:
+        own_tensors: names that start a tensor of the model's own rather than of a tower.
+        language_model, clip: the towers; `None` in an adapter until they are attached.
+        digests: see [`identity_unimur.Identified`].
+    """
+
+    config: UniMuRConfig
+    own_tensors: tuple[str, ...]
+    language_model: Any
+    clip: Any
+
+    def __init__(self, config: UniMuRConfig):
+        super().__init__(config)
+        self.digests: dict[str, tuple[Any, str]] = {}
+        self._processor: UniMuRProcessor | None = None
+        self._source: dict[str, Any] = {}  # the arguments it was loaded by
+        self._packed_pool: CandidatePool | None = None
+
+    def freeze(self) -> None:
+        """Lets gradients into what is trained and nothing else."""
+        raise NotImplementedError
+
+    # Loading
 
     @classmethod
     def from_pretrained(
@@ -41,54 +88,66 @@ class CheckpointMixin:
 
         Args:
             self_check: compare embeddings of fixed inputs with those saved beside the checkpoint.
+            kwargs: transformers' own; [`towers_unimur.LOADING_ARGUMENTS`] says which of them concern the towers.
 
         Raises:
             ValueError: a tensor is missing, unknown or of another shape, a tower has another width, or the self-check
                 fails; the message names it.
-            OSError: there are no safetensors (pickled weights are not read), or a base tower could not be loaded.
+            OSError: there are no safetensors (pickled weights are not read), a file is damaged, or a base tower could not
+                be loaded.
             ImportError: the checkpoint has a LoRA and peft is not installed.
         """
         name = str(pretrained_model_name_or_path)
-        if "torch_dtype" in kwargs:  # the older spelling, which most code still uses, holds for the towers too
+        if "torch_dtype" in kwargs:  # the older spelling, which most code still uses
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-        shared = {key: kwargs[key] for key in SHARED_ARGUMENTS if key in kwargs}
-        hub = {
-            key: kwargs[key]
-            for key in ("revision", "subfolder", "token", "cache_dir", "local_files_only")
-            if kwargs.get(key) is not None
-        }
-        kwargs = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True}
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        except OSError as error:
-            if "safetensors" not in str(error):
-                raise
-            raise OSError(
-                f"{name!r} holds no model.safetensors. UniMuR reads its weights from safetensors only, never from a "
-                f"pickled file such as pytorch_model.bin, which could run code: convert it first. The cause: {error}"
-            ) from error
-        for problem, meaning in (("missing_keys", "lacks"), ("unexpected_keys", "holds the unknown")):
-            if info[problem]:
-                found = ", ".join(sorted(map(str, info[problem])))
-                raise ValueError(f"the checkpoint {name!r} {meaning} tensors: {found}")
-        if info["mismatched_keys"]:
-            shapes = "; ".join(
-                f"{k} is {tuple(a)}, expected {tuple(b)}" for k, a, b in sorted(info["mismatched_keys"])
-            )
-            raise ValueError(f"the checkpoint {name!r} holds tensors of another shape than its config says: {shapes}")
-        if model.config.is_adapter:
-            model.attach_towers(*load_towers(model.config, **shared))
-        if model.config.text_adapter:
-            load_lora(model.language_model, name, **hub)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **hub}
+        with _reading(source, cls.config_class):
+            config, kwargs = cls._config_of(name, kwargs)
+            # As asked for; transformers writes its default over it.
+            attention = {key: getattr(config, key)._attn_implementation for _, key in PARTS.values()}
+            own, towers = split_arguments(kwargs) if config.is_adapter else (kwargs, {})
+            try:
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True,
+                    **{"use_safetensors": True} | own | {"ignore_mismatched_sizes": True},
+                )  # fmt: skip
+            except OSError as error:
+                if "safetensors" not in str(error):
+                    raise
+                raise OSError(
+                    f"{name!r} holds no model.safetensors. UniMuR reads its weights from safetensors only, never from a "
+                    f"pickled file such as pytorch_model.bin, which could run code: convert it first. The cause: {error}"
+                ) from error
+            check_loaded(info, f"the checkpoint {name!r}")
+            if model.config.is_adapter:
+                model.attach_towers(*load_towers(model.config, **towers | {"attn_implementation": attention}))
+            if model.config.text_adapter:
+                load_lora(model.language_model, name, **hub)
         # from_pretrained replaces the parameters, and with them what __init__ froze.
-        model._freeze()
-        model._source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **hub}
+        model.freeze()
+        model._source = source
         model.eval()
         if self_check:
             model.self_check()
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _config_of(cls, name: str, kwargs: dict[str, Any]) -> tuple[UniMuRConfig, dict[str, Any]]:
+        """The config and the arguments that are not its fields. AutoModel gives it; else it is read here."""
+        kwargs = dict(kwargs)
+        config = kwargs.pop("config", None)
+        if isinstance(config, PreTrainedConfig):
+            asked = kwargs.pop("attn_implementation", None)
+            config = copy(config)
+            if asked is not None:
+                config._attn_implementation = asked
+            return config, kwargs
+        # Kept from the config, which would take `dtype` and its like for fields.
+        loading = {key: kwargs.pop(key) for key in LOADING_ARGUMENTS if key in kwargs and key != "attn_implementation"}
+        hub = {key: loading[key] for key in (*HUB_ARGUMENTS, "force_download", "proxies") if key in loading}
+        config, rest = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **hub, **kwargs)
+        return config, rest | loading
 
     @classmethod
     def from_pretrained_towers(
@@ -100,12 +159,12 @@ class CheckpointMixin:
 
         Args:
             processor: its `n_visual_tokens` and `ret_prompt` become the model's, as do the ids of [RET] and `<image>`.
-            ret_init: a token of the LLM whose input embedding [RET] starts from; the mean row by default.
+            ret_init: a token of the LLM whose input embedding [RET] starts from; the mean of all by default.
             dtype: of the towers.
             config_fields: fields of [`UniMuRConfig`].
 
         Raises:
-            ValueError: `ret_init` is not exactly one token.
+            ValueError: `ret_init` is not exactly one token, or the processor is not these towers'.
         """
         # A folder is named in full, so that the checkpoint finds it from wherever it is loaded.
         text_model, clip_model = (
@@ -124,24 +183,48 @@ class CheckpointMixin:
         model = cls(config)
         model.attach_towers(text, clip)
         model.processor = processor
-        table = text.get_input_embeddings().weight.detach().float()
-        row = table.mean(0)
-        if ret_init is not None:
-            ids = processor.tokenizer(ret_init, add_special_tokens=False)["input_ids"]
-            if len(ids) != 1:
-                raise ValueError(f"ret_init={ret_init!r} is {len(ids)} tokens of this LLM's tokenizer, not one")
-            row = table[ids[0]]
-        model.ret_embedding.data.copy_(row)
+        model.start_ret(ret_init)
         if config.n_drawing_tokens:
             model.start_drawing_tokens()
         return model
 
-    def attach_towers(self, language_model: PreTrainedModel, clip: CLIPModel) -> None:
-        """Puts frozen towers into an adapter-style model. Raises `ValueError` where their widths do not fit the maps."""
-        self.language_model, self.clip = language_model, clip
+    @torch.no_grad()
+    def start_ret(self, token: str | None) -> None:
+        """
+        Starts [RET]'s input embedding from a token's, or from the mean of all: as the LLM's embedding module gives them,
+        which Gemma's scales.
+
+        Raises:
+            ValueError: `token` is not exactly one token.
+        """
+        embed = self.language_model.get_input_embeddings()
+        ids = torch.arange(embed.weight.shape[0])
+        if token is not None:
+            ids = torch.tensor(self.processor.tokenizer(token, add_special_tokens=False)["input_ids"])
+            if len(ids) != 1:
+                raise ValueError(f"ret_init={token!r} is {len(ids)} tokens of this LLM's tokenizer, not one")
+        rows = embed(ids.to(input_device(self.language_model))).float()
+        self.ret_embedding.copy_(rows.mean(0) if token is None else rows[0])
+
+    def attach_towers(self, language_model: PreTrainedModel, clip: PreTrainedModel) -> None:
+        """
+        Puts frozen towers into an adapter-style model, and the maps where the LLM reads its input. Raises `ValueError`
+        where their widths do not fit the maps.
+        """
+        made_for = copy(self.config)
         self.config.text_config, self.config.clip_config = language_model.config, clip.config
-        check_widths(self)
-        self._freeze()
+        names = (str(made_for.text_model_name_or_path), str(made_for.clip_model_name_or_path))
+        try:
+            check_same_widths(made_for, self.config, names)
+        except ValueError:
+            self.config.text_config, self.config.clip_config = made_for.text_config, made_for.clip_config
+            raise
+        device = input_device(language_model)
+        if self.language_model is None and device.type not in ("meta", self.device.type):
+            self.to(device)
+        self.language_model, self.clip = language_model, clip
+        self.digests.clear()
+        self.freeze()
 
     def add_lora(self, lora_config) -> None:
         """
@@ -155,7 +238,9 @@ class CheckpointMixin:
             if LORA in name:  # trained, so float32 as the maps
                 parameter.data = parameter.data.float()
         self.config.text_adapter = True
-        self._freeze()
+        self.freeze()
+
+    # Saving
 
     def save_pretrained(
         self, save_directory, *args, with_towers: bool = False, pool: CandidatePool | None = None, golden: bool = False,
@@ -168,80 +253,211 @@ class CheckpointMixin:
             with_towers: make it a full, self-contained checkpoint although the towers were loaded from elsewhere.
             pool: a pool to pack beside the model.
             golden: also save the embeddings that `self_check` compares.
+
+        Raises:
+            ValueError: the model has no processor, or another model made the pool; nothing is written then.
         """
+        main = kwargs.get("is_main_process", True)
+        processor = self.processor if main else None
+        if pool is not None and main:
+            pool.check_made_by(self.fingerprint)
         adapter = self.config.is_adapter and not with_towers
-        state_dict = self.state_dict() if state_dict is None else state_dict
         kept = {name: getattr(self.config, name) for name in (*TOWER_FIELDS, *SOURCE_FIELDS)}
         if not adapter:
-            # A LoRA is saved beside the towers, which keep their own tensors' names.
-            state_dict = {plain_name(n): tensor for n, tensor in state_dict.items() if LORA not in n}
             for source, name in SOURCE_FIELDS.items():
                 if kept[name] is not None and not Path(kept[name]).is_dir():
                     setattr(self.config, source, kept[name])
             for name in TOWER_FIELDS:
                 setattr(self.config, name, None)
-        else:
-            state_dict = {n: tensor for n, tensor in state_dict.items() if n.split(".")[0] in self.own_tensors}
         self.config.custom_pipelines = CUSTOM_PIPELINES
         try:
-            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+            super().save_pretrained(
+                save_directory, *args, state_dict=self._saved_tensors(adapter, state_dict), **kwargs
+            )
         finally:
             for name, value in kept.items():
                 setattr(self.config, name, value)
-        if not kwargs.get("is_main_process", True):
+        if processor is None:
             return
         if self.config.text_adapter:
             self.language_model.save_pretrained(Path(save_directory) / LORA_FOLDER)
-        if self._processor or self._source:
-            self.processor.save_pretrained(save_directory)
-            self.save_companions(save_directory, pool=pool, golden=golden)
+        processor.save_pretrained(save_directory)
+        save_companions(save_directory, self._source, lora=self.config.text_adapter, pool=pool)
+        if golden:
+            save_golden(self, save_directory)
+        follow_umask(save_directory)
+
+    def _saved_tensors(self, adapter: bool, given: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """What `model.safetensors` is to hold. A LoRA is saved beside it, and the LLM's tensors keep their own names."""
+        tensors = self.state_dict() if given is None else given
+        if adapter:
+            tensors = {n: tensor for n, tensor in tensors.items() if n.split(".")[0] in self.own_tensors}
+        if any(tensor.is_meta for tensor in tensors.values()):  # offloaded
+            from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+            tensors = {n: t for n, t in tensors.items() if not t.is_meta} | get_state_dict_offloaded_model(self)
+        return {plain_name(n): tensor for n, tensor in tensors.items() if LORA not in n}
+
+    def push_to_hub(
+        self, repo_id: str, *, card: ModelCard | None = None, pool: CandidatePool | None = None,
+        commit_message: str = "Upload UniMuR", private: bool | None = None, token: bool | str | None = None,
+        revision: str | None = None, create_pr: bool = False, max_shard_size: int | str = "50GB",
+    ) -> str:  # type: ignore[override]  # keywords only, so that none is taken for another  # fmt: skip
+        """
+        Uploads model, processor, code, card, pipeline, endpoint handler, sentence-transformers module and golden vectors.
+
+        Args:
+            repo_id: `org/name`; created where it does not exist.
+            card: by default [`model_card`] of what the config knows, unless the repository has a card already.
+            pool: a pool to pack beside the model, which endpoints and pipelines then search; replaces one that is there.
+            commit_message, private, token, revision, create_pr, max_shard_size: as transformers' models take them.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ValueError: the pool was made by another model, or the model is an adapter on towers in local folders.
+        """
+        refuse_local_towers(self.config.to_dict())
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size, pool=pool, golden=True)
+            if card is None and not api.file_exists(repo_id, "README.md", revision=revision):
+                card = model_card(self.config, repo_id, has_pool=pool is not None)
+            if card is not None:
+                card.save(Path(folder) / "README.md")
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
+                create_pr=create_pr, delete_patterns=FORMER_POOL if pool is not None else None,
+            )  # fmt: skip
+
+    # What lies beside the weights
 
     @property
     def processor(self) -> UniMuRProcessor:
         """
-        The checkpoint's processor, loaded from beside its weights when first needed. Raises `ValueError` where its
-        `ret_prompt` is not the config's.
+        The checkpoint's processor, loaded from beside its weights when first needed. Raises `ValueError` where it is not
+        this model's, `OSError` where a file of it is missing or damaged.
         """
         if self._processor is None:
             if not self._source:
                 raise ValueError("this model was not loaded from a checkpoint: set model.processor first")
-            self.processor = UniMuRProcessor.from_pretrained(**self._source)
+            with _reading(self._source, self.config_class):
+                self.processor = UniMuRProcessor.from_pretrained(**self._source)
+        assert self._processor is not None
         return self._processor
 
     @processor.setter
     def processor(self, processor: UniMuRProcessor) -> None:
-        if processor.ret_prompt != self.config.ret_prompt:
-            raise ValueError(
-                f"the processor puts {processor.ret_prompt!r} before [RET] and the model's config says "
-                f"{self.config.ret_prompt!r}: the embeddings would be another model's. Make ret_prompt the same in "
-                "config.json and processor_config.json, as it was in training"
-            )
+        check_processor(self.config, processor)
         self._processor = processor
 
     @property
+    def packed_pool(self) -> CandidatePool:
+        """
+        The pool packed beside the checkpoint, in its folder or its Hub repository.
+
+        Raises:
+            ValueError: the model was not loaded from a checkpoint, or no pool is packed with it.
+        """
+        if self._packed_pool is None:
+            self._packed_pool = packed_pool(self._source)
+        return self._packed_pool
+
+    def open_pool(self, path: str | Path) -> CandidatePool:
+        """A saved pool. Raises `FileNotFoundError` where there is none, `ValueError` where another model made it."""
+        pool = CandidatePool.load_from_disk(path)
+        pool.check_made_by(self.fingerprint)
+        return pool
+
+    def pool_from_hub(self, repo_id: str, **arguments: Any) -> CandidatePool:
+        """
+        A pool that `CandidatePool.push_to_hub` uploaded; `arguments` (revision, token, cache_dir, ...) as its `from_hub`.
+
+        Raises:
+            ValueError: another model made it; the message says what differs.
+        """
+        pool = CandidatePool.from_hub(repo_id, **arguments)
+        pool.check_made_by(self.fingerprint)
+        return pool
+
+    # Identity
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
-        """What makes two models' embeddings comparable: weights, candidate space, preprocessing, dimension q."""
-        return {
-            "towers": self._towers_digest,
-            "maps": self._maps_digest(),
-            "text_candidates": self.config.text_candidates,
-            "preprocessing": self.processor.fingerprint,
-            "dimension": self.config.embedding_width,
-        }
+        """What makes two models' embeddings comparable; see [`identity_unimur.fingerprint`]."""
+        return fingerprint(self)  # type: ignore[arg-type]  # embed_* are a subclass's
 
-    def _maps_digest(self) -> str:
-        # Without what draws, which no embedding depends on: a model that learns to draw keeps its pools.
-        own = [(n, p) for n, p in self.named_parameters() if self._is_own(n) and not n.startswith("drawing.")]
-        # Hashing megabytes would cost a query as much as its search; the probe sees what is written past autograd.
-        probes = [p.detach().flatten()[:: max(1, p.numel() // 64)].double().sum() for _, p in own]
-        state = [(n, p.data_ptr(), p._version) for n, p in own], torch.stack(probes).tolist()
-        if self._digested is None or self._digested[0] != state:
-            self._digested = state, digest(own)
-        return self._digested[1]
+    def self_check(self) -> dict[str, float]:
+        """
+        Compares embeddings of fixed inputs with those saved beside the checkpoint.
 
-    @cached_property
-    def _towers_digest(self) -> str:
-        return digest(((plain_name(n), p) for n, p in self.named_parameters() if not self._is_own(n)), head=64)
+        Returns:
+            The largest difference of a coordinate, for a dialogue, an image and a text.
 
-    def _is_own(self, name: str) -> bool:
-        return name.split(".")[0] in self.own_tensors or LORA in name
+        Raises:
+            ValueError: the checkpoint holds no golden vectors, or one differs; the message says which and by how much.
+            OSError: the file of golden vectors is damaged.
+        """
+        path = beside_weights(self._source, GOLDEN)
+        if path is None:
+            raise ValueError(f"the checkpoint holds no {GOLDEN}: save it with save_pretrained(..., golden=True)")
+        return compare_golden(self, path)  # type: ignore[arg-type]
+
+
+def check_processor(config: UniMuRConfig, processor: UniMuRProcessor) -> None:
+    """
+    Refuses a processor whose tensors mean another thing to the model.
+
+    Raises:
+        ValueError: token ids, `ret_prompt` or `n_visual_tokens` differ, or texts may be longer than a tower's positions.
+    """
+    if processor.ret_prompt != config.ret_prompt:
+        raise ValueError(
+            f"the processor puts {processor.ret_prompt!r} before [RET] and the model's config says "
+            f"{config.ret_prompt!r}: the embeddings would be another model's. Make ret_prompt the same in "
+            "config.json and processor_config.json, as it was in training"
+        )
+    for name in (*TOKENS, "n_visual_tokens"):
+        stated, given = getattr(config, name), getattr(processor, name)
+        if stated is not None and stated != given:
+            raise ValueError(
+                f"{name} is {stated} in the model's config and {given} in the processor: one of config.json and the "
+                "processor's files is damaged or of another checkpoint"
+            )
+    limit = positions(config.text_config)
+    if limit is not None and processor.max_length > limit:
+        raise ValueError(
+            f"the processor's max_length={processor.max_length} is more than the {limit} positions of the language model: "
+            f"make the processor with max_length={limit}"
+        )
+    length = clip_text_length(config.clip_config)
+    if processor.clip_text_length != length:
+        raise ValueError(
+            f"the processor's clip_text_length={processor.clip_text_length}, and a {config.clip_config.model_type} needs "
+            f"{length}: make the processor with clip_text_length={length}"
+        )
+    vocabulary = config.clip_config.text_config.vocab_size
+    if len(processor.clip_tokenizer) > vocabulary:
+        raise ValueError(
+            f"clip_tokenizer has {len(processor.clip_tokenizer)} tokens and {config.clip_config.model_type}'s text tower "
+            f"{vocabulary}: it is another model's tokenizer"
+        )
+
+
+@contextmanager
+def _reading(source: dict[str, Any], config_class: type[PreTrainedConfig]) -> Iterator[None]:
+    """Turns what damaged files raise, which may be anything, into an `OSError` that names the file."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the tokenizers' Rust panics are no Exception
+        file = None if isinstance(error, (OSError, ImportError)) else damaged_file(source, config_class)
+        if file is None:
+            raise
+        name = str(source["pretrained_model_name_or_path"])
+        raise OSError(f"{file!r} of the checkpoint {name!r} is damaged: restore it. The cause: {error}") from error

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import functools
+import math
 from typing import Any
 
 import transformers
@@ -15,11 +17,11 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLD
     )
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .towers_unimur import embedding_width, pooled_width, text_width
 
 CHOICES = {
     "alignment": ("paper", "canonical"),
@@ -29,15 +31,44 @@ CHOICES = {
     "text_target": ("normalized", "raw"),
     "text_target_reduction": ("mean", "sum"),
     "text_matching": ("mse", "infonce", "max_margin"),
+    "visual_matching": ("infonce", "sigmoid"),
 }
+
 
 # Of a model that can draw; another's config does not hold them.
 DRAWING_FIELDS = frozenset((
     "n_drawing_tokens", "drawing_model_name_or_path", "drawing_model_revision", "drawing_length", "drawing_width",
     "mapper_width", "mapper_layers", "mapper_heads", "lambda3", "drawing_steps", "drawing_guidance", "draw_below",
 ))  # fmt: skip
+NUMBERS = ("lambda1", "lambda2", "lambda3", "margin", "temperature", "logit_bias", "drawing_guidance")
+TOKENS = ("ret_token_id", "image_token_id")
 
 
+def as_people_write(cls):
+    """
+    A strict dataclass that takes an int where a field is a float (yaml's 0 and 10), and whose refusals, of a type or a
+    value, are `ValueError`s as those of any other class.
+    """
+    construct, assign = cls.__init__, cls.__setattr__
+
+    @functools.wraps(construct)
+    def __init__(self, *args, **kwargs):
+        try:
+            construct(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+
+    def __setattr__(self, name, value):
+        try:
+            assign(self, name, float(value) if name in NUMBERS and type(value) is int else value)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+
+    cls.__init__, cls.__setattr__ = __init__, __setattr__
+    return cls
+
+
+@as_people_write
 @strict
 class UniMuRConfig(PreTrainedConfig):
     r"""
@@ -57,7 +88,8 @@ class UniMuRConfig(PreTrainedConfig):
 
     Args:
         text_config (`dict` or [`PreTrainedConfig`]): any causal language model of transformers (d = its width).
-        clip_config (`dict` or [`CLIPConfig`]): any CLIP (q = its `projection_dim`).
+        clip_config (`dict` or [`PreTrainedConfig`]): any image-text model of [`towers_unimur.FAMILIES`]: CLIP (q = its
+            `projection_dim`), MetaCLIP, SigLIP (q = its width); "CLIP" below means whichever it is.
         text_model_name_or_path, text_model_revision: where the frozen LLM of an adapter checkpoint comes from.
         clip_model_name_or_path, clip_model_revision: the same for CLIP.
         text_model_source, clip_model_source: where the towers within a full checkpoint came from, for the record.
@@ -83,6 +115,9 @@ class UniMuRConfig(PreTrainedConfig):
             distance averaged or summed over the q dimensions.
         text_matching (`"mse"` | `"infonce"` | `"max_margin"`): L_tm of eq. 6, or Table 5's alternatives.
         margin (`float`, defaults to 0.2): margin of `"max_margin"`.
+        visual_matching (`"infonce"` | `"sigmoid"`): L_vm of eq. 3-5, or in its place SigLIP's sigmoid loss of every
+            pair, beyond the paper; it has a trained `logit_bias` beside the temperature.
+        logit_bias (`float`, defaults to -10): where that bias starts (SigLIP's own; its temperature starts at 0.1).
         lambda1, lambda2 (`float`, default to 1 and 10): weights of L_vm and L_tm in eq. 7. Zero switches a loss off
             (Table 4: VM only, TM only).
         temperature (`float`, defaults to 0.07): tau of eq. 4-5, or its start when `learn_temperature` is true.
@@ -101,13 +136,14 @@ class UniMuRConfig(PreTrainedConfig):
             image is below; learned on held-out dialogues.
 
     Raises:
-        ValueError: a choice outside those listed, a weight below zero, or a name that is a misspelt field.
+        ValueError: a choice outside those listed, a weight that is negative or not finite, token ids that are negative or
+            equal, or a name that is a misspelt field.
     """
 
     model_type = "unimur"
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt"),
-        "clip_config": SubConfigSpec(config_class=CLIPConfig),
+        "clip_config": SubConfigSpec(config_class=AutoConfig, model_type="clip"),
     }
 
     text_config: dict | PreTrainedConfig | None = None
@@ -133,6 +169,8 @@ class UniMuRConfig(PreTrainedConfig):
     text_target_reduction: str = "mean"
     text_matching: str = "mse"
     margin: float = 0.2
+    visual_matching: str = "infonce"
+    logit_bias: float = -10.0
     lambda1: float = 1.0
     lambda2: float = 10.0
     temperature: float = 0.07
@@ -184,6 +222,13 @@ class UniMuRConfig(PreTrainedConfig):
             )
         if self.n_visual_tokens < 1:
             raise ValueError(f"n_visual_tokens={self.n_visual_tokens}: an image needs at least one visual token")
+        for name in NUMBERS:
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
+        ids = [i for i in (getattr(self, name) for name in TOKENS) if i is not None]
+        if any(i < 0 for i in ids) or len(set(ids)) < len(ids):
+            stated = ", ".join(f"{name}={getattr(self, name)}" for name in TOKENS)
+            raise ValueError(f"{stated}: token ids must be different and not negative")
         self._validate_drawing()
         for name in ("lambda1", "lambda2", "lambda3", "margin"):
             if getattr(self, name) < 0:
@@ -225,18 +270,18 @@ class UniMuRConfig(PreTrainedConfig):
 
     @property
     def text_width(self) -> int:
-        """d: width of the LLM's input embeddings and of its last output (they differ from OPT-350m's hidden size)."""
-        return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
+        """d: width of the LLM's input embeddings and of its last output."""
+        return text_width(self.text_config)
 
     @property
     def image_feature_width(self) -> int:
         """c: width of what `W_i2t` reads."""
-        return self.clip_config.vision_config.hidden_size if self.image_feature == "pooled" else self.clip_width
+        return pooled_width(self.clip_config) if self.image_feature == "pooled" else self.clip_width
 
     @property
     def clip_width(self) -> int:
-        """Width of CLIP's own embeddings of images and texts, its projection."""
-        return self.clip_config.projection_dim
+        """Width of CLIP's own embeddings of images and texts."""
+        return embedding_width(self.clip_config)
 
     @property
     def embedding_width(self) -> int:

@@ -379,10 +379,15 @@ def check_drawing(steps: Any, guidance: Any, size: Any, batch_size: Any, seed: A
         raise ValueError(f"size={size!r} must be height and width in pixels, multiples of 8")
 
 
-def check_when(generate: str, config: UniMuRConfig) -> None:
-    """Refuses with a `ValueError` an unknown `generate` of `retrieve`, and one that this model does not have."""
+def check_when(generate: str, drawing: Mapping[str, Any], config: UniMuRConfig) -> None:
+    """Refuses with a `ValueError` an unknown `generate` or `drawing` of `retrieve`, and what this model does not have."""
     if generate not in WHEN:
         raise ValueError(f"generate={generate!r} is not one of {', '.join(map(repr, WHEN))}")
+    unknown = sorted(set(drawing) - {"seed", "steps", "guidance", "size"})
+    if unknown:
+        raise ValueError(f"retrieve has no argument {', '.join(unknown)}")
+    if drawing and generate == "never":
+        raise ValueError(f"{', '.join(drawing)}: nothing is drawn, since generate is 'never'")
     if generate != "never" and not config.n_drawing_tokens:
         raise ValueError(f"generate={generate!r}: this model cannot draw, it has no [IMG] tokens")
     if generate == "auto" and config.draw_below is None:

@@ -1,18 +1,18 @@
-"""What lives beside the weights on the Hub: pipeline, endpoint handler, sentence-transformers module, card, pool."""
+"""What lives beside a checkpoint's weights: pipeline, endpoint handler, sentence-transformers module, requirements, pool."""
 
 import importlib.metadata
 import json
 import shutil
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
-from .card_unimur import model_card
-from .golden_unimur import GOLDEN, compare_golden, save_golden
 from .pool_unimur import CandidatePool
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,9 @@ SENTENCE_TRANSFORMERS = {
 }
 REQUIREMENTS = "requirements.txt"
 POOL = "pool"
+# Arguments of from_pretrained that say where a checkpoint lies; its `source` is these and its name.
+HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+WEIGHTS = "model.safetensors"
 FORMER_POOL = f"{POOL}/*"  # what a pool must not be uploaded beside: its index would be taken for the new one's
 
 
@@ -46,154 +49,134 @@ def refuse_local_towers(config: dict[str, Any]) -> None:
             )
 
 
-class HubMixin:
-    """Over a model that has `processor`, `config`, `save_pretrained` and `_source`, the arguments it was loaded by."""
+def save_companions(
+    folder: str | Path, source: Mapping[str, Any], *, lora: bool = False, pool: CandidatePool | None = None
+) -> None:
+    """
+    Writes what users of a checkpoint call beside its weights and code.
 
-    def save_companions(self, folder: str | Path, *, pool: CandidatePool | None = None, golden: bool = False) -> None:
-        """
-        Writes what users of a checkpoint call beside its weights and code.
+    Args:
+        source: the arguments the model was loaded by, where the files that no import leads to are if this code is
+            itself from there; empty for a model that was not loaded.
+        lora: whether users need peft.
+        pool: a pool to pack beside the model.
+    """
+    folder = Path(folder)
+    for name in COMPANIONS:
+        file = _companion(source, name)
+        if file is None:
+            logger.warning(f"{name} is neither with this code nor in the repository it came from: saved without it")
+        elif file.resolve() != (folder / name).resolve():
+            shutil.copyfile(file, folder / name)
+    for name, content in SENTENCE_TRANSFORMERS.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    if pool is not None:
+        pool.save_to_disk(folder / POOL)
+    _save_requirements(folder, source, lora)
 
-        Args:
-            pool: a pool to pack beside the model.
-            golden: also write the golden vectors of `self_check`.
-        """
-        folder = Path(folder)
-        for name in COMPANIONS:
-            source = self._companion(name)
-            if source is None:
-                logger.warning(
-                    f"{name} is neither with this code nor in the repository it came from: saved without it"
-                )
-            elif source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
-        for name, content in SENTENCE_TRANSFORMERS.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        if pool is not None:
-            pool.check_made_by(self.fingerprint)
-            pool.save_to_disk(folder / POOL)
-        self._save_requirements(folder)
-        if golden:
-            save_golden(self, folder)
 
-    def push_to_hub(
-        self, repo_id: str, *, card: ModelCard | None = None, pool: CandidatePool | None = None,
-        commit_message: str = "Upload UniMuR", private: bool | None = None, token: bool | str | None = None,
-        revision: str | None = None, create_pr: bool = False, max_shard_size: int | str = "50GB",
-    ) -> str:  # fmt: skip
-        """
-        Uploads model, processor, code, card, pipeline, endpoint handler, sentence-transformers module and golden vectors.
+def packed_pool(source: Mapping[str, Any]) -> CandidatePool:
+    """
+    The pool packed beside a checkpoint, in its folder or its Hub repository.
 
-        Args:
-            repo_id: `org/name`; created where it does not exist.
-            card: by default [`model_card`] of what the config knows, unless the repository has a card already.
-            pool: a pool to pack beside the model, which endpoints and pipelines then search; replaces one that is there.
-            commit_message, private, token, revision, create_pr, max_shard_size: as transformers' models take them.
+    Raises:
+        ValueError: the model was not loaded from a checkpoint, or no pool is packed with it.
+    """
+    name = source.get("pretrained_model_name_or_path")
+    if name is None:
+        raise ValueError("this model was not loaded from a checkpoint, so no pool is packed with it: give a pool")
+    folder = Path(name) / source.get("subfolder", "")
+    if not Path(name).is_dir():
+        hub = {k: v for k, v in source.items() if k in HUB_ARGUMENTS and k != "subfolder"}
+        prefix = f"{source['subfolder']}/" if source.get("subfolder") else ""
+        folder = Path(snapshot_download(name, allow_patterns=f"{prefix}{POOL}/*", **hub)) / prefix
+    if not (folder / POOL).is_dir():
+        raise ValueError(
+            f"no pool is packed with {str(name)!r}: give a pool, or pack one by save_pretrained(..., pool=pool)"
+        )
+    return CandidatePool.load_from_disk(folder / POOL)
 
-        Returns:
-            URL of the commit.
 
-        Raises:
-            ValueError: the pool was made by another model, or the model is an adapter on towers in local folders.
-        """
-        refuse_local_towers(self.config.to_dict())
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size, pool=pool, golden=True)
-            if card is None and not api.file_exists(repo_id, "README.md", revision=revision):
-                card = model_card(self.config, repo_id, has_pool=pool is not None)
-            if card is not None:
-                card.save(Path(folder) / "README.md")
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
-                create_pr=create_pr, delete_patterns=FORMER_POOL if pool is not None else None,
-            )  # fmt: skip
+def beside_weights(source: Mapping[str, Any], name: str) -> Path | None:
+    """A file of the checkpoint that `source` names; `None` where there is none."""
+    if not source:
+        return None
+    arguments = dict(source)
+    try:
+        return Path(cached_file(arguments.pop("pretrained_model_name_or_path"), name, **arguments))
+    except OSError:
+        return None
 
-    @cached_property
-    def packed_pool(self) -> CandidatePool:
-        """
-        The pool packed beside the checkpoint, in its folder or its Hub repository.
 
-        Raises:
-            ValueError: the model was not loaded from a checkpoint, or no pool is packed with it.
-        """
-        name = self._source.get("pretrained_model_name_or_path")
-        if name is None:
-            raise ValueError("this model was not loaded from a checkpoint, so no pool is packed with it: give a pool")
-        folder = Path(name) / self._source.get("subfolder", "")
-        if not Path(name).is_dir():
-            hub = {
-                k: v for k, v in self._source.items() if k in ("revision", "token", "cache_dir", "local_files_only")
-            }
-            prefix = f"{self._source['subfolder']}/" if self._source.get("subfolder") else ""
-            folder = Path(snapshot_download(name, allow_patterns=f"{prefix}{POOL}/*", **hub)) / prefix
-        if not (folder / POOL).is_dir():
-            raise ValueError(
-                f"no pool is packed with {str(name)!r}: give a pool, or pack one by save_pretrained(..., pool=pool)"
-            )
-        return CandidatePool.load_from_disk(folder / POOL)
+def follow_umask(folder: str | Path) -> None:
+    """Gives weights the mode of any new file; safetensors writes them for their owner alone."""
+    folder = Path(folder)
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in (*folder.glob("*.safetensors"), *folder.glob("lora/*.safetensors")):
+        file.chmod(mode)
 
-    def open_pool(self, path: str | Path) -> CandidatePool:
-        """A saved pool. Raises `FileNotFoundError` where there is none, `ValueError` where another model made it."""
-        pool = CandidatePool.load_from_disk(path)
-        pool.check_made_by(self.fingerprint)
-        return pool
 
-    def pool_from_hub(self, repo_id: str, **arguments: Any) -> CandidatePool:
-        """
-        A pool that `CandidatePool.push_to_hub` uploaded; `arguments` (revision, token, cache_dir, ...) as its `from_hub`.
-
-        Raises:
-            ValueError: another model made it; the message says what differs.
-        """
-        pool = CandidatePool.from_hub(repo_id, **arguments)
-        pool.check_made_by(self.fingerprint)
-        return pool
-
-    def self_check(self) -> dict[str, float]:
-        """
-        Compares embeddings of fixed inputs with those saved beside the checkpoint.
-
-        Returns:
-            The largest difference of a coordinate, for a dialogue, an image and a text.
-
-        Raises:
-            ValueError: the checkpoint holds no golden vectors, or one differs; the message says which and by how much.
-        """
-        path = self._beside_weights(GOLDEN)
-        if path is None:
-            raise ValueError(f"the checkpoint holds no {GOLDEN}: save it with save_pretrained(..., golden=True)")
-        return compare_golden(self, path)
-
-    def _save_requirements(self, folder: Path) -> None:
-        """What an endpoint's container installs: the package's own requirements, and those of the pool and the LoRA."""
-        extras = {"faiss-cpu": (folder / POOL / "index.json").is_file(), "peft": self.config.text_adapter}
+def damaged_file(source: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> str | None:
+    """The first file of a checkpoint that cannot be read as what it is; `None` where all can."""
+    readers: dict[str, Callable[[Path], Any]] = {
+        "config.json": lambda file: config_class.from_pretrained(str(file.parent)),
+        "processor_config.json": _read_json,
+        "tokenizer_config.json": _read_json,
+        "tokenizer.json": _read_tokenizer,
+        "clip_tokenizer/tokenizer_config.json": _read_json,
+        "clip_tokenizer/tokenizer.json": _read_tokenizer,
+        WEIGHTS: _read_weights,
+        f"{WEIGHTS}.index.json": _read_json,
+    }
+    for name, read in readers.items():
+        file = beside_weights(source, name)
         try:
-            stated = importlib.metadata.requires("modeling-unimur")
-        except importlib.metadata.PackageNotFoundError:
-            source = self._companion(REQUIREMENTS)
-            if source is None:
-                logger.warning(f"saved without {REQUIREMENTS}: the package's are unknown until it is installed by pip")
-                return
-            stated = source.read_text().splitlines()
-        lines = [line for line in stated if "extra ==" not in line]
-        for name, needed in extras.items():
-            if needed and not any(line.startswith(name) for line in lines):
-                lines.append(next((line.partition(";")[0].strip() for line in stated if line.startswith(name)), name))
-        (folder / REQUIREMENTS).write_text("\n".join(lines) + "\n")
+            if file is not None:
+                read(file)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:  # the tokenizers' Rust panics are no Exception
+            return name
+    return None
 
-    def _companion(self, name: str) -> Path | None:
-        """A companion file, from beside this code or, where this code came from the Hub, from the repository."""
-        here = Path(__file__).with_name(name)
-        return here if here.is_file() else self._beside_weights(name)
 
-    def _beside_weights(self, name: str) -> Path | None:
-        if not self._source:
-            return None
-        source = dict(self._source)
-        try:
-            return Path(cached_file(source.pop("pretrained_model_name_or_path"), name, **source))
-        except OSError:
-            return None
+def _read_json(file: Path) -> None:
+    if not isinstance(json.loads(file.read_text()), dict):
+        raise ValueError(f"{file} is no object")
+
+
+def _read_tokenizer(file: Path) -> None:
+    Tokenizer.from_file(str(file)).encode("a")
+
+
+def _read_weights(file: Path) -> None:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  # no dict
+            tensors.get_slice(name).get_shape()
+
+
+def _save_requirements(folder: Path, source: Mapping[str, Any], lora: bool) -> None:
+    """What an endpoint's container installs: the package's own requirements, and those of the pool and the LoRA."""
+    extras = {"faiss-cpu": (folder / POOL / "index.json").is_file(), "peft": lora}
+    try:
+        stated = importlib.metadata.requires("modeling-unimur") or []
+    except importlib.metadata.PackageNotFoundError:
+        file = _companion(source, REQUIREMENTS)
+        if file is None:
+            logger.warning(f"saved without {REQUIREMENTS}: the package's are unknown until it is installed by pip")
+            return
+        stated = file.read_text().splitlines()
+    lines = [line for line in stated if "extra ==" not in line]
+    for name, needed in extras.items():
+        if needed and not any(line.startswith(name) for line in lines):
+            lines.append(next((line.partition(";")[0].strip() for line in stated if line.startswith(name)), name))
+    (folder / REQUIREMENTS).write_text("\n".join(lines) + "\n")
+
+
+def _companion(source: Mapping[str, Any], name: str) -> Path | None:
+    """A companion file, from beside this code or, where this code came from the Hub, from the repository."""
+    here = Path(__file__).with_name(name)
+    return here if here.is_file() else beside_weights(source, name)

@@ -56,13 +56,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             here = slice(start, start + rows)
-            log_probabilities = F.log_softmax(F.linear(hidden[here], weight, bias).float(), dim=-1)
-            right = labels[here, None]
-            told = log_probabilities.gather(1, right)
-            total -= told.sum()
+            log_probs = F.log_softmax(F.linear(hidden[here], weight, bias).float(), dim=-1)
+            label = labels[here, None]
+            of_labels = log_probs.gather(1, label)
+            total -= of_labels.sum()
             if grad is not None:
-                probabilities = log_probabilities.exp_()
-                probabilities.scatter_add_(1, right, torch.full_like(told, -1))
+                probabilities = log_probs.exp_()
+                probabilities.scatter_add_(1, label, torch.full_like(of_labels, -1))
                 grad[here] = probabilities.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         return total
@@ -101,8 +101,37 @@ def visual_matching_loss(
     further = logit_scale * texts @ negatives.T
     # Frozen CLIP gives the same image the same embedding, so that equality tells it.
     further = further.masked_fill(images @ negatives.T > SAME_IMAGE, -torch.inf)
-    right = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(torch.cat([logits, further], dim=1), right) + F.cross_entropy(logits.T, right)
+    labels = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(torch.cat([logits, further], dim=1), labels) + F.cross_entropy(logits.T, labels)
+
+
+def sigmoid_matching_loss(
+    ret_embeds: torch.Tensor, image_embeds: torch.Tensor, logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float, negatives: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """
+    SigLIP's loss (Zhai et al., ICCV 2023) in the place of L_vm, beyond the paper: each caption with each image of the
+    global batch is a yes-or-no question, `-log sigmoid(z (t x.y + b))` with z = 1 for its own image and -1 for others.
+
+    Args:
+        ret_embeds, image_embeds, negatives: as `visual_matching_loss`'s.
+        logit_scale, logit_bias: t and b.
+
+    Returns:
+        Scalar float32: the sum over images, a mean over the captions of the global batch.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_rows(ret_embeds, image_embeds)
+    texts, images = (gather_rows(F.normalize(x.float(), dim=-1)) for x in (ret_embeds, image_embeds))
+    logits = logit_scale * texts @ images.T + logit_bias
+    own = torch.eye(len(logits), device=logits.device)
+    total = -F.logsigmoid((2 * own - 1) * logits).sum()
+    if negatives is not None and len(negatives) and len(texts):
+        further = -F.logsigmoid(-(logit_scale * texts @ negatives.T + logit_bias))
+        total = total + further.masked_fill(images @ negatives.T > SAME_IMAGE, 0).sum()
+    return total / max(len(logits), 1)
 
 
 def text_matching_loss(
@@ -161,8 +190,8 @@ def info_nce(a: torch.Tensor, b: torch.Tensor, logit_scale: torch.Tensor | float
     logits = logit_scale * _global_cosines(a, b)
     if not len(logits):
         return logits.sum()
-    right = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
+    labels = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
 
 
 def max_margin(a: torch.Tensor, b: torch.Tensor, margin: float) -> torch.Tensor:
@@ -173,10 +202,10 @@ def max_margin(a: torch.Tensor, b: torch.Tensor, margin: float) -> torch.Tensor:
     cosines = _global_cosines(a, b)
     if not len(cosines):
         return cosines.sum()
-    right = cosines.diagonal()
-    wrong = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
-    forth = (margin - right[:, None] + cosines).clamp(min=0) * wrong
-    back = (margin - right[None, :] + cosines).clamp(min=0) * wrong
+    own = cosines.diagonal()
+    others = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    forth = (margin - own[:, None] + cosines).clamp(min=0) * others
+    back = (margin - own[None, :] + cosines).clamp(min=0) * others
     return (forth.sum() + back.sum()) / len(cosines)
 
 

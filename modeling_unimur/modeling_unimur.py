@@ -1,25 +1,41 @@
 """UniMuR (Sections 3.1-3.3): a frozen LLM and a frozen CLIP joined by two linear maps. Section 3.4: retrieval_unimur."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
-from .checkpoint_unimur import CheckpointMixin
+from .batch_unimur import Captions, Contexts, Images, Packing, Targets
+from .checkpoint_unimur import CheckpointModel
 from .configuration_unimur import UniMuRConfig
 from .generation_unimur import Drawing, DrawingMixin, drawing_loss
-from .hub_unimur import HubMixin
-from .losses_unimur import linear_caption_loss, text_matching_loss, total_loss, visual_matching_loss
+from .losses_unimur import (
+    linear_caption_loss,
+    sigmoid_matching_loss,
+    text_matching_loss,
+    total_loss,
+    visual_matching_loss,
+)
 from .packing_unimur import block_mask, positions
-from .processing_unimur import IGNORE, UniMuRProcessor
+from .processing_unimur import IGNORE
 from .retrieval_unimur import RetrievalMixin
-from .towers_unimur import LORA, OWN_TENSORS
+from .towers_unimur import (
+    LORA,
+    OWN_TENSORS,
+    attention_window,
+    encode_images,
+    encode_texts,
+    packs_exactly,
+    trunk_outputs,
+)
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -44,65 +60,54 @@ class UniMuROutput(ModelOutput):
     text_embeds: torch.Tensor | None = None
 
 
-class UniMuRModel(DrawingMixin, RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
+PADS = "a packed row of this LLM ({}) is not its sequences one by one, as with ALiBi or a state-space layer"
+
+
+class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
     """
     The model: `language_model` and `clip` frozen; `W_i2t` (image feature to `n_visual_tokens` input embeddings),
     `W_t2m` (last output at [RET] to the unified embedding e), the temperature, and by choice [RET]'s input embedding
     trained. In the canonical alignment also `W_v2m` (image feature to the unified embedding) and `W_x2m` (CLIP's text
     embedding to the same space), found in closed form and frozen. These tensors are float32 whatever the towers' dtype.
     With `n_drawing_tokens` also `drawing`, trained: [IMG] tokens and the mapper to a diffusion model.
-    Its verbs are those of [`RetrievalMixin`] and [`DrawingMixin`]; loading and saving are [`CheckpointMixin`]'s.
+    Its verbs are those of [`RetrievalMixin`] and [`DrawingMixin`]; loading and saving are [`CheckpointModel`]'s.
     """
 
     config_class = UniMuRConfig
     base_model_prefix = ""
-    main_input_name = "ret_input_ids"
+    main_input_name = "pixel_values"
     _supports_sdpa = True
     _supports_flash_attn = True
     supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = list(OWN_TENSORS)
-    own_tensors = OWN_TENSORS  # names that start a tensor of the model's own rather than of a tower
+    _keep_in_fp32_modules = list(OWN_TENSORS)  # what quantisers leave alone
+    own_tensors = OWN_TENSORS
 
     def __init__(self, config: UniMuRConfig):
         super().__init__(config)
-        for name, (width_in, width_out) in self.map_widths(config).items():
-            setattr(self, name, nn.Linear(width_in, width_out))
+        self.W_i2t = nn.Linear(config.image_feature_width, config.n_visual_tokens * config.text_width)
+        self.W_t2m = nn.Linear(config.text_width, config.embedding_width)
+        if config.alignment == "canonical":
+            self.W_v2m = nn.Linear(config.matching_feature_width, config.embedding_width)
+            self.W_x2m = nn.Linear(config.clip_width, config.embedding_width)
         self.ret_embedding = nn.Parameter(torch.empty(config.text_width))
         # One element rather than a scalar: sharding libraries refuse scalars.
         self.logit_scale = nn.Parameter(torch.empty(1))
+        if config.visual_matching == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.empty(1))
         if config.n_drawing_tokens:
             self.drawing = Drawing(config)
-        self.language_model: PreTrainedModel | None = None
-        self.clip: CLIPModel | None = None
-        if not config.is_adapter:
-            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-            self.clip = CLIPModel._from_config(config.clip_config)
-        self._processor: UniMuRProcessor | None = None
-        self._digested: tuple | None = None  # the maps' state and its hash
-        self._source: dict[str, Any] = {}  # the arguments it was loaded by
+        self.make_towers()
         self.post_init()
-        self._freeze()
+        self.freeze()
 
-    @staticmethod
-    def map_widths(config: UniMuRConfig) -> dict[str, tuple[int, int]]:
-        """The linear maps: name -> widths in and out."""
-        widths = {
-            "W_i2t": (config.image_feature_width, config.n_visual_tokens * config.text_width),
-            "W_t2m": (config.text_width, config.embedding_width),
-        }
-        if config.alignment == "canonical":
-            widths["W_v2m"] = (config.matching_feature_width, config.shared_width)
-            widths["W_x2m"] = (config.clip_width, config.shared_width)
-        return widths
-
-    @staticmethod
-    def trained_maps(config: UniMuRConfig) -> set[str]:
-        """Names of the maps that are trained; W_v2m and W_x2m are found in closed form."""
-        return {"W_i2t", "W_t2m"} | ({"W_v2m"} if config.train_image_map else set())
-
-    @property
-    def maps(self) -> list[nn.Linear]:
-        return [getattr(self, name) for name in self.map_widths(self.config)]
+    def make_towers(self) -> None:
+        """The towers of a full checkpoint, to be filled; an adapter's are attached when it has been loaded."""
+        self.language_model = self.clip = None
+        self._packing: bool | None = None  # whether the LLM packs, known from the first packed batch on
+        if not self.config.is_adapter:
+            self.language_model = AutoModelForCausalLM.from_config(self.config.text_config)
+            self.clip = AutoModel.from_config(self.config.clip_config)
 
     def set_shared_space(self, width: int, feature: str) -> None:
         """
@@ -112,14 +117,23 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, HubMixin, CheckpointMixin, PreTr
             ValueError: the alignment is the paper's, or what [`UniMuRConfig`] refuses.
         """
         config = self.config
+        before = config.shared_width, config.matching_feature
         config.shared_width, config.matching_feature = width, feature
-        config.validate_unimur()
-        for name in ("W_t2m", "W_v2m", "W_x2m"):
-            setattr(self, name, nn.Linear(*self.map_widths(config)[name], device=self.device))
-        self._freeze()
+        try:
+            config.validate_unimur()
+        except ValueError:
+            config.shared_width, config.matching_feature = before
+            raise
+        self.W_t2m = nn.Linear(config.text_width, width, device=self.device)
+        self.W_v2m = nn.Linear(config.matching_feature_width, width, device=self.device)
+        self.W_x2m = nn.Linear(config.clip_width, width, device=self.device)
+        self.freeze()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None if self.language_model is None else self.language_model.get_output_embeddings()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if module in self.maps:
+        if isinstance(module, nn.Linear) and module in self.children():
             # nn.Linear's own scale: the usual 0.02 leaves visual tokens an order below word embeddings.
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
@@ -131,18 +145,40 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, HubMixin, CheckpointMixin, PreTr
         if module is self:
             init.normal_(self.ret_embedding, std=0.02)
             init.constant_(self.logit_scale, math.log(1 / self.config.temperature))
+            if "logit_bias" in self._parameters:
+                init.constant_(self.logit_bias, self.config.logit_bias)
 
-    def _freeze(self) -> None:
+    def freeze(self) -> None:
+        """Lets gradients into the maps that are trained, the temperature and [RET] by choice, and a LoRA."""
         self.requires_grad_(False)
-        for name in self.trained_maps(self.config):
+        for name in self.trained_maps():
             getattr(self, name).requires_grad_(True)
         self.logit_scale.requires_grad_(self.config.learn_temperature)
         self.ret_embedding.requires_grad_(self.config.train_ret_embedding)
         if self.config.n_drawing_tokens:
             self.drawing.requires_grad_(True)
         for name, parameter in self.named_parameters():
-            if LORA in name:
+            if LORA in name or name == "logit_bias":
                 parameter.requires_grad_(True)
+
+    def trained_maps(self) -> set[str]:
+        """Names of the maps that are trained; W_v2m (unless asked for) and W_x2m are solved for in closed form."""
+        return {"W_i2t", "W_t2m"} | ({"W_v2m"} if self.config.train_image_map else set())
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "UniMuRModel":
+        # `.half()`, `.to(dtype)` and their like are for the towers: the model's own tensors stay float32.
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        if recurse:
+            for name, child in self.named_children():
+                child._apply(moved if name in self.own_tensors else fn)
+        return super()._apply(moved, recurse=False)
+
+    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.train(self.training)  # what `train` does for it depends on neither order
 
     def train(self, mode: bool = True) -> "UniMuRModel":
         super().train(mode)
@@ -166,10 +202,8 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, HubMixin, CheckpointMixin, PreTr
         One pass of CLIP's visual tower: `(i, 3, h, w)` -> what `W_i2t` reads `(i, c)` and CLIP's image embedding
         `(i, clip_width)`, float32, neither normalised. Nothing in them is trained.
         """
-        with torch.no_grad():
-            pooled = self.clip.vision_model(pixel_values.to(self.clip.dtype)).pooler_output
-            embeds = self.clip.visual_projection(pooled).float()
-        return (pooled.float() if self.config.image_feature == "pooled" else embeds), embeds
+        pooled, embeds = encode_images(self.clip, pixel_values)
+        return (pooled if self.config.image_feature == "pooled" else embeds), embeds
 
     def unify_images(self, features: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """
@@ -189,9 +223,7 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, HubMixin, CheckpointMixin, PreTr
 
     def encode_clip_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """CLIP's text embedding `(n, clip_width)`, float32, not normalised."""
-        with torch.no_grad():
-            pooled = self.clip.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-            return self.clip.text_projection(pooled).float()
+        return encode_texts(self.clip, input_ids, attention_mask)
 
     def input_embeddings(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -209,28 +241,41 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, HubMixin, CheckpointMixin, PreTr
         return embeds
 
     def last_outputs(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, packing: dict[str, torch.Tensor] | None = None
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, packing: Packing | None = None
     ) -> torch.Tensor:
         """
         The LLM's trunk, without its vocabulary head: `(n, length, d)` -> `(n, length, d)`. Padding on either side gives
-        the same; with a `packing` of [`plan_packing`] (right-padded sequences only) it is not computed at all.
+        the same; with a `packing` of [`plan_packing`] (right-padded sequences only) it is not computed at all, where the
+        LLM gives the same packed.
         """
-        trunk = self.language_model.base_model
-        if packing is None:
+        if packing is None or not self._packs(inputs_embeds.shape[1]):
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            return trunk(
-                inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            ).last_hidden_state
+            return trunk_outputs(self.language_model, inputs_embeds, attention_mask, position_ids)
         packed = inputs_embeds.flatten(0, 1)[packing["index"]]
-        outputs = trunk(
-            inputs_embeds=packed, attention_mask=block_mask(packing["segments"], packed.dtype),
-            position_ids=positions(packing["segments"]), use_cache=False,
-        ).last_hidden_state  # fmt: skip
+        outputs = trunk_outputs(
+            self.language_model, packed, block_mask(packing["segments"], packed.dtype), positions(packing["segments"])
+        )
         return outputs.flatten(0, 1)[packing["unpack"]]
+
+    def _packs(self, length: int) -> bool:
+        """Whether sequences of up to `length` positions may share a row of this LLM."""
+        if self._packing is None:
+            self._packing = packs_exactly(self.language_model)
+            if not self._packing:
+                logger.warning(
+                    f"{PADS.format(self.language_model.config.model_type)}: positions are padded, not packed"
+                )
+        window = attention_window(self.language_model.config)
+        if window is not None and length > window:
+            logger.warning_once(
+                f"sequences of {length} exceed the LLM's window of {window}: they are padded, not packed"
+            )
+            return False
+        return self._packing
 
     def ret_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None,
-        packing: dict[str, torch.Tensor] | None = None,
+        packing: Packing | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """h([RET]), the LLM's last output at [RET]: contexts `(n, length)` ending in [RET] -> `(n, d)` float32."""
         hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask, packing)
@@ -245,7 +290,7 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, HubMixin, CheckpointMixin, PreTr
 
     def caption_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor,
-        label_positions: torch.Tensor, packing: dict[str, torch.Tensor] | None = None,
+        label_positions: torch.Tensor, packing: Packing | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Last outputs `(m, d)` from which the m labelled tokens are predicted, the positions before theirs."""
         hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask, packing)
@@ -253,92 +298,125 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, HubMixin, CheckpointMixin, PreTr
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        label_positions: torch.Tensor | None = None,
-        image_indices: torch.Tensor | None = None,
-        packing: dict[str, torch.Tensor] | None = None,
-        ret_input_ids: torch.Tensor | None = None,
-        ret_attention_mask: torch.Tensor | None = None,
-        ret_image_indices: torch.Tensor | None = None,
-        ret_packing: dict[str, torch.Tensor] | None = None,
-        image_rows: torch.Tensor | None = None,
-        target_indices: torch.Tensor | None = None,
-        text_rows: torch.Tensor | None = None,
-        clip_input_ids: torch.Tensor | None = None,
-        clip_attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        image_embeds: torch.Tensor | None = None,
-        text_embeds: torch.Tensor | None = None,
-        ret_states: torch.Tensor | None = None,
+        captions: Captions | None = None,
+        contexts: Contexts | None = None,
+        targets: Targets | None = None,
+        images: Images | None = None,
         negatives: torch.Tensor | None = None,
         drawing_targets: torch.Tensor | None = None,
     ) -> UniMuROutput:
         """
-        The losses of eq. 7 on a batch of [`UniMuRProcessor.documents`] or `pairs`.
+        The losses of eq. 7 on a batch of [`UniMuRProcessor.documents`] or `pairs`; its parts are those of
+        [`batch_unimur.Batch`].
 
-        L_cap is computed where `labels` are given, L_vm and L_tm where `ret_input_ids` are; the weights lambda1 and
-        lambda2 of zero skip their loss. CLIP runs once per image, for prefix and target both, and not at all where
-        `image_features` `(i, c)` and `image_embeds` `(i, clip_width)` are given, CLIP's as `encode_images` has them, or
-        `text_embeds` `(texts, clip_width)`, CLIP's too. With [RET] frozen
-        the LLM's output there may be given too: `ret_states` `(n, d)` instead of `ret_input_ids`. `packing` and
-        `ret_packing` are [`plan_packing`]'s of the two passes, `negatives` `(m, q)` further images of eq. 4. With
-        `drawing_targets` `(n, drawing_length, drawing_width)`, the diffusion model's text encoder's output for each caption,
-        the mapper's loss is computed too, in the same unpacked pass; L_vm and L_tm only where their rows are given.
+        L_cap is computed where there are `captions`, L_vm and L_tm where there are `contexts` with their `targets`; the
+        weights lambda1 and lambda2 of zero skip their loss. CLIP runs once per image, for prefix and target both, and
+        not at all on what a part brings along from before. `negatives` `(m, q)` are further images of eq. 4. The mapper's
+        loss is computed where there are `drawing_targets`, in the contexts' pass, which is then not packed.
 
         Raises:
-            ValueError: neither kind of input is given.
+            ValueError: neither captions nor contexts are given, contexts without targets of any kind, or `drawing_targets`
+                beside states from before.
         """
-        config = self.config
-        if labels is None and ret_input_ids is None and ret_states is None:
-            raise ValueError("give labels (captioning), ret_input_ids or ret_states (matching), or both")
-        if pixel_values is not None and len(pixel_values):
-            image_features, image_embeds = self.encode_images(pixel_values)
+        if captions is None and contexts is None:
+            raise ValueError("give captions, contexts with their targets, or both")
+        if contexts is not None and targets is None and drawing_targets is None:
+            raise ValueError("contexts need their targets")
+        features, embeds = self._encoded(images)
+        losses: dict[str, torch.Tensor] = {}
+        given: dict[str, torch.Tensor | None] = {}
+        if captions is not None:
+            losses["loss_cap"] = self.caption_loss(captions, features)
+        states = None
+        if contexts is not None and drawing_targets is not None:
+            states, losses["loss_draw"] = self.drawing_pass(contexts, features, drawing_targets)
+        if contexts is not None and targets is not None:
+            ret_embeds = self.W_t2m(self._states(contexts, features) if states is None else states)
+            image_embeds = self.unify_images(features, embeds) if len(embeds) else ret_embeds[:0]
+            given = {"ret_embeds": ret_embeds, "image_embeds": image_embeds}
+            scale = self.logit_scale.exp().clamp(max=100)  # 1 / tau of eq. 4-5
+            if self.config.lambda1:
+                losses["loss_vm"] = self.image_loss(ret_embeds, image_embeds, targets, scale, negatives)
+            if self.config.lambda2:
+                given["text_embeds"] = self._text_embeds(targets)
+                losses["loss_tm"] = self.text_loss(ret_embeds, given["text_embeds"], targets, scale)
+        loss = total_loss(
+            losses.get("loss_cap", 0.0), losses.get("loss_vm", 0.0), losses.get("loss_tm", 0.0),
+            self.config.lambda1, self.config.lambda2,
+        )  # eq. 7  # fmt: skip
+        if "loss_draw" in losses:
+            loss = loss + self.config.lambda3 * losses["loss_draw"]
+        return UniMuROutput(loss=loss, **losses, **given)
 
-        loss_cap = loss_vm = loss_tm = loss_draw = ret_embeds = None
-        if labels is not None:
-            if label_positions is None:  # the processor's batches have them, so that no device waits here
-                label_positions = (labels.flatten() != IGNORE).nonzero()[:, 0]
-            hidden = self.caption_states(
-                input_ids, attention_mask, image_features[image_indices], label_positions, packing
-            )
-            loss_cap = linear_caption_loss(  # eq. 1-2
-                hidden, self.language_model.get_output_embeddings(), labels.flatten()[label_positions]
-            )
-        if ret_states is None and ret_input_ids is not None:
-            shown = None if ret_image_indices is None else image_features[ret_image_indices]
-            if drawing_targets is None:
-                ret_states = self.ret_states(ret_input_ids, ret_attention_mask, shown, ret_packing)
-            else:
-                states = self.drawing_states(ret_input_ids, ret_attention_mask, shown)
-                ret_states = states[:, 0]
-                loss_draw = drawing_loss(self.drawing(states, self.ret_embedding), drawing_targets)
-        if ret_states is not None:
-            ret_embeds = self.W_t2m(ret_states)
-            scale = self.logit_scale.exp().clamp(max=100)
-            if image_embeds is not None:
-                image_embeds = self.unify_images(image_features, image_embeds)
-            if config.lambda1 and image_rows is not None:
-                loss_vm = visual_matching_loss(  # eq. 3-5
-                    ret_embeds[image_rows], image_embeds[target_indices], scale, negatives
-                )
-            if config.lambda2 and text_rows is not None:
-                if text_embeds is None:
-                    text_embeds = self.encode_clip_texts(clip_input_ids, clip_attention_mask)
-                text_embeds = self.unify_clip_texts(text_embeds)
-                loss_tm = text_matching_loss(  # eq. 6
-                    ret_embeds[text_rows], text_embeds, kind=config.text_matching, target=config.text_target,
-                    reduction=config.text_target_reduction, logit_scale=scale, margin=config.margin,
-                )  # fmt: skip
-        parts = [0.0 if part is None else part for part in (loss_cap, loss_vm, loss_tm)]
-        loss = total_loss(*parts, config.lambda1, config.lambda2)  # eq. 7
-        return UniMuROutput(
-            loss=loss if loss_draw is None else loss + config.lambda3 * loss_draw,
-            loss_cap=loss_cap, loss_vm=loss_vm, loss_tm=loss_tm, loss_draw=loss_draw,
-            ret_embeds=ret_embeds, image_embeds=image_embeds, text_embeds=text_embeds,
+    def caption_loss(self, captions: Captions, features: torch.Tensor) -> torch.Tensor:
+        """L_cap, eq. 1-2: scalar, over the captions behind their images' `features` `(i, c)`."""
+        labels, at = captions["labels"].flatten(), captions.get("label_positions")
+        if at is None:  # the processor's batches have them, so that no device waits here
+            at = (labels != IGNORE).nonzero()[:, 0]
+        hidden = self.caption_states(
+            captions["input_ids"], captions["attention_mask"], features[captions["image_indices"]], at,
+            captions.get("packing"),
         )  # fmt: skip
+        return linear_caption_loss(hidden, self.language_model.get_output_embeddings(), labels[at])
+
+    def image_loss(
+        self, ret_embeds: torch.Tensor, image_embeds: torch.Tensor, targets: Targets, scale: torch.Tensor,
+        negatives: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """L_vm, eq. 3-5 or SigLIP's: scalar, between e_t `(n, q)` and its target among `image_embeds` `(i, q)`."""
+        texts, images = ret_embeds[targets["image_rows"]], image_embeds[targets["image_indices"]]
+        if self.config.visual_matching == "sigmoid":
+            return sigmoid_matching_loss(texts, images, scale, self.logit_bias, negatives)
+        return visual_matching_loss(texts, images, scale, negatives)
+
+    def text_loss(
+        self, ret_embeds: torch.Tensor, text_embeds: torch.Tensor, targets: Targets, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """L_tm, eq. 6 or Table 5's: scalar, between e_t `(n, q)` and the target texts' embeddings `(t, q)`."""
+        config = self.config
+        return text_matching_loss(
+            ret_embeds[targets["text_rows"]], text_embeds, kind=config.text_matching, target=config.text_target,
+            reduction=config.text_target_reduction, logit_scale=scale, margin=config.margin,
+        )  # fmt: skip
+
+    def drawing_pass(
+        self, contexts: Contexts, features: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The contexts with [IMG] tokens behind [RET]: h([RET]) `(n, d)` and the mapper's loss, a scalar. Raises `ValueError`
+        where the contexts are states from before.
+        """
+        if "states" in contexts:
+            raise ValueError("[IMG] tokens behind [RET] need the LLM: give the contexts' input_ids, not their states")
+        at = contexts.get("image_indices")
+        states = self.drawing_states(
+            contexts["input_ids"], contexts["attention_mask"], None if at is None else features[at]
+        )
+        return states[:, 0], drawing_loss(self.drawing(states, self.ret_embedding), targets)
+
+    def _encoded(self, images: Images | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features `(i, c)` and CLIP's embeddings `(i, clip_width)` of a batch's images, from before or computed."""
+        images = images or {}
+        if "pixel_values" in images:
+            return self.encode_images(images["pixel_values"])
+        widths = self.config.image_feature_width, self.config.clip_width
+        none = [self.logit_scale.new_zeros(0, width) for width in widths]
+        return images.get("features", none[0]), images.get("embeds", none[1])
+
+    def _states(self, contexts: Contexts, features: torch.Tensor) -> torch.Tensor:
+        if "states" in contexts:
+            return contexts["states"]
+        at = contexts.get("image_indices")
+        return self.ret_states(
+            contexts["input_ids"], contexts["attention_mask"], None if at is None else features[at],
+            contexts.get("packing"),
+        )  # fmt: skip
+
+    def _text_embeds(self, targets: Targets) -> torch.Tensor:
+        embeds = targets.get("text_embeds")
+        if embeds is None:
+            embeds = self.encode_clip_texts(targets["input_ids"], targets["attention_mask"])
+        return self.unify_clip_texts(embeds)
 
 
 # What save_pretrained writes then loads elsewhere with trust_remote_code, without this package.

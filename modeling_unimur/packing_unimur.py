@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
+from .batch_unimur import Packing
+
 ROW_LENGTH = 128  # positions a row aims at: attention's share stays small, and so does what a row's end wastes
 
 
-def plan_packing(
-    lengths: Sequence[int], row_length: int = ROW_LENGTH, width: int | None = None
-) -> dict[str, torch.Tensor]:
+def plan_packing(lengths: Sequence[int], row_length: int = ROW_LENGTH, width: int | None = None) -> Packing:
     """
     Where each position of right-padded sequences goes.
 
@@ -54,9 +54,9 @@ def block_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    seen = (segments[:, :, None] == segments[:, None, :]) & causal
-    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=segments.device)
-    return torch.where(seen, torch.zeros_like(hidden), hidden)[:, None]
+    visible = (segments[:, :, None] == segments[:, None, :]) & causal
+    masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=segments.device)
+    return torch.where(visible, torch.zeros_like(masked), masked)[:, None]
 
 
 def positions(segments: torch.Tensor) -> torch.Tensor:

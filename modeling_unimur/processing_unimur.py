@@ -4,15 +4,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
+from .batch_unimur import Batch, Captions, Contexts, Targets
 from .dialogues_unimur import Turn, check_characters, parse_dialogue
 from .images_unimur import decode_image
 from .packing_unimur import plan_packing
+from .towers_unimur import load_processors
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +38,8 @@ class UniMuRProcessor(ProcessorMixin):
         max_length (`int`): positions of the LLM, in tokens.
         max_image_pixels (`int`): an image of more is refused before it is decoded.
         ret_prompt (`str`): words before every `[RET]`, as in the model's config; they count among the positions.
+        clip_text_length (`int`, *optional*): the length that every text is padded to for CLIP's text encoder, as
+            SigLIP's needs it ([`towers_unimur.load_processors`] knows); by default the longest of a batch.
 
     Raises:
         ValueError: `clip_tokenizer` is not CLIP's, which is what a checkpoint without that subfolder gives, or
@@ -53,16 +57,18 @@ class UniMuRProcessor(ProcessorMixin):
         ret_token: str = "[RET]",
         image_token: str = "<image>",
         ret_prompt: str = "",
+        clip_text_length: int | None = None,
         **kwargs,
     ):
-        if "CLIP" not in type(clip_tokenizer).__name__:
+        if clip_tokenizer is tokenizer or ret_token in clip_tokenizer.get_vocab():
             raise ValueError(
-                f"clip_tokenizer is a {type(clip_tokenizer).__name__}, not CLIP's: the checkpoint probably lacks its "
-                "'clip_tokenizer/' folder"
+                f"clip_tokenizer is a {type(clip_tokenizer).__name__}, the LLM's and not CLIP's: the checkpoint probably "
+                "lacks its 'clip_tokenizer/' folder"
             )
         self.n_visual_tokens = n_visual_tokens
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
+        self.clip_text_length = clip_text_length
         self.ret_token, self.image_token, self.ret_prompt = ret_token, image_token, ret_prompt
         tokenizer.add_tokens([ret_token, image_token], special_tokens=True)
         super().__init__(image_processor, tokenizer, clip_tokenizer, **kwargs)
@@ -77,6 +83,29 @@ class UniMuRProcessor(ProcessorMixin):
                 f"ret_prompt {ret_prompt!r} and [RET] are {len(self._ending)} tokens, which leave no room for a text among "
                 f"the LLM's {max_length} positions: shorten it"
             )
+
+    @classmethod
+    def from_pretrained_towers(
+        cls, text_model: str, clip_model: str, *, text_revision: str | None = None, clip_revision: str | None = None,
+        **fields: Any,
+    ) -> "UniMuRProcessor":  # fmt: skip
+        """
+        The processor of two pre-trained towers (folders or Hub names).
+
+        Args:
+            fields: of the processor, such as `n_visual_tokens`. `max_length` has to be one where the LLM's config names no
+                positions.
+
+        Raises:
+            ValueError: `clip_model` is of no supported family, or nothing says how long a dialogue may be.
+        """
+        parts = load_processors(text_model, clip_model, text_revision, clip_revision) | fields
+        if "max_length" not in parts:
+            raise ValueError(
+                f"the config of {str(text_model)!r} names no positions, which bound a dialogue: give max_length, the tokens "
+                "that it was trained with"
+            )
+        return cls(**parts)
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -160,14 +189,16 @@ class UniMuRProcessor(ProcessorMixin):
         Texts beyond CLIP's positions keep their beginning; a warning counts them.
         """
         self._check_texts(texts)
-        limit = min(self.clip_tokenizer.model_max_length, 77)
+        limit = self.clip_text_length or min(self.clip_tokenizer.model_max_length, 77)
         words = self.clip_tokenizer(list(texts), truncation=False, split_special_tokens=True, verbose=False)
         rows = words["input_ids"]
         long = sum(len(row) > limit for row in rows)
         if long:
             logger.warning(f"{long} of {len(rows)} texts exceed CLIP's {limit} positions; their beginning is kept")
             rows = [row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in rows]
-        batch = _pad(rows, self.clip_tokenizer.pad_token_id)
+        # Where the length is fixed the text tower pools at the last position, so the side is the tokenizer's own.
+        left = self.clip_text_length is not None and self.clip_tokenizer.padding_side == "left"
+        batch = _pad(rows, self.clip_tokenizer.pad_token_id, self.clip_text_length, left)
         return BatchFeature({"clip_input_ids": batch["input_ids"], "clip_attention_mask": batch["attention_mask"]})
 
     def pixels(self, images: Sequence[Any]) -> torch.Tensor:
@@ -184,7 +215,7 @@ class UniMuRProcessor(ProcessorMixin):
         """One untrusted image as an RGB `PIL.Image`, within `max_image_pixels`."""
         return decode_image(image, max_pixels=self.max_image_pixels)
 
-    def pairs(self, images: Sequence[Any] | None, captions: Sequence[str]) -> BatchFeature:
+    def pairs(self, images: Sequence[Any] | None, captions: Sequence[str]) -> Batch:
         """A training batch of caption pairs (see `documents`); `images=None` where their features are cached."""
         items = [
             {"caption": (i, caption), "context": [[caption]], "image": i, "text": caption}
@@ -192,7 +223,7 @@ class UniMuRProcessor(ProcessorMixin):
         ]
         return self.documents(items, images)
 
-    def documents(self, items: Sequence[dict], images: Sequence[Any] | None, *, pack: bool = False) -> BatchFeature:
+    def documents(self, items: Sequence[dict], images: Sequence[Any] | None, *, pack: bool = False) -> Batch:
         """
         A training batch, of caption pairs or of interleaved documents.
 
@@ -201,49 +232,61 @@ class UniMuRProcessor(ProcessorMixin):
                 whose elements are texts and, for images, indices; e_t is read at the `[RET]` that ends it. `image`
                 (index or `None`) and `text` (or `None`): what eq. 3-6 align e_t with.
             images: decodable images, each once; `None` where features are cached (the caller adds them).
-            pack: plan the packing of both passes (`packing`, `ret_packing`).
+            pack: plan the packing of both passes.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels`, `image_indices`: the captions behind their images, where any;
-            `label_positions` `(m,)` int64: where the flattened `labels` are tokens;
-            `ret_input_ids`, `ret_attention_mask`, `ret_image_indices`: the contexts; `image_rows`, `target_indices`:
-            which contexts have a target image, and which; `text_rows`, `clip_input_ids`, `clip_attention_mask`: the
-            same for target texts; `pixel_values`.
+            A [`batch_unimur.Batch`]: `contexts`, `targets`, and where there are any `captions` and `images`.
         """
-        rows, labels, slots, ret_rows, ret_slots = [], [], [], [], []
+        batch: Batch = {"contexts": self._contexts_part(items, pack), "targets": self._targets_part(items)}
+        if any(item["caption"] is not None for item in items):
+            batch["captions"] = self._captions_part(items, pack)
+        if images:
+            batch["images"] = {"pixel_values": self.pixels(images)}
+        return batch
+
+    def _contexts_part(self, items: Sequence[dict], pack: bool) -> Contexts:
+        rows, slots = [], []
+        for i, item in enumerate(items):
+            row, kept = self._serialise(item["context"], end=self.ending, item=i)
+            rows.append(row)
+            slots += kept
+        part: Contexts = {**self._pad(rows), "image_indices": torch.tensor(slots, dtype=torch.long)}
+        if pack:
+            part["packing"] = plan_packing([len(row) for row in rows])
+        return part
+
+    def _captions_part(self, items: Sequence[dict], pack: bool) -> Captions:
+        rows, labels, slots = [], [], []
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        prefix = len(self._prefix) + self.n_visual_tokens
         for i, item in enumerate(items):
             if item["caption"] is not None:
                 row, kept = self._serialise([list(item["caption"])], end=eos, item=i)
-                prefix = len(self._prefix) + self.n_visual_tokens
-                labels.append([IGNORE] * prefix + row[prefix:])
                 rows.append(row)
+                labels.append([IGNORE] * prefix + row[prefix:])
                 slots += kept
-            row, kept = self._serialise(item["context"], end=self.ending, item=i)
-            ret_rows.append(row)
-            ret_slots += kept
-        batch = {f"ret_{key}": value for key, value in self._pad(ret_rows).items()}
-        batch["ret_image_indices"] = torch.tensor(ret_slots, dtype=torch.long)
-        if rows:
-            batch |= self._pad(rows) | {"labels": _pad(labels, IGNORE)["input_ids"]}
-            batch["label_positions"] = (batch["labels"].flatten() != IGNORE).nonzero()[:, 0]
-            batch["image_indices"] = torch.tensor(slots, dtype=torch.long)
+        padded = _pad(labels, IGNORE)["input_ids"]
+        part: Captions = {
+            **self._pad(rows), "labels": padded, "label_positions": (padded.flatten() != IGNORE).nonzero()[:, 0],
+            "image_indices": torch.tensor(slots, dtype=torch.long),
+        }  # fmt: skip
         if pack:
-            batch["ret_packing"] = plan_packing([len(row) for row in ret_rows])
-            if rows:
-                # A caption's last token is told, never read.
-                read = [len(row) - 1 for row in rows]
-                batch["packing"] = plan_packing(read, width=max(read) + 1)
+            lengths = [len(row) - 1 for row in rows]  # a caption's last token is predicted, never read
+            part["packing"] = plan_packing(lengths, width=max(lengths) + 1)
+        return part
+
+    def _targets_part(self, items: Sequence[dict]) -> Targets:
         with_image = [i for i, item in enumerate(items) if item["image"] is not None]
         with_text = [i for i, item in enumerate(items) if item["text"] is not None]
-        batch["image_rows"] = torch.tensor(with_image, dtype=torch.long)
-        batch["target_indices"] = torch.tensor([items[i]["image"] for i in with_image], dtype=torch.long)
-        batch["text_rows"] = torch.tensor(with_text, dtype=torch.long)
+        part: Targets = {
+            "image_rows": torch.tensor(with_image, dtype=torch.long),
+            "image_indices": torch.tensor([items[i]["image"] for i in with_image], dtype=torch.long),
+            "text_rows": torch.tensor(with_text, dtype=torch.long),
+        }
         if with_text:
-            batch |= self.clip_texts([items[i]["text"] for i in with_text])
-        if images is not None:
-            batch["pixel_values"] = self.pixels(images)
-        return BatchFeature(batch)
+            texts = self.clip_texts([items[i]["text"] for i in with_text])
+            part["input_ids"], part["attention_mask"] = texts["clip_input_ids"], texts["clip_attention_mask"]
+        return part
 
     def __call__(self, dialogues: Any = None, images: Any = None, texts: Any = None, **kwargs) -> BatchFeature:
         """Tensors of exactly one of `dialogues` (a list), candidate `images` or candidate `texts`."""
@@ -269,7 +312,8 @@ class UniMuRProcessor(ProcessorMixin):
             "tokenizers": [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.clip_tokenizer)],
             # Without a prompt as before there was one, so that older pools still open.
             "own": [self.max_length, self.ret_token, self.image_token, self._prefix]
-            + ([self.ret_prompt] if self.ret_prompt else []),
+            + ([self.ret_prompt] if self.ret_prompt else [])
+            + ([{"clip_text_length": self.clip_text_length}] if self.clip_text_length else []),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -331,7 +375,7 @@ class UniMuRProcessor(ProcessorMixin):
         # Not verbose: what exceeds the LLM's positions is left out, and said, here.
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
-    def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    def _pad(self, rows: list[list[int]]) -> "_Padded":
         # The mask hides padding, so any id does where the tokenizer has none.
         return _pad(rows, self.tokenizer.pad_token_id or 0)
 
@@ -357,15 +401,23 @@ class _Image(list):
         self.positions = positions
 
 
+class _Padded(TypedDict):
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
 def _length(units: list) -> int:
     return sum(unit.positions if isinstance(unit, _Image) else 1 for unit in units)
 
 
-def _pad(rows: list[list[int]], value: int) -> dict[str, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
+def _pad(rows: list[list[int]], value: int, length: int | None = None, left: bool = False) -> "_Padded":
+    """Rows `(n, length)`, by default as long as the longest, padded on the right or the left."""
+    length = length or max(map(len, rows))
+    fill = [[value] * (length - len(row)) for row in rows]
+    ids = [pad + row if left else row + pad for row, pad in zip(rows, fill, strict=True)]
+    mask = [[0] * len(pad) + [1] * len(row) if left else [1] * len(row) + [0] * len(pad)
+            for row, pad in zip(rows, fill, strict=True)]  # fmt: skip
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 def _prefixed(error: ValueError, prefix: str) -> tuple:

@@ -11,9 +11,9 @@ from transformers import BatchFeature
 from .conversation_unimur import Conversation
 from .dialogues_unimur import is_batch
 from .generation_unimur import check_when, replace_images
+from .identity_unimur import non_finite_tensors
 from .pool_unimur import CandidatePool, Retrieval
 from .replies_unimur import candidate_ids
-from .towers_unimur import non_finite_tensors
 
 
 class RetrievalMixin:
@@ -166,16 +166,11 @@ class RetrievalMixin:
             One [`Retrieval`], or a list where a list of dialogues was given.
 
         Raises:
-            ValueError: the pool is empty or another model made it; the message says what differs.
+            ValueError: the pool is empty or another model made it (the message says what differs), or this model cannot draw
+                what is asked for.
         """
         pool.check_made_by(self.fingerprint)
-        check_when(generate, self.config)
-        unknown = set(drawing) - {"seed", "steps", "guidance", "size"}
-        if unknown or (drawing and generate == "never"):
-            raise ValueError(
-                f"{', '.join(sorted(unknown or drawing))}: "
-                + ("no argument of retrieve" if unknown else "generate is 'never'")
-            )
+        check_when(generate, drawing, self.config)
         many = is_batch(dialogue)
         dialogues = dialogue if many else [dialogue]
         queries = self.embed_dialogues(dialogues, batch_size=batch_size)

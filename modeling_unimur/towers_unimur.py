@@ -1,50 +1,360 @@
-"""The two frozen towers of a UniMuR: how an adapter checkpoint finds them, and what identifies a model."""
+"""
+The two frozen towers, and the only file that knows which there are: a causal language model and an image-text model.
 
-import hashlib
+It loads them, says their widths and lengths, encodes images and texts, makes their processors. Another family of
+image-text models is a line of `FAMILIES` and, where it encodes otherwise, a branch of `encode_images` and `encode_texts`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import is_peft_available
 
-# What a checkpoint holds beside its towers; W_v2m and W_x2m in the canonical alignment alone,
-# `drawing` where the model can draw.
-OWN_TENSORS = ("W_i2t", "W_t2m", "W_v2m", "W_x2m", "ret_embedding", "logit_scale", "drawing")
+from .packing_unimur import block_mask
+from .packing_unimur import positions as positions_of
+
+# What a checkpoint holds beside its towers; W_v2m and W_x2m in the canonical alignment alone, logit_bias with eq. 4 as
+# SigLIP's sigmoid loss.
+OWN_TENSORS = ("W_i2t", "W_t2m", "W_v2m", "W_x2m", "ret_embedding", "logit_scale", "logit_bias", "drawing")
 LORA = ".lora_"  # in the name of every tensor of a LoRA
 LORA_FOLDER = "lora"
-# Of the arguments a user gives for the adapter, those that hold for its towers too. Never revision or subfolder: each
-# tower has its own.
-SHARED_ARGUMENTS = ("dtype", "device_map", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
-def load_towers(config, **kwargs) -> tuple[PreTrainedModel, CLIPModel]:
+@dataclass(frozen=True)
+class Family:
+    """
+    How image-text models of one type of transformers are used.
+
+    Args:
+        image_processor, tokenizer: transformers' classes that read theirs, by name: importing them all warns of what they need.
+        projected: an embedding is a projection of the pooled output; else it is the pooled output.
+        full_length: texts are padded to all positions and read without a mask, as they were in pre-training.
+    """
+
+    image_processor: str = "CLIPImageProcessor"
+    tokenizer: str = "AutoTokenizer"
+    projected: bool = True
+    full_length: bool = False
+
+
+# By `model_type`. MetaCLIP's checkpoints are of type clip, SigLIP 2's of a fixed resolution of type siglip.
+FAMILIES = {
+    "clip": Family(tokenizer="CLIPTokenizer"),
+    "metaclip_2": Family(),
+    "siglip": Family("SiglipImageProcessor", projected=False, full_length=True),
+}
+SUPPORTED = "CLIP, MetaCLIP, MetaCLIP 2, SigLIP, and SigLIP 2 of a fixed resolution (such as google/siglip2-so400m-patch14-384)"
+
+
+def family(config: PreTrainedConfig) -> Family:
+    """The family of an image-text model's config. Raises `ValueError` where it is none of those supported."""
+    kind = config.model_type
+    if kind not in FAMILIES:
+        naflex = "; siglip2 is the variant of any resolution (NaFlex)" if kind == "siglip2" else ""
+        raise ValueError(f"clip_model is of type {kind!r}, which is not supported{naflex}. Supported are {SUPPORTED}")
+    if not getattr(config.vision_config, "vision_use_head", True):
+        raise ValueError(
+            f"clip_model is a {kind} without its pooling head (vision_use_head=False), which makes its embeddings"
+        )
+    return FAMILIES[kind]
+
+
+# Widths and lengths
+
+
+def text_width(config: PreTrainedConfig) -> int:
+    """d: width of the LLM's input embeddings and of its last output (they differ from OPT-350m's hidden size)."""
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+
+
+def pooled_width(config: PreTrainedConfig) -> int:
+    """c: width of the image-text model's pooled output for an image."""
+    return config.vision_config.hidden_size
+
+
+def embedding_width(config: PreTrainedConfig) -> int:
+    """Width of the image-text model's own embeddings of images and texts."""
+    return config.projection_dim if family(config).projected else config.vision_config.hidden_size
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """Positions of the LLM, in tokens; `None` where its config names no bound."""
+    text = config.get_text_config(decoder=True)
+    return next(
+        (n for n in (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")) if n), None
+    )
+
+
+def clip_text_length(config: PreTrainedConfig) -> int | None:
+    """The length that every text is padded to for the image-text model; `None` where any up to its positions will do."""
+    return config.text_config.max_position_embeddings if family(config).full_length else None
+
+
+# Encoding
+
+
+@torch.no_grad()
+def encode_images(clip: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    One pass of the visual tower: `(i, 3, h, w)` -> its pooled output `(i, c)` and the image embedding `(i, clip_width)`,
+    float32, neither normalised.
+    """
+    pooled = clip.vision_model(pixel_values.to(clip.dtype)).pooler_output
+    if not family(clip.config).projected:
+        return pooled.float(), pooled.float()
+    return pooled.float(), clip.visual_projection(pooled).float()
+
+
+@torch.no_grad()
+def encode_texts(clip: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The text embedding `(n, clip_width)`, float32, not normalised."""
+    if family(clip.config).full_length:  # its text tower pools at the last position, padding or not
+        return clip.text_model(input_ids=input_ids).pooler_output.float()
+    pooled = clip.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+    return clip.text_projection(pooled).float()
+
+
+def trunk_outputs(
+    language_model: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> torch.Tensor:
+    """
+    The LLM without its vocabulary head: `(n, length, d)` -> its last outputs `(n, length, d)`. `attention_mask` is
+    `(n, length)` of ones and zeros or `(n, 1, length, length)`, added to the attention's logits.
+    """
+    trunk = language_model.base_model
+    # Without positions of its own (ALiBi, state-space models) a trunk has no argument for them.
+    known = {"position_ids": position_ids} if "position_ids" in signature(trunk.forward).parameters else {}
+    return trunk(
+        inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **known
+    ).last_hidden_state  # fmt: skip
+
+
+def input_device(language_model: PreTrainedModel) -> torch.device:
+    """Where the LLM reads its input, also when accelerate has offloaded its parameters."""
+    embed = language_model.get_input_embeddings()
+    device = getattr(getattr(embed, "_hf_hook", None), "execution_device", None)
+    return next(embed.parameters()).device if device is None else torch.device(device)
+
+
+@torch.no_grad()
+def packs_exactly(language_model: PreTrainedModel) -> bool:
+    """
+    Whether two sequences that share a row come out as on their own, tried out on five positions: a block mask and
+    positions of their own do not keep them apart under ALiBi or in a state-space layer.
+    """
+    embed = language_model.get_input_embeddings()
+    rows = embed(torch.arange(1, 6, device=input_device(language_model)))
+    segments = torch.tensor([[1, 1, 1, 2, 2]], device=rows.device)
+    try:
+        packed = trunk_outputs(language_model, rows[None], block_mask(segments, rows.dtype), positions_of(segments))[
+            0, 3:
+        ]
+    except (TypeError, ValueError, RuntimeError, IndexError):  # it takes no mask of four dimensions
+        return False
+    mask = torch.ones(1, 2, dtype=torch.long, device=rows.device)
+    alone = trunk_outputs(language_model, rows[None, 3:], mask, mask.cumsum(-1) - 1)[0]
+    tolerance = 1e-3 if rows.dtype in (torch.float32, torch.float64) else 0.05
+    return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())
+
+
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """Positions that some layer of the LLM looks back at most; `None` where all look at everything."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "use_sliding_window", True) is False:
+        return None
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
+
+
+# Loading
+
+EVERYWHERE, TOWERS, CHECKPOINT = "towers and checkpoint", "towers", "checkpoint"
+# Whom an argument of from_pretrained concerns where the towers lie elsewhere than the trained tensors. What is not listed
+# is the checkpoint's own, as are fields of the config. A full checkpoint is one model, to which all of them apply; but
+# the trained tensors are never quantised and stay float32 there too.
+LOADING_ARGUMENTS = {
+    "dtype": EVERYWHERE,
+    "token": EVERYWHERE,
+    "cache_dir": EVERYWHERE,
+    "local_files_only": EVERYWHERE,
+    "force_download": EVERYWHERE,
+    "proxies": EVERYWHERE,
+    "attn_implementation": TOWERS,  # a dict: "text_config" and "clip_config" name the tower, "" both
+    "device_map": TOWERS,  # a dict: names that begin with "language_model" and "clip"; the rest follows the LLM's input
+    "max_memory": TOWERS,  # to each of the two by itself
+    "offload_folder": TOWERS,
+    "offload_buffers": TOWERS,
+    "quantization_config": TOWERS,
+    "revision": CHECKPOINT,  # each tower has its own, in the config
+    "subfolder": CHECKPOINT,
+    "variant": CHECKPOINT,  # names a file of this one repository
+}
+PARTS = {"text_model": ("language_model", "text_config"), "clip_model": ("clip", "clip_config")}
+# Buffers that older releases of transformers saved, and that are computed now.
+FORMER_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
+
+
+def split_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of from_pretrained for the trained tensors of an adapter, and those for its towers."""
+    goes = {name: LOADING_ARGUMENTS.get(name, CHECKPOINT) for name in given}
+    own = {name: value for name, value in given.items() if goes[name] != TOWERS}
+    return own, {name: value for name, value in given.items() if goes[name] != CHECKPOINT}
+
+
+def load_towers(config, **arguments: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """
     Loads the towers that an adapter's config names, at the revisions it names.
 
     Args:
         config ([`UniMuRConfig`]): of an adapter checkpoint.
-        kwargs: those of `SHARED_ARGUMENTS`.
+        arguments: those of `LOADING_ARGUMENTS` that concern towers.
 
     Raises:
-        OSError: a tower is not there; the message says which, and how to point elsewhere.
+        OSError: a tower is not there, or damaged; the message says which, and how to point elsewhere.
+        ValueError: a tower is of no supported family, or a tensor is missing, unknown or of another shape.
     """
-    if config._attn_implementation is not None:
-        kwargs["attn_implementation"] = config._attn_implementation
-    towers = []
-    for cls, part in ((AutoModelForCausalLM, "text_model"), (CLIPModel, "clip_model")):
-        name = getattr(config, f"{part}_name_or_path")
-        revision = getattr(config, f"{part}_revision") or "main"
-        try:
-            towers.append(cls.from_pretrained(name, revision=revision, **kwargs))
-        except OSError as error:
-            raise OSError(
-                f"this adapter checkpoint needs its base {part} {name!r} at revision {revision!r}, which could not be "
-                f"loaded. Pass {part}_name_or_path=... (and {part}_revision=...) to from_pretrained if it lies "
-                f"elsewhere. The cause: {error}"
-            ) from error
-    return tuple(towers)
+    language_model, clip = (_load_tower(config, part, arguments) for part in PARTS)
+    return language_model, clip
+
+
+def _load_tower(config, part: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    name, revision = getattr(config, f"{part}_name_or_path"), getattr(config, f"{part}_revision") or "main"
+    hub = {
+        k: arguments[k]
+        for k in ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+        if k in arguments
+    }
+    try:
+        tower_config = AutoConfig.from_pretrained(name, revision=revision, **hub)
+        if part == "clip_model":
+            family(tower_config)
+        loader = AutoModelForCausalLM if part == "text_model" else AutoModel
+        tower, info = loader.from_pretrained(
+            name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True,
+            **arguments_of_part(part, arguments),
+        )  # fmt: skip
+    except OSError as error:
+        raise OSError(
+            f"this adapter checkpoint needs its base {part} {name!r} at revision {revision!r}, which could not be "
+            f"loaded. Pass {part}_name_or_path=... (and {part}_revision=...) to from_pretrained if it lies "
+            f"elsewhere. The cause: {error}"
+        ) from error
+    check_loaded(info, f"the base {part} {name!r}")
+    return tower
+
+
+def arguments_of_part(part: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The loading arguments of one tower, with what dicts say of both of them resolved."""
+    module, key = PARTS[part]
+    resolved = dict(arguments)
+    attention = arguments.get("attn_implementation")
+    if isinstance(attention, dict):
+        resolved["attn_implementation"] = attention.get(key, attention.get(""))
+    if resolved.get("attn_implementation", "") is None:
+        del resolved["attn_implementation"]
+    device_map = arguments.get("device_map")
+    if isinstance(device_map, dict):
+        mine = {
+            n.removeprefix(module).removeprefix("."): d for n, d in device_map.items() if n.split(".")[0] == module
+        }
+        if not mine and "" in device_map:
+            mine = {"": device_map[""]}
+        if not mine:
+            raise ValueError(
+                f"device_map={device_map!r} names no device for {module!r}; names begin with 'language_model' and 'clip', "
+                "or are ''"
+            )
+        resolved["device_map"] = mine
+    return resolved
+
+
+def check_loaded(info: Mapping[str, Any], what: str) -> None:
+    """
+    Refuses weights that are not exactly the model's.
+
+    Args:
+        info: transformers' loading info.
+        what: names the checkpoint in the message.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; the message names it.
+    """
+    unexpected = [name for name in info["unexpected_keys"] if not FORMER_BUFFERS.search(name)]
+    for names, meaning in ((info["missing_keys"], "lacks"), (unexpected, "holds the unknown")):
+        if names:
+            raise ValueError(f"{what} {meaning} tensors: {_listed(names)}")
+    if info["mismatched_keys"]:
+        shapes = "; ".join(f"{k} is {tuple(a)}, expected {tuple(b)}" for k, a, b in sorted(info["mismatched_keys"]))
+        raise ValueError(f"{what} holds tensors of another shape than its config says: {shapes}")
+
+
+def _listed(names: Iterable[Any], most: int = 8) -> str:
+    listed = sorted(map(str, names))
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def check_same_widths(made_for: PreTrainedConfig, config: PreTrainedConfig, names: tuple[str, str]) -> None:
+    """
+    Refuses towers of other widths than the maps were made for, which would otherwise fail late or not at all.
+
+    Args:
+        made_for, config ([`UniMuRConfig`]): with the towers' configs as they were and as they are.
+        names: the towers', for the message.
+    """
+    for width in ("text_width", "image_feature_width", "clip_width"):
+        was, now = getattr(made_for, width), getattr(config, width)
+        if was != now:
+            raise ValueError(
+                f"the maps of the checkpoint were made for towers of {width} {was}, and {names[0]!r} and {names[1]!r} have "
+                f"{now}: these are not the towers it was trained with"
+            )
+
+
+def load_processors(
+    text_model: str, clip_model: str, text_revision: str | None = None, clip_revision: str | None = None
+) -> dict[str, Any]:
+    """
+    What a [`UniMuRProcessor`] takes of two towers (folders or Hub names): `image_processor`, `tokenizer`,
+    `clip_tokenizer`, `clip_text_length` and, where the LLM's config names its positions, `max_length`.
+
+    Raises:
+        ValueError: `clip_model` is of no supported family.
+    """
+    text, clip = {"revision": text_revision or "main"}, {"revision": clip_revision or "main"}
+    text_config, clip_config = (
+        AutoConfig.from_pretrained(text_model, **text),
+        AutoConfig.from_pretrained(clip_model, **clip),
+    )
+    kind, limit = family(clip_config), positions(text_config)
+    return {
+        "image_processor": getattr(transformers, kind.image_processor).from_pretrained(clip_model, **clip),
+        "tokenizer": AutoTokenizer.from_pretrained(text_model, **text),
+        "clip_tokenizer": getattr(transformers, kind.tokenizer).from_pretrained(clip_model, **clip),
+        "clip_text_length": clip_text_length(clip_config),
+    } | ({} if limit is None else {"max_length": limit})
+
+
+# LoRA
 
 
 def load_lora(language_model: PreTrainedModel, name: str, **hub) -> None:
@@ -67,59 +377,19 @@ def load_lora(language_model: PreTrainedModel, name: str, **hub) -> None:
         language_model.load_adapter(name, adapter_kwargs={"subfolder": subfolder, **hub})
 
 
-def load_lora_weights(language_model: PreTrainedModel, folder: str) -> None:
+def load_lora_weights(language_model: nn.Module, folder: str | Path) -> None:
     """Puts the weights in `lora/` of a checkpoint's folder into the LoRA that the LLM has already."""
-    weights = load_file(Path(folder) / LORA_FOLDER / "adapter_model.safetensors")
+    saved = load_file(Path(folder) / LORA_FOLDER / "adapter_model.safetensors")
     own = {name: parameter for name, parameter in language_model.named_parameters() if LORA in name}
     # A saved adapter's names lead with PEFT's prefix and leave out the adapter's own name.
-    found = {n.removeprefix("base_model.model.").replace(".weight", ".default.weight"): w for n, w in weights.items()}
-    if set(found) != set(own):
-        raise ValueError(f"the LoRA in {folder!r} has other layers: {', '.join(sorted(set(found) ^ set(own))[:5])}")
+    weights = {n.removeprefix("base_model.model.").replace(".weight", ".default.weight"): w for n, w in saved.items()}
+    if set(weights) != set(own):
+        raise ValueError(f"the LoRA in {str(folder)!r} has other layers: {_listed(set(weights) ^ set(own))}")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(found[name])
+            parameter.copy_(weights[name])
 
 
 def plain_name(name: str) -> str:
-    """A tower's own name of a tensor that a LoRA has wrapped."""
-    return name.replace(".base_layer.", ".")
-
-
-def check_widths(model) -> None:
-    """Refuses towers whose widths are not those of the maps, which would otherwise fail late or not at all."""
-    config = model.config
-    table = model.language_model.get_input_embeddings().weight
-    # The config holds the towers' own configs by now.
-    expected = {f"{name}.weight": (after, before) for name, (before, after) in model.map_widths(config).items()}
-    expected["ret_embedding"] = (table.shape[1],)
-    for name, shape in expected.items():
-        found = tuple(model.get_parameter(name).shape)
-        if found != shape:
-            raise ValueError(
-                f"{name} of the checkpoint has shape {found}, but the towers "
-                f"{config.text_model_name_or_path!r} and {config.clip_model_name_or_path!r} need {shape}: "
-                "these are not the towers it was trained with"
-            )
-
-
-def non_finite_tensors(module: nn.Module) -> list[str]:
-    """Names of parameters that hold NaN or infinity."""
-    return [name for name, tensor in module.named_parameters() if not bool(torch.isfinite(tensor).all())]
-
-
-def digest(parameters, *, head: int | None = None) -> str:
-    """
-    16 hexadecimal digits over named parameters.
-
-    Args:
-        parameters: `(name, tensor)` pairs.
-        head: take only so many leading values of each, rounded to bfloat16, so that a large tower costs little and is
-            the same tower when it is loaded in bfloat16 (not in float16, which rounds otherwise).
-    """
-    state = hashlib.sha256()
-    for name, tensor in sorted(parameters, key=lambda item: item[0]):
-        values = tensor.detach().flatten()[:head]
-        values = values.to("cpu", torch.float32) if head is None else values.to("cpu", torch.bfloat16).float()
-        state.update(f"{name}{tuple(tensor.shape)}".encode())
-        state.update(values.numpy().tobytes())
-    return state.hexdigest()[:16]
+    """A tower's own name of a tensor, without what a LoRA or `torch.compile` adds."""
+    return name.replace(".base_layer.", ".").replace("_orig_mod.", "")

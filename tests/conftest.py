@@ -1,4 +1,4 @@
-"""Offline, one thread a worker, and the fixtures most tests share."""
+"""Offline, one thread per worker, and the fixtures that most tests share."""
 
 import os
 
@@ -21,7 +21,7 @@ KINDS = ("opt", "opt-350m", "gpt2", "llama", "qwen2")
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Adapter-style models over tiny random towers, one per kind of LLM; not to be changed by a test."""
+    """Adapter-style models over tiny random towers, one per kind of LLM; a test must not change them."""
     made = {}
 
     def get(kind: str = "opt"):
@@ -34,14 +34,14 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def fresh(tmp_path):
-    """A tiny model of the test's own."""
+    """A new tiny model for each test."""
     return lambda kind="opt", **fields: make_model(tmp_path / "towers", kind, **fields)
 
 
 @pytest.fixture(scope="session")
 def samples():
     if not SAMPLES.is_dir():
-        pytest.skip("the real samples are not beside this checkout (../shared/samples)")
+        pytest.skip("the real samples are not next to this checkout (../shared/samples)")
     return SAMPLES
 
 

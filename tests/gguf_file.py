@@ -52,7 +52,7 @@ def write_gguf(path: Path, family: str = "llama", seed: int = 0) -> LlamaForCaus
     for name, tensor in model.state_dict().items():
         values = tensor.float()
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:  # llama.cpp turns neighbouring rows where transformers turns halves
+            if part in name:  # llama.cpp rotates neighbouring rows where transformers rotates halves
                 values = values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
         stem = name.removesuffix(".weight")
         if stem.startswith("model.layers."):

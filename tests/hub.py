@@ -1,4 +1,4 @@
-"""A Hub on this machine: the endpoints that huggingface_hub speaks to, over repositories kept in memory."""
+"""A Hub on this machine: the endpoints that huggingface_hub calls, over repositories in memory."""
 
 import base64
 import hashlib
@@ -51,7 +51,7 @@ class LoopbackHub:
     Attributes:
         repositories: `("models", "org/name")` -> [`Repository`].
         blobs: sha256 -> content of uploaded large files.
-        break_larger_than: uploads of more bytes than this lose their connection halfway; `None`: none does.
+        break_larger_than: uploads of more bytes than this lose their connection halfway; `None`: no upload does.
         requests: how often each kind of request came: `("PUT", "blob")`, `("GET", "resolve org/name")`, …
         down: answer nothing, as if the Hub could not be reached.
     """
@@ -76,7 +76,7 @@ class LoopbackHub:
         return self.repositories[(kind, repo_id)].at(revision)[1]
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """For a process whose Hub this is, with a cache of its own in `home`."""
+        """Environment of a process that uses this Hub, with its own cache in `home`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "PYTHONPATH"}
         return kept | {
             "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": "hf_loopback", "HF_HUB_DISABLE_XET": "1",
@@ -85,7 +85,7 @@ class LoopbackHub:
         }  # fmt: skip
 
     def run(self, script: str, *arguments: object, home: Path, cwd: Path, **more: str) -> subprocess.CompletedProcess:
-        """Runs Python source in a process of its own, elsewhere than this checkout; its output is text."""
+        """Runs Python source in its own process, outside this checkout; its output is text."""
         cwd.mkdir(parents=True, exist_ok=True)
         return subprocess.run(
             [sys.executable, "-c", script, *map(str, arguments)], cwd=cwd, env=self.environment(home, **more),
@@ -135,9 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         with hub.lock:
             for verb, pattern, action in ROUTES:
-                found = re.fullmatch(pattern, path)
-                if found and method in verb:
-                    action(self, body, parse_qs(url.query), **found.groupdict())
+                match = re.fullmatch(pattern, path)
+                if match and method in verb:
+                    action(self, body, parse_qs(url.query), **match.groupdict())
                     return
         self.json({"error": f"no such endpoint: {method} {path}"}, 404)
 
@@ -160,10 +160,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.json({"error": code}, 404, X_Error_Code=code, X_Error_Message=code)
 
     def repository(self, kind: str, name: str) -> Repository | None:
-        found = self.hub.repositories.get((kind, name))
-        if found is None:
+        repository = self.hub.repositories.get((kind, name))
+        if repository is None:
             self.missing("RepoNotFound")
-        return found
+        return repository
 
     # Uploading
 
@@ -238,33 +238,33 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.repository(kind, name)
         if repository is None:
             return
-        found = repository.at(revision)
-        if found is None:
+        commit = repository.at(revision)
+        if commit is None:
             self.missing("RevisionNotFound")
             return
-        sha, files = found
+        sha, files = commit
         siblings = [{"rfilename": path} for path in sorted(files)]
         self.json({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": False, "tags": [],
                    "gated": False, "disabled": False, "downloads": 0, "likes": 0})  # fmt: skip
 
     def tree(self, body, query, kind, name, revision, folder=None):
         repository = self.repository(kind, name)
-        found = None if repository is None else repository.at(revision)
-        if found is None:
+        commit = None if repository is None else repository.at(revision)
+        if commit is None:
             if repository is not None:
                 self.missing("RevisionNotFound")
             return
-        inside = {p: c for p, c in found[1].items() if not folder or p.startswith(f"{folder}/")}
+        inside = {p: c for p, c in commit[1].items() if not folder or p.startswith(f"{folder}/")}
         if folder and not inside:
             self.missing("EntryNotFound")
             return
         recursive = query.get("recursive", ["false"])[0].lower() == "true"
         below = len(folder) + 1 if folder else 0
-        shown = {p: c for p, c in inside.items() if recursive or "/" not in p[below:]}
+        entries = {p: c for p, c in inside.items() if recursive or "/" not in p[below:]}
         self.json([
             {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
             | ({"lfs": {"oid": hashlib.sha256(c).hexdigest(), "size": len(c), "pointerSize": 100}} if p.endswith(LARGE) else {})
-            for p, c in shown.items()
+            for p, c in entries.items()
         ])  # fmt: skip
 
     def resolve(self, body, query, name, revision, path, kind="models"):
@@ -272,19 +272,19 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.repository(kind, name)
         if repository is None:
             return
-        found = repository.at(revision)
-        if found is None:
+        commit = repository.at(revision)
+        if commit is None:
             self.missing("RevisionNotFound")
-        elif path not in found[1]:
-            self.json({"error": path}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=found[0])
+        elif path not in commit[1]:
+            self.json({"error": path}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit[0])
         else:
-            content = found[1][path]
+            content = commit[1][path]
             if self.command == "GET":
                 self.count("GET", f"resolve {name}")
             start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range") or "") or [0, 0])[1])
             self.send(
                 content[start:], 206 if start else 200, ETag=f'"{hashlib.sha256(content).hexdigest()}"',
-                X_Repo_Commit=found[0], X_Linked_Size=str(len(content)),
+                X_Repo_Commit=commit[0], X_Linked_Size=str(len(content)),
             )  # fmt: skip
 
     def who(self, body, query):

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -22,10 +23,16 @@ from transformers import (
     GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MetaClip2Config,
+    MetaClip2Model,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Siglip2Tokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
 )
 
 from modeling_unimur import UniMuRModel, UniMuRProcessor
@@ -36,7 +43,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 
 def text_tokenizer(bos: bool = True) -> GPT2Tokenizer:
-    """A letter-level tokenizer laid out as OPT's: `<s>` 0, `<pad>` 1, `</s>` 2, with BOS `</s>` in front."""
+    """A letter-level tokenizer laid out as OPT's: `<s>` 0, `<pad>` 1, `</s>` 2, with BOS `</s>` first."""
     vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *LETTERS])}
     return GPT2Tokenizer(
         vocab=vocab,
@@ -72,11 +79,11 @@ def text_model(kind: str, vocab_size: int):
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**gqa, **ids)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**gqa, **ids)),
     }
-    return awaken(makers[kind]())
+    return init_weights(makers[kind]())
 
 
-def awaken(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights of a scale that reacts to the input: the usual 0.02 leaves a small model almost blind."""
+def init_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Random weights large enough that outputs depend on the input: with the usual 0.02 a small model's hardly do."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -97,6 +104,37 @@ def clip_model(vocab_size: int, eos: int, image_size: int = 32, width: int = 32)
         projection_dim=24,
     )
     return CLIPModel(config).eval()
+
+
+def siglip_tokenizer() -> Siglip2Tokenizer:
+    """A letter-level tokenizer laid out as SigLIP 2's: lower case, an end of text behind it, no beginning."""
+    ids = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS])}
+    tokenizer = Siglip2Tokenizer(vocab=ids, merges=[], model_max_length=16, padding_side="right")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", ids["<eos>"])]
+    )
+    return tokenizer
+
+
+def siglip_model(vocab_size: int, image_size: int = 32) -> SiglipModel:
+    """A SigLIP, as which SigLIP 2 of a fixed resolution is published; its embeddings have 32 dimensions."""
+    return SiglipModel(
+        SiglipConfig(
+            text_config={**SMALL, "vocab_size": vocab_size, "max_position_embeddings": 16, "projection_size": 32},
+            vision_config={**SMALL, "image_size": image_size, "patch_size": image_size // 4},
+        )
+    ).eval()
+
+
+def metaclip_2_model(vocab_size: int, eos: int, image_size: int = 32) -> MetaClip2Model:
+    ids = {"vocab_size": vocab_size, "eos_token_id": eos, "bos_token_id": eos - 1, "pad_token_id": eos}
+    return MetaClip2Model(
+        MetaClip2Config(
+            text_config={**SMALL, **ids},
+            vision_config={**SMALL, "image_size": image_size, "patch_size": image_size // 4},
+            projection_dim=24,
+        )
+    ).eval()
 
 
 def image_processor(size: int = 32) -> CLIPImageProcessor:
@@ -130,17 +168,29 @@ def make_pipeline(width: int = 32, length: int = 12):
     )  # fmt: skip
 
 
-def make_towers(folder: Path, kind: str = "opt", seed: int = 0) -> tuple[Path, Path]:
-    """Both towers with their tokenizers, in `folder/text` and `folder/clip`."""
+def make_towers(folder: Path, kind: str = "opt", seed: int = 0, clip_kind: str = "clip") -> tuple[Path, Path]:
+    """
+    Both towers with their tokenizers, in `folder/text` and `folder/clip`; `clip_kind` is `clip`, `metaclip_2` or `siglip`.
+    """
     torch.manual_seed(seed)
     text, clip = folder / "text", folder / "clip"
-    tokenizer, clip_words = text_tokenizer(), clip_tokenizer()
+    tokenizer = text_tokenizer()
     text_model(kind, len(tokenizer)).save_pretrained(text)
     tokenizer.save_pretrained(text)
-    clip_model(len(clip_words), clip_words.eos_token_id).save_pretrained(clip)
-    clip_words.save_pretrained(clip)
-    image_processor().save_pretrained(clip)
+    make_image_text_tower(clip, clip_kind)
     return text, clip
+
+
+def make_image_text_tower(folder: Path, kind: str) -> None:
+    """A `clip`, `metaclip_2` or `siglip` with what reads its input."""
+    words = siglip_tokenizer() if kind == "siglip" else clip_tokenizer()
+    pictures = SiglipImageProcessor(size={"height": 32, "width": 32}) if kind == "siglip" else image_processor()
+    if kind == "siglip":
+        model = siglip_model(len(words))
+    else:
+        model = (clip_model if kind == "clip" else metaclip_2_model)(len(words), words.eos_token_id)
+    for part in (model, words, pictures):
+        part.save_pretrained(folder)
 
 
 def make_processor(n_visual_tokens: int = 2, **kwargs) -> UniMuRProcessor:
@@ -163,7 +213,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = GPT2Tokenizer.from_pretrained(arguments.text_vocab)
     config = GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=256, vocab_size=len(tokenizer))
-    awaken(GPT2LMHeadModel(config)).save_pretrained(arguments.out / "text")
+    init_weights(GPT2LMHeadModel(config)).save_pretrained(arguments.out / "text")
     tokenizer.save_pretrained(arguments.out / "text")
     words = CLIPTokenizer.from_pretrained(arguments.clip_vocab)
     clip_model(len(words), words.eos_token_id, image_size=64, width=64).save_pretrained(arguments.out / "clip")

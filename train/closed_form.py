@@ -246,17 +246,16 @@ def _finished(solved, pairs: Moments, setting, recall, score, documents: Moments
 @torch.no_grad()
 def pair_rows(model: UniMuRModel, batch: dict[str, Any]) -> Rows:
     """The views of a collated batch of pairs, a row a caption: cached where they are, and the towers' where not."""
-    features, embeds = batch.get("image_features"), batch.get("image_embeds")
+    images, contexts, targets = batch["images"], batch["contexts"], batch["targets"]
+    features, embeds = images.get("features"), images.get("embeds")
     if embeds is None:
-        features, embeds = model.encode_images(batch["pixel_values"])
-    states, texts = batch.get("ret_states"), batch.get("text_embeds")
+        features, embeds = model.encode_images(images["pixel_values"])
+    states, texts = contexts.get("states"), targets.get("text_embeds")
     if states is None:
-        states = model.ret_states(
-            batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch.get("ret_packing")
-        )
+        states = model.ret_states(contexts["input_ids"], contexts["attention_mask"], packing=contexts.get("packing"))
     if texts is None:
-        texts = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
-    images = batch["target_indices"]
+        texts = model.encode_clip_texts(targets["input_ids"], targets["attention_mask"])
+    images = targets["image_indices"]
     return {
         STATE: states, POOLED: features[images], PROJECTED: F.normalize(embeds[images].float(), dim=-1),
         TEXT: F.normalize(texts.float(), dim=-1), WORDS: _caption_means(batch, model),
@@ -265,8 +264,9 @@ def pair_rows(model: UniMuRModel, batch: dict[str, Any]) -> Rows:
 
 def _caption_means(batch: dict[str, Any], model: UniMuRModel) -> torch.Tensor:
     """The mean input embedding of each caption's own tokens, `(n, d)` float32."""
-    ids, eos = batch["labels"].clamp(min=0), model.processor.tokenizer.eos_token_id
-    counted = (batch["labels"] >= 0) & (ids != (-1 if eos is None else eos))
+    labels = batch["captions"]["labels"]
+    ids, eos = labels.clamp(min=0), model.processor.tokenizer.eos_token_id
+    counted = (labels >= 0) & (ids != (-1 if eos is None else eos))
     rows = model.language_model.get_input_embeddings()(ids).float() * counted[..., None]
     return rows.sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
 
@@ -286,7 +286,7 @@ def sum_pairs(
     sums = Sums(PAIR_VIEWS)
     for batch in _collated(model, rows, collator, skips, "closed form: pairs", batch_size, workers, every_caption):
         names = batch["names"]
-        sums.add(pair_rows(model, batch), [names[i] for i in batch["target_indices"].tolist()])
+        sums.add(pair_rows(model, batch), [names[i] for i in batch["targets"]["image_indices"].tolist()])
     return sums.finish()
 
 
@@ -306,12 +306,14 @@ def sum_documents(
 
 @torch.no_grad()
 def _add_documents(sums: Sums, model: UniMuRModel, batch: dict[str, Any]) -> None:
-    features, embeds = batch.get("image_features"), batch.get("image_embeds")
-    if embeds is None and "pixel_values" in batch:
-        features, embeds = model.encode_images(batch["pixel_values"])
-    shown = None if features is None else features[batch["ret_image_indices"]]
-    states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], shown, batch.get("ret_packing"))
-    targets = dict(zip(batch["image_rows"].tolist(), batch["target_indices"].tolist(), strict=True))
+    images, contexts = batch.get("images", {}), batch["contexts"]
+    features, embeds = images.get("features"), images.get("embeds")
+    if embeds is None and "pixel_values" in images:
+        features, embeds = model.encode_images(images["pixel_values"])
+    in_context = None if features is None else features[contexts["image_indices"]]
+    states = model.ret_states(contexts["input_ids"], contexts["attention_mask"], in_context, contexts.get("packing"))
+    rows_and_images = (batch["targets"][name].tolist() for name in ("image_rows", "image_indices"))
+    targets = dict(zip(*rows_and_images, strict=True))
     fitted = []
     for row, (name, reply) in enumerate(zip(batch["names"], batch["replies"], strict=True)):
         number = sums.held.number(name)

@@ -144,22 +144,24 @@ class PairCollator:
             items, images, names = list(self._spare[0]), list(self._spare[1]), [self._spare[2]]
         cached = bool(images) and isinstance(images[0], tuple)
         replies = [item["text"] for item in items]
-        words = [item["text"] for item in items if item["caption"] is not None]
         states = self._captions([item.pop("cached", {}) for item in items])
         if "text_embeds" in states:
             items = [item | {"text": None} for item in items]
-        batch = dict(self.processor.documents(items, None if cached or not self.images else images, pack=self.pack))
-        if states:
-            batch = {k: v for k, v in batch.items() if "ret_states" not in states or not k.startswith("ret_")}
-            batch |= states | {"text_rows": torch.arange(len(items))}
+        batch = self.processor.documents(items, None if cached or not self.images else images, pack=self.pack)
+        if "ret_states" in states:
+            batch["contexts"] = {"states": states["ret_states"]}
+        if "text_embeds" in states:
+            batch["targets"] |= {"text_rows": torch.arange(len(items)), "text_embeds": states["text_embeds"]}
         if cached:
-            for name, values in zip(("image_features", "image_embeds"), zip(*images, strict=True), strict=True):
-                batch[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
-        if self.named:
-            batch |= {"names": names, "replies": replies}
+            features, embeds = (
+                torch.from_numpy(np.asarray(values, dtype=np.float32)) for values in zip(*images, strict=True)
+            )
+            batch["images"] = {"features": features, "embeds": embeds}
+        named: dict[str, Any] = {"names": names, "replies": replies} if self.named else {}
+        words = [item["caption"][1] for item in items if item["caption"] is not None]
         if self.worded and words:
-            batch["words"] = words
-        return batch | {"skipped": dict(skips.counts), "n_seen": skips.seen}
+            named["words"] = words
+        return {**batch, **named, "skipped": dict(skips.counts), "n_seen": skips.seen}
 
     def _pair(self, row: dict[str, Any]) -> tuple[list[dict], list, str | None]:
         captions = usable_captions(row["captions"])

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from modeling_unimur import UniMuRModel
-from modeling_unimur.towers_unimur import digest
+from modeling_unimur.identity_unimur import digest, named_weights
 from train.collate import SkipCounter, drawn_caption, usable_captions
 from train.extract import Rates, content_hash, image_hints, image_shards, values_hash
 from train.shards import Shard, ShardedArray, ShardedTable, build_shards
@@ -98,9 +98,7 @@ def cache_image_features(
         )
 
     identity = {
-        "weights of CLIP's visual tower": digest(
-            (n, p) for n, p in model.clip.named_parameters() if n.startswith("vis")
-        ),
+        "weights of CLIP's visual tower": digest((n, t) for n, t in named_weights(model.clip) if n.startswith("vis")),
         "configuration of CLIP's visual tower": _computes(model.clip.config.vision_config),
         "dtype of CLIP": str(model.clip.dtype),
         "preprocessing": model.processor.fingerprint,
@@ -156,9 +154,7 @@ def cache_caption_states(
             yield number, _encode_captions(flat, model, batch_size, with_states), {}
 
     identity = {
-        "weights of CLIP's text tower": digest(
-            (n, p) for n, p in model.clip.named_parameters() if n.startswith("text_")
-        ),
+        "weights of CLIP's text tower": digest((n, t) for n, t in named_weights(model.clip) if n.startswith("text_")),
         "configuration of CLIP's text tower": _computes(model.clip.config.text_config),
         "dtype of CLIP": str(model.clip.dtype),
         "preprocessing": model.processor.fingerprint,
@@ -166,7 +162,7 @@ def cache_caption_states(
     }
     if with_states:
         identity |= {
-            "weights of the LLM": digest(model.language_model.named_parameters()),
+            "weights of the LLM": digest(named_weights(model.language_model)),
             "configuration of the LLM": _computes(model.language_model.config),
             "dtype of the LLM": str(model.language_model.dtype),
             "[RET]": digest([("ret_embedding", model.ret_embedding)]),
@@ -232,11 +228,16 @@ class MatchingStates(Dataset):
         ]
         here = torch.arange(len(rows))
         return {
-            "ret_states": torch.from_numpy(self.ret_states[chosen]),
-            "text_embeds": torch.from_numpy(self.text_embeds[chosen]),
-            "image_features": torch.from_numpy(self.image_features[list(rows)]),
-            "image_embeds": torch.from_numpy(self.image_embeds[list(rows)]),
-            "image_rows": here, "target_indices": here, "text_rows": here, "skipped": {}, "n_seen": len(rows),
+            "contexts": {"states": torch.from_numpy(self.ret_states[chosen])},
+            "targets": {
+                "image_rows": here, "image_indices": here, "text_rows": here,
+                "text_embeds": torch.from_numpy(self.text_embeds[chosen]),
+            },
+            "images": {
+                "features": torch.from_numpy(self.image_features[list(rows)]),
+                "embeds": torch.from_numpy(self.image_embeds[list(rows)]),
+            },
+            "skipped": {}, "n_seen": len(rows),
         }  # fmt: skip
 
 

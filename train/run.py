@@ -21,11 +21,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPTokenizer,
-    PreTrainedConfig,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -49,30 +44,14 @@ SHUFFLED = 2_000  # undecoded pairs of streamed shards that are mixed, besides t
 
 def make_processor(model_args: ModelArguments) -> UniMuRProcessor:
     """The processor of two towers: CLIP's preprocessing and both tokenizers."""
-    config = AutoConfig.from_pretrained(model_args.text_model, revision=model_args.text_model_revision)
-    clip = {
-        "pretrained_model_name_or_path": model_args.clip_model,
-        "revision": model_args.clip_model_revision or "main",
-    }
-    return UniMuRProcessor(
-        CLIPImageProcessor.from_pretrained(**clip),
-        AutoTokenizer.from_pretrained(model_args.text_model, revision=model_args.text_model_revision),
-        CLIPTokenizer.from_pretrained(**clip),
+    return UniMuRProcessor.from_pretrained_towers(
+        model_args.text_model,
+        model_args.clip_model,
+        text_revision=model_args.text_model_revision,
+        clip_revision=model_args.clip_model_revision,
         n_visual_tokens=model_args.n_visual_tokens,
-        max_length=positions(config),
         ret_prompt=model_args.ret_prompt,
     )
-
-
-def positions(config: PreTrainedConfig) -> int:
-    """Positions of an LLM. Its config says, not its tokenizer. Raises `ValueError` where it does not."""
-    found = getattr(config, "max_position_embeddings", None)
-    if not found:
-        raise ValueError(
-            f"the config of this {config.model_type} names no max_position_embeddings, which bounds a dialogue: add to its "
-            "config.json how many positions it was trained with"
-        )
-    return found
 
 
 def add_lora(model: UniMuRModel, rank: int, targets: list[str]) -> None:

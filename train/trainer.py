@@ -20,16 +20,11 @@ from train.sampler import GroupedSampler
 logger = logging.get_logger(__name__)
 
 BANK = "negatives_bank.safetensors"
-CAPTIONING = ("input_ids", "attention_mask", "labels", "label_positions", "image_indices", "packing")
-MATCHING = (
-    "ret_input_ids", "ret_attention_mask", "ret_image_indices", "ret_packing", "image_rows", "target_indices",
-    "text_rows", "clip_input_ids", "clip_attention_mask", "text_embeds", "ret_states",
-)  # fmt: skip
-TARGETS = ("image_rows", "target_indices", "text_rows", "clip_input_ids", "clip_attention_mask", "text_embeds")
-# Of a pair the mapper's loss reads the caption alone.
-NOT_FOR_DRAWING = (*CAPTIONING, *TARGETS, "ret_image_indices", "pixel_values", "image_features", "image_embeds")
-
-MATCHING_TENSORS = ("W_t2m", "W_v2m", "logit_scale")
+# The parts of a batch that a schedule leaves out.
+LEFT_OUT = {
+    "captioning": ("contexts", "targets"), "matching": ("captions",), "drawing": ("captions", "targets", "images"),
+}  # fmt: skip
+MATCHING_TENSORS = ("W_t2m", "W_v2m", "logit_scale", "logit_bias")
 
 
 @dataclass
@@ -97,7 +92,7 @@ class UniMuRTrainer(Trainer):
     transformers' Trainer over batches of [`train.collate.PairCollator`].
 
     `groups` gives each row's kind, where batches are to be of one kind (see [`train.sampler.GroupedSampler`]).
-    `drawing_targets` (a [`train.drawing.DrawingTargets`]) gives the mapper's targets, where the model can draw.
+    `drawing_targets` (a [`train.drawing.DrawingTargets`]) gives the mapper's targets, where the model learns to draw.
     `skips` counts the pairs left out so far; it is checked against `max_bad_share` at every log and at the end.
     """
 
@@ -115,9 +110,9 @@ class UniMuRTrainer(Trainer):
         self._parts: dict[str, torch.Tensor] = {}
         self._images, self._since = 0, time.perf_counter()
         # A collator, or the object whose method it is, draws captions by the epoch.
-        drawing = getattr(self.data_collator, "__self__", self.data_collator)
-        if hasattr(drawing, "epoch"):
-            self.add_callback(_EpochToCollator(drawing))
+        collator = getattr(self.data_collator, "__self__", self.data_collator)
+        if hasattr(collator, "epoch"):
+            self.add_callback(_EpochToCollator(collator))
         if self.bank is not None:
             self.add_callback(_BankToCheckpoint(self))
         if self.args.state_noise:
@@ -162,24 +157,28 @@ class UniMuRTrainer(Trainer):
         part = self.args.schedule
         if part == "alternating":
             part = "captioning" if self.state.global_step % 2 == 0 else "matching"
-        left_out = {"captioning": MATCHING, "matching": CAPTIONING, "drawing": NOT_FOR_DRAWING}.get(part, ())
         words = inputs.pop("words", None)
+        inputs = {name: value for name, value in inputs.items() if name not in LEFT_OUT.get(part, ())}
         if words is not None and self.drawing_targets is not None and part != "captioning":
             inputs["drawing_targets"] = self.drawing_targets(words, self.args.device)
-        inputs = {key: value for key, value in inputs.items() if key not in left_out}
-        banked = self.bank is not None and "image_rows" in inputs
+        banked = self.bank is not None and "targets" in inputs
         if banked:
             self.fill_bank()  # only now: the last step's backward pass still read the bank
             inputs["negatives"] = self.bank.embeds
         outputs = model(**inputs)
         if banked:
-            self._to_bank = outputs.image_embeds[inputs["target_indices"]]
+            self._to_bank = outputs.image_embeds[inputs["targets"]["image_indices"]]
         for name, loss in outputs.items():
             if name.startswith("loss_"):
                 # Kept on the device: reading it here would make the host wait for every step.
                 total, count = self._parts.get(name, (0.0, 0))
                 self._parts[name] = (total + loss.detach(), count + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def floating_point_ops(self, inputs):
+        """6 for each parameter and token of the contexts, as transformers counts them; none where they are cached."""
+        tokens = inputs.get("contexts", {}).get("input_ids")
+        return 0 if tokens is None else 6 * tokens.numel() * self.model.num_parameters(exclude_embeddings=True)
 
     def fill_bank(self) -> None:
         """Adds the last step's images to the bank of negatives; every process takes part."""

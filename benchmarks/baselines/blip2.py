@@ -8,31 +8,28 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForImageTextRetrieval
 
-from benchmarks.systems import System
-from modeling_unimur.dialogues_unimur import parse_dialogue
 from modeling_unimur.images_unimur import decode_image
+
+from .text_and_images import TextAndImages
 
 NAME = "Salesforce/blip2-itm-vit-g"  # the checkpoint with the projections of image-text contrast
 
 
-class Blip2Baseline(System):
+class Blip2Baseline(TextAndImages):
     """
-    Images are the Q-Former's query outputs, of which the best counts; texts its [CLS] output. A dialogue is its words,
-    and the mean with its images' (each the mean of its queries) where it shows any. The paper does not say how it asks
-    BLIP-2; this is how BLIP-2's own retrieval embeds.
-
-    Words beyond the Q-Former's positions lose their oldest tokens (`truncated` counts those texts).
+    An image is embedded as the Q-Former's query outputs, of which the best counts; a text as its [CLS] output. A dialogue
+    is the embedding of its text; where it has images, the mean of that and theirs (each the mean of its queries). The
+    paper does not say how it uses BLIP-2; this is how BLIP-2's own retrieval embeds.
     """
 
-    name = "BLIP-2"
+    name, encoder = "BLIP-2", "the Q-Former"
 
     def __init__(self, model: Blip2ForImageTextRetrieval, image_processor: Any, tokenizer: Any):
         self.model, self.image_processor, self.tokenizer = model.eval(), image_processor, tokenizer
-        self.truncated = 0
 
     @classmethod
     def from_pretrained(cls, name_or_path: str = NAME, **kwargs) -> "Blip2Baseline":
-        """From a folder or a name on the Hub. Raises `OSError` where it cannot be loaded."""
+        """From a folder or a name on the Hub. Raises `OSError` if it cannot be loaded."""
         return cls(
             Blip2ForImageTextRetrieval.from_pretrained(name_or_path, **kwargs),
             AutoImageProcessor.from_pretrained(name_or_path),
@@ -45,17 +42,16 @@ class Blip2Baseline(System):
         return {
             "name": config.name_or_path.rsplit("/", 1)[-1],
             "commit": getattr(config, "_commit_hash", None),
-            "dimension": config.image_text_hidden_size,
+            "dimension": self.width,
         }
 
-    def begin(self) -> None:
-        self.truncated = 0
+    @property
+    def text_positions(self) -> int:
+        return self.model.config.qformer_config.max_position_embeddings
 
     @property
-    def notes(self) -> list[str]:
-        limit = self.model.config.qformer_config.max_position_embeddings
-        cut = f"{self.truncated} texts exceeded the Q-Former's {limit} positions and lost their oldest tokens"
-        return [cut] if self.truncated else []
+    def width(self) -> int:
+        return self.model.config.image_text_hidden_size
 
     @torch.no_grad()
     def embed_images(
@@ -77,38 +73,25 @@ class Blip2Baseline(System):
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64, show_progress_bar: bool = False) -> torch.Tensor:
         """`(n, q)` float32, L2-normalised."""
-        limit, parts = self.model.config.qformer_config.max_position_embeddings, []
+        parts = []
         for start in tqdm(range(0, len(texts), batch_size), "embedding texts", disable=not show_progress_bar):
-            rows = self.tokenizer(list(texts[start : start + batch_size]))["input_ids"]
-            self.truncated += sum(len(row) > limit for row in rows)
-            rows = [row if len(row) <= limit else row[:1] + row[1 - limit :] for row in rows]
+            rows = self.last_tokens(self.tokenizer(list(texts[start : start + batch_size]))["input_ids"])
             batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
             embeds = text_outputs(self.model, batch["input_ids"], batch["attention_mask"])
             parts.append(F.normalize(embeds.float(), dim=-1).cpu())
         return torch.cat(parts)
 
-    def embed_dialogues(self, dialogues: Sequence[Any], *, bos: str | None = None, **kwargs) -> torch.Tensor:
-        """`(n, q)` float32, L2-normalised."""
-        flat = [[element for turn in parse_dialogue(dialogue) for element in turn] for dialogue in dialogues]
-        texts = [" ".join(element for element in elements if isinstance(element, str)) for elements in flat]
-        sums = torch.zeros(len(flat), self.model.config.image_text_hidden_size)
-        spoken = [i for i, text in enumerate(texts) if text]
-        if spoken:
-            sums[spoken] = self.embed_texts([texts[i] for i in spoken], **kwargs)
-        shown = [(i, e) for i, elements in enumerate(flat) for e in elements if not isinstance(e, str)]
-        if shown:
-            rows = torch.tensor([i for i, _ in shown])
-            images = F.normalize(self.embed_images([image for _, image in shown], **kwargs).mean(1), dim=-1)
-            sums += F.normalize(torch.zeros_like(sums).index_add_(0, rows, images), dim=-1)
-        return F.normalize(sums, dim=-1)
+    def one_per_image(self, images: Sequence[Any], **kwargs) -> torch.Tensor:
+        """`(n, q)`: the mean of each image's queries, normalised again."""
+        return F.normalize(self.embed_images(images, **kwargs).mean(1), dim=-1)
 
 
 def image_queries(model: Blip2ForImageTextRetrieval, pixel_values: torch.Tensor) -> torch.Tensor:
     """The projected outputs of the Q-Former's queries, `(n, queries, q)`, not normalised."""
-    seen = model.vision_model(pixel_values=pixel_values.to(model.vision_model.dtype)).last_hidden_state
-    queries = model.query_tokens.expand(len(seen), -1, -1)
-    found = model.qformer(query_embeds=queries, encoder_hidden_states=seen.to(queries.dtype)).last_hidden_state
-    return model.vision_projection(found.to(model.vision_projection.weight.dtype))
+    patches = model.vision_model(pixel_values=pixel_values.to(model.vision_model.dtype)).last_hidden_state
+    queries = model.query_tokens.expand(len(patches), -1, -1)
+    outputs = model.qformer(query_embeds=queries, encoder_hidden_states=patches.to(queries.dtype)).last_hidden_state
+    return model.vision_projection(outputs.to(model.vision_projection.weight.dtype))
 
 
 def text_outputs(
@@ -116,5 +99,5 @@ def text_outputs(
 ) -> torch.Tensor:
     """The projected output at [CLS], `(n, q)`, not normalised."""
     embeds = model.embeddings(input_ids=input_ids)
-    found = model.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask).last_hidden_state
-    return model.text_projection(found[:, 0].to(model.text_projection.weight.dtype))
+    outputs = model.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask).last_hidden_state
+    return model.text_projection(outputs[:, 0].to(model.text_projection.weight.dtype))

@@ -1,4 +1,4 @@
-"""A small BLIP-2 pre-trained on the miniature's pictures and captions: an untrained one's row would only be chance."""
+"""A small BLIP-2 pre-trained on the miniature's pictures and captions, since an untrained one would only give chance."""
 
 import random
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def pretrain_blip2(
     Args:
         folder: where to save; made if absent.
         scenes: training scenes only.
-        seed: of everything drawn. The same seed gives the same weights on the same machine.
+        seed: of everything random. The same seed gives the same weights on the same machine.
         steps, batch_size, lr: those of the miniature's CLIP.
         width, layers, queries, dim: of both encoders, of the Q-Former, and q.
 
@@ -43,21 +43,21 @@ def pretrain_blip2(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Blip2ForImageTextRetrieval(blip2_config(len(tokenizer), width, layers, queries, dim))
-        nn.init.normal_(model.query_tokens, std=0.02)  # made as zeros, they would all stay one query
-        scale = nn.Parameter(torch.tensor(2.659))  # log(1 / 0.07), of the training alone
+        nn.init.normal_(model.query_tokens, std=0.02)  # zeros would keep all queries equal
+        scale = nn.Parameter(torch.tensor(2.659))  # log(1 / 0.07), for the training only
         model.register_parameter("training_scale", scale)
         pixels = draw_all(scenes, rng, progress)
         flat = tokenizer([t for row in texts for t in row], padding=True, return_tensors="pt")
         ids, mask = (flat[k].view(len(texts), len(texts[0]), -1) for k in ("input_ids", "attention_mask"))
         optimizer, schedule = adamw(model, lr, steps)
-        order, right = batches_of(len(texts), batch_size, steps), torch.arange(batch_size)
+        order, labels = batches_of(len(texts), batch_size, steps), torch.arange(batch_size)
         for step in (bar := trange(steps, desc="BLIP-2", disable=not progress)):
             rows, which = order[step], torch.randint(len(texts[0]), (batch_size,))
             length = int(mask[rows, which].sum(1).max())
             images = F.normalize(image_queries(model, pixel_values_of(pixels[rows], processor)), dim=-1)
             words = F.normalize(text_outputs(model, ids[rows, which, :length], mask[rows, which, :length]), dim=-1)
             logits = scale.exp() * torch.einsum("tq,ivq->tiv", words, images).amax(-1)
-            loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
             take_step(loss, model, optimizer, schedule)
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -85,7 +85,7 @@ def blip2_config(vocabulary: int, width: int, layers: int, queries: int, dim: in
 
 
 def bert_tokenizer(corpus: Sequence[str], vocab_size: int = 1200) -> PreTrainedTokenizerFast:
-    """A lower-case WordPiece tokenizer laid out as BERT's: `[PAD]` 0, `[CLS]` in front, `[SEP]` behind."""
+    """A lower-case WordPiece tokenizer laid out as BERT's: `[PAD]` is 0, `[CLS]` comes first and `[SEP]` last."""
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -93,7 +93,7 @@ def bert_tokenizer(corpus: Sequence[str], vocab_size: int = 1200) -> PreTrainedT
     letters = sorted({c for text in corpus for c in text.lower() if not c.isspace()})
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        # Named beforehand, so that they are numbered the same in every run.
+        # Listed here, so that their ids are the same in every run.
         special_tokens=[*special, *(f"##{c}" for c in letters)],
         initial_alphabet=letters,
         show_progress=False,

@@ -1,4 +1,4 @@
-"""Random embeddings: what a task's figures are worth."""
+"""Random embeddings: the level of chance in each task."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from benchmarks.systems import System
 
 
 class Chance(System):
-    """Every dialogue, image and text at a random place of the sphere, drawn anew at each call from one generator."""
+    """Every dialogue, image and text at a random point of the sphere, drawn again at each call, from one generator."""
 
     name = "chance"
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, CLIPConfig
 
 from benchmarks.baselines.fromage import FromageModel
 from benchmarks.schema import BadDataError, read_json, require
-from modeling_unimur.towers_unimur import non_finite_tensors
+from modeling_unimur.identity_unimur import non_finite_tensors
 from train.arguments import ModelArguments
 from train.run import make_processor
 
@@ -31,19 +31,19 @@ NAMES = {
     "ret_input_embeddings.weight": "ret_embedding",
 }
 ROW = "ret_input_embeddings.weight"
-TABLE = "model.input_embeddings.weight"  # prune_model_ckpt.py leaves it beside the row; other makers leave it alone
-FLAT = ("logit_scale", "ret_embedding")  # stored as (), (1,), (d,) or (1, d), for us vectors
+TABLE = "model.input_embeddings.weight"  # prune_model_ckpt.py writes both; other scripts write only this
+FLAT = ("logit_scale", "ret_embedding")  # stored as (), (1,), (d,) or (1, d); vectors here
 
 
 def convert_checkpoint(
     folder: str | Path, output: str | Path, *, text_model: str | None = None, clip_model: str | None = None
 ) -> FromageModel:
     """
-    Writes an adapter checkpoint of FROMAGe's trained tensors, as float32 safetensors, its processor beside it.
+    Writes an adapter checkpoint of FROMAGe's trained tensors, as float32 safetensors, with its processor.
 
     The file is read by torch's weights-only loader, which runs no code; FROMAGe's image embeddings (`*.pkl`) are not
-    needed and not opened. Training state beside `state_dict` (`epoch`, `optimizer`, ...) is no part of the model. [RET]'s
-    row may stand alone, or in the LLM's table of input embeddings, as FROMAGe's `prune_model_ckpt.py` leaves it.
+    needed and not opened. Training state next to `state_dict` (`epoch`, `optimizer`, ...) is not part of the model. [RET]'s
+    row may be stored alone, or in the LLM's table of input embeddings, as FROMAGe's `prune_model_ckpt.py` leaves it.
 
     Args:
         folder: holds `model_args.json` and `pretrained_ckpt.pth.tar`.
@@ -99,15 +99,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadDataError(f"{path}: no such file")
     try:
-        found = torch.load(path, weights_only=True, map_location="cpu")
+        content = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise BadDataError(
             f"{path}: cannot be read as tensors alone: it is damaged, or it would run code when loaded, which is "
-            f"refused. Ask its maker for a file that holds only a state_dict. The cause: {_first_line(error)}"
+            f"refused. Ask its author for a file that holds only a state_dict. The cause: {_first_line(error)}"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise BadDataError(f"{path}: not a whole torch file ({_first_line(error)}): fetch it again") from error
-    return require(found, "state_dict", dict, str(path))
+    return require(content, "state_dict", dict, str(path))
 
 
 def _first_line(error: Exception) -> str:
@@ -150,7 +150,7 @@ def _renamed(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
 def _check_shapes(
     tensors: dict[str, torch.Tensor], path: Path, d: int, c: int, n_visual_tokens: int, shared_dim: int
 ) -> None:
-    """Refuses other shapes than the towers' widths d and c ask for, and makes vectors of what is stored otherwise."""
+    """Refuses other shapes than the towers' widths d and c ask for, and reshapes to vectors what is stored otherwise."""
     theirs = {ours: name for name, ours in NAMES.items()}
     rows = tensors["W_i2t.bias"].numel()
     if rows != n_visual_tokens * d and rows % d == 0:
@@ -165,12 +165,12 @@ def _check_shapes(
         "logit_scale": (1,), "ret_embedding": (d,),
     }  # fmt: skip
     for name, shape in expected.items():
-        found = tuple(tensors[name].shape)
-        if name in FLAT and found in ((), (1,), (1, *shape)):
+        actual = tuple(tensors[name].shape)
+        if name in FLAT and actual in ((), (1,), (1, *shape)):
             tensors[name] = tensors[name].reshape(-1)
         if tuple(tensors[name].shape) != shape:
             raise BadDataError(
-                f"{path}: {theirs[name]} has shape {found}, but {ARGUMENTS} and the towers (LLM width {d}, CLIP's "
+                f"{path}: {theirs[name]} has shape {actual}, but {ARGUMENTS} and the towers (LLM width {d}, CLIP's "
                 f"pooled output {c}) ask for {shape}"
             )
 

@@ -1,4 +1,4 @@
-"""FROMAGe's two heads trained on what is frozen by then: the states at [RET] of all captions, and their images."""
+"""FROMAGe's two heads trained on frozen inputs: the states at [RET] of all captions, and their images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class CaptionStates:
     h([RET]) of captions and CLIP's pooled output of their images.
 
     Args:
-        states: `(captions, d)` float32, the captions of an image one behind another.
+        states: `(captions, d)` float32, the captions of one image in consecutive rows.
         features: `(images, c)` float32.
-        counts: `(images,)` int64, how many captions each image has, one at least.
+        counts: `(images,)` int64, how many captions each image has, at least one.
     """
 
     states: torch.Tensor
@@ -33,8 +33,8 @@ class CaptionStates:
         """`n` images (all, where there are fewer) and one caption of each: states `(n, d)` and features `(n, c)`."""
         images = torch.randperm(len(self.features), generator=generator)[:n]
         counts = self.counts[images]
-        drawn = (torch.rand(len(images), generator=generator) * counts).long().clamp(max=counts - 1)
-        return self.states[(self.counts.cumsum(0) - self.counts)[images] + drawn], self.features[images]
+        which = (torch.rand(len(images), generator=generator) * counts).long().clamp(max=counts - 1)
+        return self.states[(self.counts.cumsum(0) - self.counts)[images] + which], self.features[images]
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def caption_states(
 def start_canonical(model: FromageModel, data: CaptionStates, *, width: int, ridge: float, power: float) -> None:
     """
     Puts `W_t2m` and `W_v2m` at the canonical correlation of all captions with their images (see [`train.canonical`]),
-    turned into FROMAGe's wider space at random, which leaves every cosine as it is and no row of the maps at zero.
+    rotated at random into FROMAGe's wider space, which keeps every cosine and leaves no row of the maps at zero.
 
     Args:
         width, ridge, power: of [`train.canonical.Setting`].
@@ -73,9 +73,9 @@ def start_canonical(model: FromageModel, data: CaptionStates, *, width: int, rid
     if not 1 <= width <= min(shared, len(s)):
         raise ValueError(f"width={width}: there are {len(s)} canonical directions, and shared_dim={shared}")
     generator = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(shared, width, generator=generator, dtype=torch.float64))[0]
+    rotation = torch.linalg.qr(torch.randn(shared, width, generator=generator, dtype=torch.float64))[0]
     for linear, view in ((model.W_t2m, STATE), (model.W_v2m, "pooled")):
-        weight = turn @ (s[:width, None] ** power * directions[view][:, :width].T)
+        weight = rotation @ (s[:width, None] ** power * directions[view][:, :width].T)
         linear.weight.copy_(weight)
         linear.bias.copy_(-weight @ moments.mean(view))
 
@@ -85,11 +85,11 @@ def train_heads(
     seed: int,
 ) -> list[float]:  # fmt: skip
     """
-    Trains `W_t2m`, `W_v2m` and the temperature by FROMAGe's contrastive loss, from where they stand; nothing else of the
-    model changes.
+    Trains `W_t2m`, `W_v2m` and the temperature by FROMAGe's contrastive loss, from their present values; nothing else in
+    the model changes.
 
     Args:
-        noise: of the Gaussian noise on the states, in units of their mean standard deviation: a conversation's state lies
+        noise: of the Gaussian noise on the states, in units of their mean standard deviation: a conversation's state is
             farther from a caption's than captions do from each other.
         learning_rate: of Adam at the start; it falls to zero by a cosine.
 

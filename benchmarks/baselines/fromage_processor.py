@@ -11,7 +11,7 @@ FIRST_TEXT, EVERY_TEXT = "first text", "every text"
 
 class FromageProcessor(UniMuRProcessor):
     """
-    As [`UniMuRProcessor`], but BOS stands where FROMAGe tokenises a text: `image BOS text image text [RET]`. Its prompts
+    As [`UniMuRProcessor`], but with BOS where FROMAGe tokenises a text: `image BOS text image text [RET]`. Its prompts
     have one BOS, before their first text (`generate_for_images_and_texts` in its `models.py`); its VIST script tokenises
     each caption on its own, so that every one has a BOS. [RET] counts as text: a lone image is `image BOS [RET]`.
 
@@ -37,7 +37,7 @@ class FromageProcessor(UniMuRProcessor):
 
     def _serialise(self, turns, *, reserve=0, **kwargs):
         images = sum(not isinstance(element, str) for turn in turns for element in turn)
-        # At most one further BOS behind each image.
+        # At most one further BOS after each image.
         ids, kept = super()._serialise(
             turns, reserve=reserve + images * len(self._prefix) * (self.bos == EVERY_TEXT), **kwargs
         )

@@ -25,51 +25,53 @@ class FromageCollator(PairCollator):
     """
     Batches of caption pairs for [`FromageModel.forward`], laid out as FROMAGe's `models.py` does.
 
-    The retrieval pass reads `BOS caption [RET]`; the captioning pass reads the same without [RET] behind the image:
+    The retrieval pass reads `BOS caption [RET]`; the captioning pass reads the same without [RET] after the image:
     `image BOS caption`, BOS and caption labelled, without an end of text. With probability `concatenate` a batch's
-    captioning rows are joined two and two: `image BOS caption image BOS caption`, both texts labelled. A last row without
-    a partner, and a pair that together exceed the LLM's positions, stay as they are.
+    captioning rows are joined in pairs: `image BOS caption image BOS caption`, both texts labelled. An odd last
+    row, and a pair longer than the LLM's positions, stay separate.
 
     Args:
         processor, caption, seed: as [`PairCollator`]'s.
         concatenate: FROMAGe's own is 0.5, drawn for the batch as a whole.
 
     Raises:
-        ValueError: `concatenate` is no probability.
+        ValueError: `concatenate` is not a probability.
     """
 
     def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0, concatenate: float = 0.5):
         super().__init__(processor, caption, seed)
         if not 0 <= concatenate <= 1:
-            raise ValueError(f"concatenate={concatenate} is no probability")
+            raise ValueError(f"concatenate={concatenate} is not a probability")
         self.concatenate = concatenate
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
         # The targets are W_v2m of the features; CLIP's texts, and what was cached of an untrained map, are not needed.
-        for name in ("text_rows", "clip_input_ids", "clip_attention_mask", "image_embeds", "label_positions"):
-            batch.pop(name, None)
+        for name in ("text_rows", "input_ids", "attention_mask", "text_embeds"):
+            batch["targets"].pop(name, None)
         # A hash rather than a generator, as for the captions: the draw is the same in every worker.
-        drawn = zlib.crc32(f"{self.seed}-{self.epoch}-{'-'.join(str(row['id']) for row in rows)}".encode()) / 2**32
+        draw = zlib.crc32(f"{self.seed}-{self.epoch}-{'-'.join(str(row['id']) for row in rows)}".encode()) / 2**32
         rows = caption_rows(batch, self.processor)
-        if drawn < self.concatenate:
+        if draw < self.concatenate:
             rows = joined(rows, self.processor.max_length)
-        return batch | captioning(rows, self.processor)
+        images = batch["captions"]["image_indices"]
+        return batch | {"captions": captioning(rows, self.processor) | {"image_indices": images}}
 
 
-def caption_rows(batch: dict[str, torch.Tensor], processor: UniMuRProcessor) -> list[list[int]]:
+def caption_rows(batch: dict[str, Any], processor: UniMuRProcessor) -> list[list[int]]:
     """`image BOS caption` of each row `BOS caption [RET]` of the retrieval pass, within the LLM's positions."""
     image = [processor.image_token_id] * processor.n_visual_tokens
     room = processor.max_length - len(image)
-    sizes = batch["ret_attention_mask"].sum(1).tolist()
+    contexts = batch["contexts"]
+    sizes = contexts["attention_mask"].sum(1).tolist()
     return [
         image + ids[: min(size - 1, room)].tolist()
-        for ids, size in zip(batch["ret_input_ids"], sizes, strict=True)
+        for ids, size in zip(contexts["input_ids"], sizes, strict=True)
     ]  # fmt: skip
 
 
 def joined(rows: list[list[int]], limit: int) -> list[list[int]]:
-    """Rows two and two, where both together have `limit` ids at most; the images keep their order."""
+    """Rows joined in pairs of at most `limit` ids in all; the images keep their order."""
     pairs = []
     for first, second in zip(rows[::2], [*rows[1::2], []], strict=False):
         pairs += [first + second] if len(first) + len(second) <= limit else [first, second]
@@ -77,7 +79,7 @@ def joined(rows: list[list[int]], limit: int) -> list[list[int]]:
 
 
 def captioning(rows: list[list[int]], processor: UniMuRProcessor) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask`, `labels` `(n, length)` of captioning rows: all that is no image is labelled."""
+    """`input_ids`, `attention_mask`, `labels` `(n, length)` of captioning rows: every token but the images' is labelled."""
     ids = [torch.tensor(row) for row in rows]
     labels = [row.masked_fill(row == processor.image_token_id, IGNORE) for row in ids]
     padding = processor.tokenizer.pad_token_id or 0
@@ -109,9 +111,9 @@ def train_fromage(
     method and the `learning_rate` alone.
 
     Args:
-        heads: arguments of [`train_heads`], which goes on with W_t2m, W_v2m and the temperature after the steps above;
-            by default it does not.
-        start: arguments of [`start_canonical`], by which these two heads then begin; by default they go on as they are.
+        heads: arguments of [`train_heads`], which then trains W_t2m, W_v2m and the temperature further; by default it
+            does not run.
+        start: arguments of [`start_canonical`], from which the two heads then start; by default they keep their values.
         output_dir: gets `checkpoint/`, an adapter over the miniature's towers, and `trainer_state.json` with the losses.
         seed: of the maps' start and of the order of the pairs.
 

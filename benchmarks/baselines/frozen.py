@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, set_seed
 from transformers.configuration_utils import SubConfigSpec
 
 from benchmarks.language import LanguageSystem
 from modeling_unimur import UniMuRConfig, UniMuRModel
+from modeling_unimur.checkpoint_unimur import CheckpointModel
 from train.arguments import CONFIGS, parse
 from train.collate import PairCollator
 from train.miniature.prepare import Miniature
@@ -47,8 +49,8 @@ AutoConfig.register(FrozenConfig.model_type, FrozenConfig, exist_ok=True)
 
 class FrozenModel(UniMuRModel):
     """
-    `vision_encoder` and `W_i2t` are trained by eq. 1-2, everything else is frozen. CLIP is there for its preprocessing
-    alone, and there is no embedding: `W_t2m` and the matching losses do not exist.
+    `vision_encoder` and `W_i2t` are trained by eq. 1-2, everything else is frozen. Only CLIP's preprocessing
+    is used, and there is no embedding: `W_t2m` and the matching losses do not exist.
     """
 
     config_class = FrozenConfig
@@ -56,34 +58,34 @@ class FrozenModel(UniMuRModel):
     _keep_in_fp32_modules_strict = list(own_tensors)
 
     def __init__(self, config: FrozenConfig):
-        super().__init__(config)
+        CheckpointModel.__init__(self, config)  # UniMuR's tensors without W_t2m
+        self.W_i2t = nn.Linear(config.image_feature_width, config.n_visual_tokens * config.text_width)
+        self.ret_embedding = nn.Parameter(torch.empty(config.text_width))
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.make_towers()
+        self.post_init()
         self.vision_encoder = CLIPVisionModel._from_config(config.vision_config)
         self.post_init()
-        self._freeze()
+        self.freeze()
 
-    @staticmethod
-    def map_widths(config: FrozenConfig) -> dict[str, tuple[int, int]]:
-        return {"W_i2t": (config.image_feature_width, config.n_visual_tokens * config.text_width)}
-
-    @staticmethod
-    def trained_maps(config: FrozenConfig) -> set[str]:
+    def trained_maps(self) -> set[str]:
         return {"W_i2t"}
 
-    def _freeze(self) -> None:
-        super()._freeze()
+    def freeze(self) -> None:
+        """Lets gradients into the map and the image encoder."""
+        super().freeze()
         self.logit_scale.requires_grad_(False)
         self.ret_embedding.requires_grad_(False)
-        if hasattr(self, "vision_encoder"):
-            self.vision_encoder.requires_grad_(True)
+        self.vision_encoder.requires_grad_(True)
 
     def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The encoder's pooled output `(i, c)`, with gradient, in the place of both of CLIP's."""
+        """The encoder's pooled output `(i, c)`, with gradient, in place of both outputs of CLIP."""
         pooled = self.vision_encoder(pixel_values=pixel_values.float()).pooler_output
         return pooled, pooled
 
 
 class Frozen(LanguageSystem):
-    """What Frozen says about images; it embeds nothing."""
+    """Frozen's answers about images; it has no embeddings."""
 
     def __init__(self, model: FrozenModel, name: str = "Frozen"):
         self.model, self.name = model, name

@@ -24,7 +24,7 @@ class FromagePerplexity(Fromage):
 
     Args:
         score: one of `SCORES`.
-        known: likelihoods already computed, shared by the systems that only differ in the score.
+        known: likelihoods already computed, shared by systems that differ in the score only.
     """
 
     def __init__(self, model: FromageModel, score: str = "mean", known: dict | None = None):
@@ -34,17 +34,17 @@ class FromagePerplexity(Fromage):
         self.known: dict[Any, Likelihoods] = {} if known is None else known
 
     def text_scores(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
-        """`(n, texts)`, higher is likelier."""
+        """`(n, texts)`, higher is more likely."""
         keys = [_key(context) for context in contexts]
         new = [i for i, key in enumerate(keys) if key not in self.known]
         texts = list(texts)
-        found = LanguageSystem.likelihoods(
+        computed = LanguageSystem.likelihoods(
             self, [contexts[i] for i in new], [texts] * len(new), show_progress_bar=True
         )
-        self.known |= {keys[i]: likelihoods for i, likelihoods in zip(new, found, strict=True)}
+        self.known |= {keys[i]: likelihoods for i, likelihoods in zip(new, computed, strict=True)}
         return torch.stack([self.known[key].scores(**self.score) for key in keys])
 
 
 def _key(context: Any) -> tuple:
-    # A picture is known by the object it is: the data set holds one for each id.
+    # A picture is identified by its Python object: the data set has one for each id.
     return tuple(tuple(e if isinstance(e, str) else id(e) for e in turn) for turn in parse_dialogue(context))

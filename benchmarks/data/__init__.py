@@ -1,4 +1,4 @@
-"""Readers of the data sets, each into the one schema of [`benchmarks.schema`]; the miniature stands in for each."""
+"""Readers of the data sets, each into the schema of [`benchmarks.schema`]; the miniature has a substitute for each."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ def _mmdialog(folder: Path, split: str, protocol: Protocol, _: str | None) -> Di
     return data
 
 
-# By a protocol's `data`: (folder, split, protocol, manifest) -> what is measured on.
+# By a protocol's `data`: (folder, split, protocol, manifest) -> the data.
 READERS: dict[str, Callable[[Path, str, Protocol, str | None], Dialogues | Questions]] = {
     "mmdialog": _mmdialog,
     "visdial": lambda folder, split, protocol, _: read_visdial(folder, split, protocol["caption"]),
@@ -35,7 +35,7 @@ def load_data(
     max_missing_share: float = MAX_MISSING_SHARE,
 ) -> Dialogues | Questions:  # fmt: skip
     """
-    What a protocol measures on.
+    The data of a protocol.
 
     Args:
         folder: of the data set as it is published; the miniature's split where `None`.

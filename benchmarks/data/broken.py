@@ -1,4 +1,4 @@
-"""Image files that are there but cannot be read: found before anything is measured, and counted like absent ones."""
+"""Image files that exist but cannot be read: detected before anything is measured, and counted like absent ones."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +18,10 @@ def leave_out_broken(data: Dialogues | Questions, progress: bool = True) -> Dial
     """
     files = {i: image for i, image in data.images.items() if isinstance(image, str | Path | bytes)}
     with ThreadPoolExecutor() as threads:
-        found = list(tqdm(threads.map(_problem, files.values()), "checking images", len(files), disable=not progress))
-    broken = {i: problem for i, problem in zip(files, found, strict=True) if problem}
+        problems = list(
+            tqdm(threads.map(_problem, files.values()), "checking images", len(files), disable=not progress)
+        )
+    broken = {i: problem for i, problem in zip(files, problems, strict=True) if problem}
     if not broken:
         return data
     images = {i: image for i, image in data.images.items() if i not in broken}
@@ -39,9 +41,9 @@ def _dialogues(data: Dialogues, images: dict[str, Any], broken: dict[str, str]) 
     kept, candidates = [], data.missing.candidates or Missing(seen=len(data.texts) + len(data.images))
     for d in data.dialogues:
         needed = [e["image_id"] for t in d["turns"][: d["target_turn"]] for e in t["elements"] if e["type"] == "image"]
-        trouble = next((broken[i] for i in [*needed, *d["gold"]["image_ids"]] if i in broken), None)
-        if trouble:
-            data.missing.add(f"image {trouble}", d["dialogue_id"])
+        problem = next((broken[i] for i in [*needed, *d["gold"]["image_ids"]] if i in broken), None)
+        if problem:
+            data.missing.add(f"image {problem}", d["dialogue_id"])
             continue
         pool = d["pool"]
         if id(pool) not in pools:

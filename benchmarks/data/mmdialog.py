@@ -18,20 +18,20 @@ def read_mmdialog(
     folder: str | Path, split: str = "test", pool: str = "conversation", progress: bool = True
 ) -> Dialogues:
     """
-    One item a turn that has a turn before it: the texts and images of that turn, given the turns before.
+    One item per turn after the first: the texts and images of that turn, given the turns before.
 
     Args:
-        folder: holds `{split}/conversations.json` (an array or json lines) beside the images `<media_key>.jpg`.
-        split: `"train"`, `"valid"` (some copies say `val`; either is found) or `"test"`.
+        folder: holds `{split}/conversations.json` (an array or json lines) and next to it the images `<media_key>.jpg`.
+        split: `"train"`, `"valid"` (some copies have `val`; both are read) or `"test"`.
         pool: `"conversation"`: that conversation's negatives and the item's own reply; `"split"`: every text and image
-            of the split's turns, one pool for all. Ids stand sorted, so that a place in a pool says nothing.
+            of the split's turns, one pool for all. Ids are sorted, so that their order contains no information.
 
     Returns:
         Turns of speakers `"A"` and `"B"` by turn, elements in the order given; `turns[target_turn]` is the reply and
         the last one. A text's id is a function of the string, `t` and 16 digits of its SHA-1, so that equal texts are
         one candidate; an image's id is its media key. Items whose context or reply has an absent image or a blank
-        text, and those without content in either, are left out and counted. An absent or blank negative leaves its
-        pools only; `missing.candidates` counts each text or image that cannot be shown once, among all distinct ones.
+        text, and those without content in either, are left out and counted. An absent or blank negative is left out of its
+        pools only; `missing.candidates` counts each such text or image once, among all distinct ones.
 
     Raises:
         ValueError: an unknown `pool`.
@@ -51,16 +51,16 @@ def read_mmdialog(
             for t, turn in enumerate(require(conversation, "conversation", list, where))
         ]
         negatives = _negatives(conversation, table, where) if pool == "conversation" else None
-        troubles = [table.trouble(turn) for turn in turns]
+        problems = [table.problem(turn) for turn in turns]
         replies = [table.add_all(turn["elements"]) for turn in turns]
         for t in range(1, len(turns)):
             missing.seen += 1
-            trouble = next((f"{why} in the context" for why in troubles[:t] if why and why != EMPTY), None)
+            problem = next((f"{why} in the context" for why in problems[:t] if why and why != EMPTY), None)
             if not any(turn["elements"] for turn in turns[:t]):
-                trouble = "context without content"
-            trouble = trouble or (troubles[t] and f"{troubles[t]} in the reply")
-            if trouble:
-                missing.add(trouble, f"{name}-{t}")
+                problem = "context without content"
+            problem = problem or (problems[t] and f"{problems[t]} in the reply")
+            if problem:
+                missing.add(problem, f"{name}-{t}")
                 continue
             gold = replies[t]
             own = shared if negatives is None else {k: _with(negatives[k], gold[k]) for k in gold}
@@ -78,13 +78,13 @@ EMPTY = "nothing"
 
 
 class _Candidates:
-    """The tables of texts and images that can be shown, and what cannot, each counted once."""
+    """The tables of usable texts and images, and the unusable ones, each counted once."""
 
     def __init__(self, files: dict[str, Path]):
         self.files, self.missing = files, Missing()
         self.texts: dict[str, str] = {}
         self.images: dict[str, Path] = {}
-        self._ids: dict[str, str] = {}  # a hash a distinct text, not one a mention
+        self._ids: dict[str, str] = {}  # one hash per distinct text, not per occurrence
         self._refused: set[tuple[str, str]] = set()
 
     def text(self, text: str) -> str | None:
@@ -106,17 +106,17 @@ class _Candidates:
 
     def add_all(self, elements: Iterable[dict]) -> dict[str, list[str]]:
         """The ids of a turn's texts and images, in order, each once."""
-        found = {"text_ids": [], "image_ids": []}
+        ids = {"text_ids": [], "image_ids": []}
         for e in elements:
             kind, i = (
                 ("text_ids", self.text(e["text"])) if e["type"] == "text" else ("image_ids", self.image(e["image_id"]))
             )
-            if i is not None and i not in found[kind]:
-                found[kind].append(i)
-        return found
+            if i is not None and i not in ids[kind]:
+                ids[kind].append(i)
+        return ids
 
-    def trouble(self, turn: dict) -> str | None:
-        """Why a turn cannot be shown."""
+    def problem(self, turn: dict) -> str | None:
+        """Why a turn cannot be used, or `None`."""
         if not turn["elements"]:
             return EMPTY
         for e in turn["elements"]:
@@ -138,7 +138,7 @@ def _turn(t: int, turn: Any, where: str) -> dict:
         kind = "__MEDIA__" if isinstance(element, dict) and "__MEDIA__" in element else "__TEXT__"
         value = require(element, kind, str, f"{where}, element {e}")
         if len(element) > 1:
-            raise BadDataError(f"{where}, element {e}: expected one of __TEXT__, __MEDIA__, found {sorted(element)}")
+            raise BadDataError(f"{where}, element {e}: expected one of __TEXT__, __MEDIA__, got {sorted(element)}")
         media = kind == "__MEDIA__"
         elements.append(
             {"type": "image", "text": None, "image_id": value} if media
@@ -148,21 +148,21 @@ def _turn(t: int, turn: Any, where: str) -> dict:
 
 
 def _negatives(conversation: Any, table: _Candidates, where: str) -> dict[str, list[str]]:
-    found = {}
+    negatives = {}
     for kind, field, add in (
         ("text_ids", "negative_candidate_texts", table.text),
         ("image_ids", "negative_candidate_media_keys", table.image),
     ):
         if field not in conversation:
             raise BadDataError(
-                f"{where}: no {field!r}; valid and test have negatives, train has none: take pool='split' there"
+                f"{where}: no {field!r}; valid and test have negatives, train has none: use pool='split' there"
             )
         given = require(conversation, field, list, where)
         for i, value in enumerate(given):
             if not isinstance(value, str):
                 raise BadDataError(f"{where}: {field}[{i}] is {type(value).__name__}, expected str")
-        found[kind] = sorted({i for i in map(add, given) if i is not None})
-    return found
+        negatives[kind] = sorted({i for i in map(add, given) if i is not None})
+    return negatives
 
 
 def _with(ids: list[str], gold: list[str]) -> list[str]:

@@ -13,16 +13,16 @@ SPLITS = ("val", "test")  # train's images are COCO's, under other names
 
 def read_visdial(folder: str | Path, split: str = "val", caption: bool = False, progress: bool = True) -> Dialogues:
     """
-    One item a dialogue: all its rounds, then its image out of the split's images.
+    One item per dialogue: all its rounds, then its image out of the split's images.
 
     Args:
         folder: holds `visdial_1.0_{split}.json` (or a single `visdial_1.0_{split}*.json`) and the images
-            `VisualDialog_{split}2018_{id:012d}.jpg`, in `VisualDialog_{split}2018/` or beside it.
+            `VisualDialog_{split}2018_{id:012d}.jpg`, in `VisualDialog_{split}2018/` or in `folder` itself.
         split: `"val"`, or `"test"`, whose dialogues may be shorter and end in a question.
         caption: put the image's caption first, as a turn of speaker `"C"`.
 
     Returns:
-        Turns of speakers `"Q"` and `"A"` with the text as published (questions lack their "?"); the target lies behind
+        Turns of speakers `"Q"` and `"A"` with the text as published (questions lack their "?"); the target comes after
         the last turn. Every dialogue shares one pool of the images present; a dialogue whose image is absent, or that
         has no turn, is left out and counted.
 
@@ -63,15 +63,15 @@ def read_visdial(folder: str | Path, split: str = "val", caption: bool = False, 
 
 def read_visdial_answers(folder: str | Path, split: str = "val", progress: bool = True) -> Dialogues:
     """
-    One item a round: the image (speaker `"I"`), the rounds before and the question, then the right one of the options.
+    One item per round: the image (speaker `"I"`), the rounds before and the question, then the gold one of the options.
 
     Args:
         folder, split: as in [`read_visdial`]; the dense annotations `visdial_1.0_{split}_dense_annotations*.json` are
-            read where they are there.
+            read if present.
 
     Returns:
         Items named `{image_id}-{round}`, rounds from 1. Pools hold the options in the order published, as ids
-        `a{index}` into the list of answers; `relevance` stands along them in the one round of a dialogue that has dense
+        `a{index}` into the list of answers; `relevance` has a value per option in the one round of a dialogue that has dense
         annotations. Annotations of dialogues that are not in the file are not used. Rounds without options, or whose
         image is absent, are left out and counted.
 
@@ -112,13 +112,13 @@ def read_visdial_answers(folder: str | Path, split: str = "val", progress: bool 
                 options = require(a_round, "answer_options", list, where)
                 for option in options:
                     _text(answers, option, f"{where}, answer_options")
-                right = require(a_round, "gt_index", int, where)
-                if not 0 <= right < len(options):
-                    raise BadDataError(f"{where}: gt_index is {right}, expected 0 to {len(options) - 1}")
+                gold = require(a_round, "gt_index", int, where)
+                if not 0 <= gold < len(options):
+                    raise BadDataError(f"{where}: gt_index is {gold}, expected 0 to {len(options) - 1}")
                 item = {
                     "dialogue_id": item_id, "turns": list(turns), "target_turn": len(turns),
                     "pool": {"text_ids": [answer_ids[i] for i in options], "image_ids": []},
-                    "gold": {"text_ids": [answer_ids[options[right]]], "image_ids": []},
+                    "gold": {"text_ids": [answer_ids[options[gold]]], "image_ids": []},
                 }  # fmt: skip
                 if item_id in dense:
                     item["relevance"] = _relevance(dense[item_id], len(options), f"{dense_path}: {item_id}")
@@ -139,22 +139,22 @@ def _read(folder: Path, split: str) -> tuple[Path, dict]:
     if not (folder / name).is_file() and len(others) > 1:
         raise BadDataError(f"{folder}: no {name}, and several in its place: {', '.join(p.name for p in others)}")
     path = find_file(folder, name, *(p.name for p in others))
-    found = read_json(path)
-    data = require(found, "data", dict, str(path))
-    held = found.get("split", split)
+    content = read_json(path)
+    data = require(content, "data", dict, str(path))
+    held = content.get("split", split)
     if not str(held).startswith(split):
         raise BadDataError(f"{path}: is of the split {held!r}, expected {split!r}")
     return path, data
 
 
 def _dialogues(path: Path, data: dict, progress: bool):
-    """`(position, dialogue, image id)` of each dialogue; an image has one."""
+    """`(position, dialogue, image id)` of each dialogue; each image has one dialogue."""
     seen: set[str] = set()
     dialogues = require(data, "dialogs", list, f"{path}: data")
     for n, dialogue in enumerate(tqdm(dialogues, "reading VisDial", disable=not progress)):
         image_id = str(require(dialogue, "image_id", int, f"{path}: dialogue {n}"))
         if image_id in seen:
-            raise BadDataError(f"{path}: dialogue {n} is the second of image {image_id}, expected one an image")
+            raise BadDataError(f"{path}: dialogue {n} is the second of image {image_id}, expected one per image")
         seen.add(image_id)
         yield n, dialogue, image_id
 
@@ -173,27 +173,27 @@ def _turn(speaker: str, text: str) -> dict:
 
 def _text(texts: Sequence[str], index: Any, where: str) -> str:
     if type(index) is not int or not 0 <= index < len(texts):
-        raise BadDataError(f"{where}: {index!r} is no index into the list of {len(texts)}")
+        raise BadDataError(f"{where}: {index!r} is not an index into the list of {len(texts)}")
     if not isinstance(texts[index], str):
         raise BadDataError(f"{where}: entry {index} is {type(texts[index]).__name__}, expected str")
     return texts[index]
 
 
 def _dense(folder: Path, split: str) -> tuple[Path | None, dict[str, Any]]:
-    """`{image}-{round}` -> annotation; empty where there is no such file."""
-    found = sorted(folder.glob(f"visdial_1.0_{split}_dense_annotations*.json"))
-    if len(found) > 1:
-        raise BadDataError(f"{folder}: several dense annotations: {', '.join(p.name for p in found)}; keep one")
-    if not found:
+    """`{image}-{round}` -> annotation; empty if there is no such file."""
+    paths = sorted(folder.glob(f"visdial_1.0_{split}_dense_annotations*.json"))
+    if len(paths) > 1:
+        raise BadDataError(f"{folder}: several dense annotations: {', '.join(p.name for p in paths)}; keep one")
+    if not paths:
         return None, {}
     dense = {}
-    for n, annotation in enumerate(read_json(found[0])):
-        where = f"{found[0]}: annotation {n}"
+    for n, annotation in enumerate(read_json(paths[0])):
+        where = f"{paths[0]}: annotation {n}"
         key = f"{require(annotation, 'image_id', int, where)}-{require(annotation, 'round_id', int, where)}"
         if key in dense:
             raise BadDataError(f"{where}: round {key} is annotated twice")
         dense[key] = require(annotation, "gt_relevance", list, where)
-    return found[0], dense
+    return paths[0], dense
 
 
 def _relevance(values: list, options: int, where: str) -> list[float]:

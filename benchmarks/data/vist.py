@@ -14,13 +14,13 @@ def read_vist(
     folder: str | Path, split: str = "val", manifest: str | Path | None = None, progress: bool = True
 ) -> Dialogues:
     """
-    One item a complete story: captions and photos 1 to 4 and caption 5, then photo 5 out of the split's photos.
+    One item per complete story: captions and photos 1 to 4 and caption 5, then photo 5 out of the split's photos.
 
     Args:
         folder: holds `{split}.story-in-sequence.json` (or `sis/...`), and the photos as `{id}.jpg` or `.png` in
             `images/{split}/` or `images/`.
-        manifest: a json list of photo ids, or a text file with one a line, to which the pool is held. Many photos'
-            addresses no longer live, so that two copies differ; [`write_manifest`] freezes what one has.
+        manifest: a json list of photo ids, or a text file with one id per line, to which the pool is restricted. Many photos
+            are no longer online, so that copies differ; [`write_manifest`] records the photos of one copy.
 
     Returns:
         Five turns of speaker `"A"`, `[text, image]` and last `[text]`, of the captions as tokenised by VIST (`text`,
@@ -65,7 +65,7 @@ def read_vist(
 
 
 def write_manifest(dialogues: Dialogues, path: str | Path) -> None:
-    """Writes the ids of the photos in `dialogues`' pools, one a line, for [`read_vist`]'s `manifest`."""
+    """Writes the ids of the photos in `dialogues`' pools, one per line, for [`read_vist`]'s `manifest`."""
     pools = {id(d["pool"]): d["pool"] for d in dialogues.dialogues}.values()
     ids = sorted({i for pool in pools for i in pool["image_ids"]})
     Path(path).write_text("".join(f"{i}\n" for i in ids), encoding="utf-8")
@@ -74,13 +74,13 @@ def write_manifest(dialogues: Dialogues, path: str | Path) -> None:
 def _stories(path: Path, progress: bool) -> tuple[dict[str, list[tuple[int, str, str]]], set[str]]:
     """Story id -> `(order, photo id, text)` in the file's order; and all photo ids."""
     stories: dict[str, list[tuple[int, str, str]]] = {}
-    found = read_json(path)
-    annotations = require(found, "annotations", list, str(path))
+    content = read_json(path)
+    annotations = require(content, "annotations", list, str(path))
     for n, inner in enumerate(tqdm(annotations, "reading VIST", disable=not progress)):
         where = f"{path}: annotation {n}"
         if not isinstance(inner, list) or len(inner) != 1:
             raise BadDataError(
-                f"{where}: expected a list of one sentence, found {type(inner).__name__} {str(inner)[:80]}"
+                f"{where}: expected a list of one sentence, got {type(inner).__name__} {str(inner)[:80]}"
             )
         story_id, photo = (str(require(inner[0], f, (str, int), where)) for f in ("story_id", "photo_flickr_id"))
         order, text = (
@@ -92,14 +92,14 @@ def _stories(path: Path, progress: bool) -> tuple[dict[str, list[tuple[int, str,
 
 
 def _kept(path: Path, photos: set[str], present: dict[str, Path], missing: Missing) -> set[str]:
-    """The manifest's ids; counts those it names in vain."""
+    """The manifest's ids; counts those without a photo."""
     if not path.is_file():
         raise BadDataError(f"{path}: no such manifest")
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip()[:1] in ("[", "{"):
         given = read_json(path)
         if not isinstance(given, list) or not all(type(i) in (str, int) for i in given):
-            raise BadDataError(f"{path}: expected a json list of photo ids, or one id a line")
+            raise BadDataError(f"{path}: expected a json list of photo ids, or one id per line")
         ids = {str(i) for i in given}
     else:
         ids = {line.strip() for line in text.splitlines() if line.strip()}

@@ -16,7 +16,7 @@ def read_vqav2(folder: str | Path, split: str = "val2014", progress: bool = True
 
     Args:
         folder: holds `v2_OpenEnded_mscoco_{split}_questions.json` and `v2_mscoco_{split}_annotations.json` (or
-            `questions.json`, `annotations.json`) and the images `COCO_{split}_{id:012d}.jpg`, in `{split}/` or beside.
+            `questions.json`, `annotations.json`) and the images `COCO_{split}_{id:012d}.jpg`, in `{split}/` or directly.
         split: `"val2014"`, `"train2014"`; `"test2015"` and `"test-dev2015"` have no annotations, and both have the
             images of test2015.
 
@@ -65,9 +65,9 @@ def read_vqav2(folder: str | Path, split: str = "val2014", progress: bool = True
 
 
 def _items(path: Path, field: str, split: str) -> list[Any]:
-    found = read_json(path)
-    items = require(found, field, list, str(path))
-    held = found.get("data_subtype", split)
+    content = read_json(path)
+    items = require(content, field, list, str(path))
+    held = content.get("data_subtype", split)
     if held != split:
         raise BadDataError(f"{path}: 'data_subtype' is {held!r}, but the split asked for is {split!r}")
     return items
@@ -82,8 +82,8 @@ def _annotations(folder: Path, split: str) -> dict[str, dict]:
         question_id = str(require(annotation, "question_id", (int, str), where))
         answers = require(annotation, "answers", list, where)
         if question_id in known or not answers:
-            trouble = "is annotated twice" if question_id in known else "has no answer"
-            raise BadDataError(f"{where}: question {question_id} {trouble}")
+            problem = "is annotated twice" if question_id in known else "has no answer"
+            raise BadDataError(f"{where}: question {question_id} {problem}")
         for field in OPTIONAL:
             if annotation.get(field) is not None:
                 require(annotation, field, str, where)

@@ -7,7 +7,7 @@ from pathlib import Path
 import evaluate
 
 from .clip_sim.clip_sim import cosine_per_item
-from .image_retrieval_rate.image_retrieval_rate import shown_per_item
+from .image_retrieval_rate.image_retrieval_rate import image_rate_per_item
 from .recall_at_k.recall_at_k import hit_rate_per_item
 from .visdial.visdial import visdial_per_item
 from .vqa_accuracy.vqa_accuracy import normalise_answer, vqa_accuracy_per_item
@@ -19,9 +19,9 @@ __all__ = [
     "NAMES",
     "cosine_per_item",
     "hit_rate_per_item",
+    "image_rate_per_item",
     "load",
     "normalise_answer",
-    "shown_per_item",
     "visdial_per_item",
     "vqa_accuracy_per_item",
 ]
@@ -31,7 +31,7 @@ def load(name: str) -> evaluate.Metric:
     """
     The metric of that name, loaded from its folder; nothing is asked of the Hub.
 
-    Each call gives a metric of its own, with its own temporary folder, which goes when the metric does: neither two
+    Each call gives a metric of its own, with its own temporary folder, which is deleted with the metric: neither two
     processes nor two callers in one process see each other's batches. The module's code is imported once.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Protocols as data: for each task one versioned file that says how it is measured, in every variant."""
+"""Protocols as data: for each task one versioned file with its settings in every variant."""
 
 from pathlib import Path
 from typing import Any

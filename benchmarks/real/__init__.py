@@ -1,1 +1,1 @@
-"""A real language model, untaught, in place of the miniature's own: `python -m benchmarks.real` (`make demo-real`)."""
+"""A real language model in place of the miniature's own: `python -m benchmarks.real` (`make demo-real`)."""

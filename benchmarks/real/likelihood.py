@@ -3,7 +3,7 @@ Texts by the real LLM's likelihood ("FROMAGe-ppl"): the miniature's replies, and
 
     python -m benchmarks.real.likelihood --visdial ../shared/samples/visdial
 
-The pictures of a VisDial sample are not at hand, so that its contexts are words alone.
+The pictures of a VisDial sample are not available, so its contexts are text alone.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from benchmarks.data.visdial import read_visdial_answers
 from benchmarks.load import UniMuR
 from benchmarks.measure import Measure
 from benchmarks.metrics import hit_rate_per_item
+from benchmarks.output import write_json
 from benchmarks.protocols import protocols
-from benchmarks.report import write
 from benchmarks.schema import Dialogues
 from benchmarks.tasks import answers
 from benchmarks.tasks.contexts import context_of
@@ -37,7 +37,7 @@ DIALOGUES, TEXTS = 24, 100
 
 def replies(system: UniMuR, split: str, dialogues: int = DIALOGUES, texts: int = TEXTS) -> dict[str, Any]:
     """
-    The gold reply of dialogues without an image, out of `texts` replies by each form of the score.
+    Ranks the gold reply of dialogues without an image among `texts` replies, by each form of the score.
 
     Returns:
         score -> `R@1`, `R@5` with their intervals.
@@ -48,29 +48,31 @@ def replies(system: UniMuR, split: str, dialogues: int = DIALOGUES, texts: int =
     pool = [*golds, *(i for i in data.texts if i not in set(golds))][:texts]
     options = [data.texts[i] for i in pool]
     contexts = [context_of(d, data.images) for d in chosen]
-    # The reply is a turn of its own: a line break stands between, as between all turns.
-    found = system.likelihoods(contexts, [["\n" + text for text in options]] * len(contexts), show_progress_bar=True)
+    # The reply is a turn of its own: a line break precedes it, as between all turns.
+    likelihoods = system.likelihoods(
+        contexts, [["\n" + text for text in options]] * len(contexts), show_progress_bar=True
+    )
     result = {}
     for name, score in SCORES.items():
-        rows = torch.stack([f.scores(**score) for f in found]).numpy()
+        rows = torch.stack([each.scores(**score) for each in likelihoods]).numpy()
         hits = hit_rate_per_item(rows, [[i] for i in range(len(chosen))], (1, 5))
         result[name] = {f"R@{k}": Measure(hits[:, i]).summary() for i, k in enumerate((1, 5))}
     return {"dialogues": len(chosen), "texts": len(options), "scores": result}
 
 
 def visdial_answers(system: UniMuR, folder: Path, limit: int | None) -> dict[str, Any]:
-    """VisDial's answer options by likelihood, `corrected` and `fromage-compat`, each with its interval; words alone."""
+    """VisDial's answer options by likelihood, `corrected` and `fromage-compat`, each with its interval; text alone."""
     data = without_pictures(folder).first(limit)
-    found = {}
+    variants = {}
     for protocol in protocols("visdial_answers", miniature=False):
         if protocol["by"] == "likelihood":
             measures = answers.run(system, data, protocol)
-            found[protocol.variant] = {name: m.summary() for name, m in measures.items()}
-    return {"rounds": len(data), "variants": found}
+            variants[protocol.variant] = {name: m.summary() for name, m in measures.items()}
+    return {"rounds": len(data), "variants": variants}
 
 
 def without_pictures(folder: Path) -> Dialogues:
-    """A folder's rounds, blank pictures in the place of those that are absent and then taken out of the contexts."""
+    """A folder's rounds without pictures: blank ones replace the absent files while reading, and are then removed."""
     with tempfile.TemporaryDirectory() as scratch:
         for path in folder.glob("*.json"):
             (Path(scratch) / path.name).symlink_to(path.resolve())
@@ -88,16 +90,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/real"), help="of the LLM and the states")
     parser.add_argument("--miniature", type=Path, help="of the miniature's towers; by default in the folder")
     parser.add_argument("--visdial", type=Path, help="folder of VisDial's json files; without it the miniature alone")
-    parser.add_argument("--limit", type=int, help="only the first so many rounds")
+    parser.add_argument("--limit", type=int, help="only the first N rounds")
     parser.add_argument("--output", type=Path, default=Path("runs/real/real-likelihood.json"))
     arguments = parser.parse_args(argv)
     bench = make_bench(arguments.folder, arguments.miniature, seed=0)
     system = UniMuR(bench.model)
     result: dict[str, Any] = {"about": ABOUT, "miniature": replies(system, "test")}
-    write(arguments.output, result)
+    write_json(arguments.output, result)
     if arguments.visdial:
         result["visdial_answers"] = visdial_answers(system, arguments.visdial, arguments.limit)
-        write(arguments.output, result)
+        write_json(arguments.output, result)
     print(json.dumps(result, indent=1))
 
 

@@ -1,10 +1,10 @@
 """
-Which words before [RET] ask an untaught LLM for the gist, searched on validation alone.
+Which words before [RET] make an untrained LLM summarise the text, searched on validation alone.
 
     python -m benchmarks.real.prompts --output benchmarks/results/real-prompts.json
 
-Each row reads the LLM's states of the same captions and dialogues at another place, solves the same canonical correlation
-of them with the pictures, and gives the best dialogue to image R@1 over its settings.
+Each row reads the LLM's states of the same captions and dialogues at a different token, solves the same canonical
+correlation with the pictures, and gives the best dialogue to image R@1 over its settings.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.data import miniature
 from benchmarks.metrics import hit_rate_per_item
-from benchmarks.report import write
+from benchmarks.output import write_json
 from modeling_unimur.losses_unimur import visual_matching_loss
 from train.canonical import Setting
 from train.miniature.world import CAPTIONS, phrases, splits
@@ -43,7 +43,7 @@ ARTICLES = (
     "\nKeywords: the", "\nA photo of a", "\nThe image shows a", "\nKeywords: a photo of a", "\nTags: a", "\nImage: a",
 )  # fmt: skip
 MEAN_ROW = "mean row"  # [RET] as the mean of the LLM's input embeddings
-BEHIND = "\nKeywords:"  # the words that the mean row is also tried behind
+BEHIND = "\nKeywords:"  # the mean row is also tried after these words
 TRAINED_BEHIND = "\nKeywords: a"
 LAYERS = (-4, -8)
 END = "<|im_end|>\n<|im_start|>assistant\n"
@@ -67,26 +67,26 @@ def vocabulary(bench: Bench) -> tuple[torch.Tensor, Any]:
 
 
 def words_of(bench: Bench, words: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Words to be put behind a text, as input embeddings `(m, d)`."""
+    """Words to append to a text, as input embeddings `(m, d)`."""
     table, tokenizer = vocabulary(bench)
     return {w: table[tokenizer(w, split_special_tokens=True, add_special_tokens=False)["input_ids"]] for w in words}
 
 
 def plain_prompts(bench: Bench) -> dict[str, torch.Tensor]:
-    """Those of the first round, and the mean row alone and behind the best known words."""
+    """Those of the first round, and the mean row alone and after `BEHIND`."""
     mean = vocabulary(bench)[0].mean(0, keepdim=True)
     words = words_of(bench, WORDS)
     return words | {MEAN_ROW: mean, f"{BEHIND} + {MEAN_ROW}": torch.cat([words[BEHIND], mean])}
 
 
 def chat_prompts(bench: Bench) -> dict[str, torch.Tensor]:
-    """What follows a text in the chat template of the instruction tuning; its marks are special tokens here."""
+    """What follows a text in the chat template of the instruction tuning; its markers are special tokens here."""
     table, tokenizer = vocabulary(bench)
     return {p: table[tokenizer(p, add_special_tokens=False)["input_ids"]] for p in CHAT}
 
 
 def trained_prompts(bench: Bench, path: Path) -> dict[str, torch.Tensor]:
-    """The same words with a [RET] behind them that was trained, alone and in their last token's place."""
+    """A trained [RET], alone and in place of the last token of `TRAINED_BEHIND`."""
     table, tokenizer = vocabulary(bench)
     words = table[tokenizer(TRAINED_BEHIND, add_special_tokens=False)["input_ids"]]
     if not path.is_file():
@@ -105,19 +105,19 @@ def trained_prompts(bench: Bench, path: Path) -> dict[str, torch.Tensor]:
 
 def train_row(bench: Bench, words: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """
-    [RET]'s input embedding `(d,)` trained by L_vm (eq. 3-5) behind words `(m, d)`, with two heads of 256 of its own.
+    [RET]'s input embedding `(d,)` trained by L_vm (eq. 3-5) after words `(m, d)`, with its own two heads of width 256.
 
     Args:
-        start: `(d,)`, where it starts.
+        start: `(d,)`, its initial value.
     """
     llm, tokenizer = bench.model.language_model, bench.model.processor.tokenizer
     generator = torch.Generator().manual_seed(0)
     ids = tokenizer(captions(), split_special_tokens=True, add_special_tokens=False)["input_ids"]
-    seen, _ = bench.clip_images(bench.world.pairs[:N_CAPTIONS]["image"])
+    features, _ = bench.clip_images(bench.world.pairs[:N_CAPTIONS]["image"])
     row = nn.Parameter(start.float().clone())
     torch.manual_seed(0)
-    heads = nn.Linear(len(start), 256), nn.Linear(seen.shape[1], 256)
-    norm = nn.LayerNorm(len(start), elementwise_affine=False)  # whatever scale the LLM's states have
+    heads = nn.Linear(len(start), 256), nn.Linear(features.shape[1], 256)
+    norm = nn.LayerNorm(len(start), elementwise_affine=False)  # the scale of states differs between LLMs
     scale = nn.Parameter(torch.tensor(1 / 0.07).log())
     optimizer = torch.optim.Adam([
         {"params": [row], "lr": ROW_RATE * float(start.float().std())},
@@ -133,7 +133,7 @@ def train_row(bench: Bench, words: torch.Tensor, start: torch.Tensor) -> torch.T
         mask = (torch.arange(length) < sizes[:, None]).long()
         hidden = llm.base_model(inputs_embeds=padded, attention_mask=mask, use_cache=False).last_hidden_state
         states = norm(hidden[torch.arange(len(rows)), sizes - 1].float())
-        loss = visual_matching_loss(heads[0](states), heads[1](seen[chosen]), scale.exp())
+        loss = visual_matching_loss(heads[0](states), heads[1](features[chosen]), scale.exp())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -142,10 +142,10 @@ def train_row(bench: Bench, words: torch.Tensor, start: torch.Tensor) -> torch.T
 
 def search(bench: Bench, folder: Path, kind: str) -> list[dict[str, Any]]:
     """
-    Every place with its best R@1.
+    Every prompt and reading with its best R@1.
 
     Args:
-        kind: `"plain"` and `"article"`, words behind the text; `"chat"`, in the instruction tuning's template; `"trained"`,
+        kind: `"plain"` and `"article"`, words after the text; `"chat"`, in the instruction tuning's template; `"trained"`,
             with a [RET] that was trained.
     """
     tokenizer, data = bench.model.processor.tokenizer, miniature.visdial("validation")
@@ -168,51 +168,49 @@ def search(bench: Bench, folder: Path, kind: str) -> list[dict[str, Any]]:
     states = {
         name: cached_states(llm, part, prompts, folder / f"{prefix}{name}", LAYERS) for name, part in rows.items()
     }
-    seen, embeds = bench.clip_images(bench.world.pairs[:N_CAPTIONS]["image"])
-    told = bench.clip_texts(texts["captions"])
+    features, embeds = bench.clip_images(bench.world.pairs[:N_CAPTIONS]["image"])
+    caption_embeds = bench.clip_texts(texts["captions"])
     pool = bench.clip_images(list(data.images.values()))
     place = {name: i for i, name in enumerate(data.images)}
-    right = [[place[d["gold"]["image_ids"][0]]] for d in data.dialogues[:N_DIALOGUES]]
-    found = []
+    gold = [[place[d["gold"]["image_ids"][0]]] for d in data.dialogues[:N_DIALOGUES]]
+    results = []
     for name in prompts:
         for read, known in states["captions"][name].items():
             if len(prompts[name]) == 1 and read in ("before", "mean"):
-                continue  # of one token, they are the last
-            pairs = Pairs(known, seen, embeds, told)
-            recall, setting = max(recalls(pairs, states["visdial"][name][read], pool, right), key=lambda x: x[0])
+                continue  # with one token they equal "last"
+            pairs = Pairs(known, features, embeds, caption_embeds)
+            recall, setting = max(recalls(pairs, states["visdial"][name][read], pool, gold), key=lambda x: x[0])
             row = {"words": name, "chat": kind == "chat", "read": read, "R@1": recall}
-            found.append(row | {"setting": asdict(setting)})
-    return found
+            results.append(row | {"setting": asdict(setting)})
+    return results
 
 
 def recalls(
-    pairs: Pairs, queries: torch.Tensor, pool: tuple[torch.Tensor, torch.Tensor], right: list[list[int]]
+    pairs: Pairs, queries: torch.Tensor, pool: tuple[torch.Tensor, torch.Tensor], gold: list[list[int]]
 ) -> Iterator[tuple[float, Setting]]:
     """R@1 (percent) of queries `(n, d)` in a pool of pictures by every setting of canonical correlation."""
     settings = [Setting("pooled", k, rho, w) for rho in RIDGES for k in WIDTHS for w in POWERS]
     for setting, space in canonical_spaces(pairs, settings):
         a, b = F.normalize(space.states(queries), dim=-1), F.normalize(space.images(*pool), dim=-1)
-        yield 100 * float(hit_rate_per_item((a @ b.T).numpy(), right, (1,)).mean()), setting
+        yield 100 * float(hit_rate_per_item((a @ b.T).numpy(), gold, (1,)).mean()), setting
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/real"), help="of the LLM and the states")
     parser.add_argument("--miniature", type=Path, help="of the miniature's towers; by default in the folder")
-    parser.add_argument(
-        "--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="each costs about as much as another"
-    )
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="all cost about the same")
     parser.add_argument("--output", type=Path, default=Path("runs/real/real-prompts.json"))
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
     bench = make_bench(arguments.folder, arguments.miniature, seed=0)
-    found = [row for kind in arguments.kinds for row in search(bench, arguments.folder / "search", kind)]
-    found.sort(key=lambda row: -row["R@1"])
-    for row in found[:20]:
+    results = [row for kind in arguments.kinds for row in search(bench, arguments.folder / "search", kind)]
+    results.sort(key=lambda row: -row["R@1"])
+    for row in results[:20]:
         print(f"{row['R@1']:5.1f}  {'chat ' if row['chat'] else ''}{row['words']!r}, {row['read']}")
-    write(arguments.output, {
+    write_json(arguments.output, {
         "about": ABOUT, "split": "validation", "captions": N_CAPTIONS, "dialogues": N_DIALOGUES, "pool": 1000,
-        "dtype": str(bench.model.language_model.dtype), "rows": found, "seconds": round(time.perf_counter() - start),
+        "dtype": str(bench.model.language_model.dtype), "rows": results, "seconds": round(time.perf_counter() - start),
     })  # fmt: skip
     print(f"written: {arguments.output}")
 

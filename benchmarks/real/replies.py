@@ -1,4 +1,4 @@
-"""The canonical maps as a checkpoint that a user loads, and replies of it in a picture."""
+"""The canonical maps as a checkpoint that a user loads, and a picture of its replies."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def canonical_model(bench: Bench, pairs: Pairs, setting: Setting) -> UniMuRModel
 
 @torch.no_grad()
 def draw(bench: Bench, model: UniMuRModel, split: str, path: Path) -> None:
-    """Writes the gallery: replies to some dialogues of both kinds, out of their whole pools, from the cached states."""
+    """Writes the gallery: replies to some dialogues of both kinds, from their whole pools, by the cached states."""
     states, known = bench.evaluation_states(split), bench.evaluation(split)
     rows = []
     for kind in (RESPONSE, DIALOGUE):
@@ -50,8 +50,8 @@ def draw(bench: Bench, model: UniMuRModel, split: str, path: Path) -> None:
         chosen = wanting[:2]
         if kind == RESPONSE:
             informed = [i for i in wanting if data.dialogues[i]["image_informs"]]
-            told = [i for i in wanting if not data.dialogues[i]["image_informs"]]
-            chosen = [*informed[:4], *told[:4], *(i for i, d in enumerate(data.dialogues) if not d["wants_image"])][
+            others = [i for i in wanting if not data.dialogues[i]["image_informs"]]
+            chosen = [*informed[:4], *others[:4], *(i for i, d in enumerate(data.dialogues) if not d["wants_image"])][
                 :12
             ]
         replies = pool.search(model.finished(model.W_t2m(states[kind][chosen])))

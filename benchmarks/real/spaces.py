@@ -1,4 +1,4 @@
-"""Two linear maps learnt from cached states: the paper's own form, its variants, and FROMAGe's heads."""
+"""Two linear maps learned from cached states: the paper's own form, its variants, and FROMAGe's heads."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Pairs:
 
 @dataclass
 class Space:
-    """Where a system puts states `(n, d)` and images, given as CLIP's feature and embedding; both `(n, q)`, any length."""
+    """Embeds states `(n, d)` and images, given as CLIP's feature and embedding; both to `(n, q)`, not normalised."""
 
     states: Callable[[torch.Tensor], torch.Tensor]
     images: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -41,12 +41,12 @@ class Space:
 @dataclass(frozen=True)
 class Objective:
     """
-    What is learnt.
+    What is learned.
 
     Args:
         lambda1, lambda2: of L_vm and L_tm, eq. 7.
         text_matching: L_tm's form (Table 5).
-        width: of a space of its own, into which the image's feature is mapped too, as FROMAGe does; `None`: CLIP's.
+        width: of a new space, into which the image's feature is mapped too, as FROMAGe does; `None`: CLIP's.
     """
 
     lambda1: float = 1.0
@@ -68,7 +68,7 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Fit:
-    """How it is learnt: Adam's `rate`, `noise` on the states in units of their mean deviation, `steps`, `batch`."""
+    """How it is learned: Adam's `rate`, `noise` on the states in units of their mean deviation, `steps`, `batch`."""
 
     rate: float
     noise: float
@@ -92,7 +92,7 @@ def learn(pairs: Pairs, objective: Objective, fit: Fit, seed: int) -> Space:
     parameters = [*text.parameters(), *(image.parameters() if image else ()), scale]
     optimizer = torch.optim.Adam(parameters, lr=fit.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(fit.steps))
-    # Standardised as a whole, which a linear map could undo: Adam's steps fit whatever scale an LLM's states have.
+    # Standardised by one scale, which a linear map could undo: Adam's steps then suit the states of any LLM.
     states = (pairs.states - mean) / deviation
     order = torch.empty(0, dtype=torch.long)
     for _ in range(fit.steps):

@@ -1,4 +1,4 @@
-"""A frozen LLM's states behind many prompts at little more than the cost of one, kept on disk."""
+"""A frozen LLM's states after many prompts at little more than the cost of one, kept on disk."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from modeling_unimur.towers_unimur import digest
+from modeling_unimur.identity_unimur import digest, named_weights
 from train.extract import values_hash
 from train.shards import Shard, ShardedTable, build_shards
 
@@ -23,7 +23,7 @@ def cached_states(
     layers: Sequence[int] = (),
 ) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
     """
-    As [`states_behind`], written once as verified shards in `folder`; an interrupted call is gone on with.
+    As [`states_behind`], written once as verified shards in `folder`; an interrupted call resumes.
 
     Raises:
         StaleCacheError, CorruptShardError, OSError: see [`train.shards.build_shards`].
@@ -41,8 +41,8 @@ def cached_states(
             yield number, columns, {}
 
     identity = {
-        "weights of the LLM": digest(llm.named_parameters(), head=64), "dtype": str(llm.dtype), "layers": list(layers),
-        "prompts": digest(prompts.items()),
+        "weights of the LLM": digest(named_weights(llm), head=64), "dtype": str(llm.dtype), "layers": list(layers),
+        "prompts": digest(sorted(prompts.items())),
     }  # fmt: skip
     sources = [{"rows": f"{p.start}-{p.stop - 1}", "ids": values_hash([str(rows[i]) for i in p])} for p in parts]
     build_shards(folder, identity, sources, make, rank=0, world=1)
@@ -55,7 +55,7 @@ def cached_states(
 
 
 def kinds_of(layers: Sequence[int]) -> list[str]:
-    """What is read behind each prompt."""
+    """What is read after each prompt."""
     return ["last", "before", "mean", *(f"layer {layer}" for layer in layers)]
 
 
@@ -65,12 +65,12 @@ def states_behind(
     progress: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
     """
-    States of every row behind every prompt; what comes before the prompts is computed once.
+    States of every row after every prompt; what comes before the prompts is computed once.
 
     Args:
         llm: its trunk is run, in its own dtype, on its own device.
         rows: ids of n texts, none empty.
-        prompts: name -> input embeddings `(m, d)` that are put behind each of them, none empty.
+        prompts: name -> input embeddings `(m, d)` that are appended to each of them, none empty.
         layers: hidden layers to read besides the last output, counted as transformers does, such as -3.
         progress: called with the number of rows that were done.
 
@@ -85,10 +85,10 @@ def states_behind(
     ends = sizes.cumsum(0)
     owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     offsets = torch.cat([torch.arange(size) for size in sizes.tolist()])
-    # Every prompt sees the text and itself; all of them are read in one pass.
-    sees = (owner[:, None] == owner) & (offsets[:, None] >= offsets)
+    # Every prompt attends to the text and itself; one pass computes all of them.
+    visible = (owner[:, None] == owner) & (offsets[:, None] >= offsets)
     endings = torch.cat(list(prompts.values())).to(llm.device, llm.dtype)
-    # Rows of one length share a batch, so that nothing is padded.
+    # Rows of equal length share a batch, so that nothing is padded.
     by_length = defaultdict(list)
     for i, row in enumerate(rows):
         by_length[len(row)].append(i)
@@ -96,7 +96,7 @@ def states_behind(
         cache = DynamicCache()
         ids = torch.tensor([rows[i] for i in batch], device=llm.device)
         trunk(input_ids=ids, past_key_values=cache, use_cache=True)
-        mask = torch.cat([sees.new_ones(len(owner), ids.shape[1]), sees], dim=1)
+        mask = torch.cat([visible.new_ones(len(owner), ids.shape[1]), visible], dim=1)
         output = trunk(
             inputs_embeds=endings.expand(len(batch), -1, -1), past_key_values=cache, use_cache=True,
             attention_mask=torch.where(mask, 0.0, torch.finfo(llm.dtype).min).to(endings)[None, None],

@@ -3,8 +3,8 @@ Every ordering of the paper with a real language model, settings chosen on valid
 
     python -m benchmarks.real.study --seeds 0 1 2 --output benchmarks/results/real.json
 
-The seeds are those of the trained maps: of their start, batches and noise. Canonical correlation has none; the towers, the
-captions and the dialogues are the same for all.
+The seeds are those of the trained maps: of their initial values, batches and noise. Canonical correlation has none; the
+towers, captions and dialogues are the same for all.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Measure
-from benchmarks.report import write
+from benchmarks.output import write_json
 from train.canonical import Setting
 
 from . import visual
@@ -27,11 +27,11 @@ from .spaces import OBJECTIVES, Fit, Pairs, canonical, canonical_spaces, learn
 WIDTHS, RIDGES, POWERS = (32, 48, 64, 96), (0.01, 0.03, 0.1, 0.3, 1.0), (1.0, 2.0, 3.0, 4.0)
 RATES, NOISE = (2e-3, 8e-3), 0.5
 VALIDATION = 300  # dialogues of each kind
-PLAIN = "DAT, no noise"  # the paper's own form to the letter
+PLAIN = "DAT, no noise"  # exactly the paper's form
 OURS, OURS_TRAINED = "UniMuR (canonical)", "UniMuR (canonical), W_i2t trained"
 CRITERION = "the mean of dialogue to image R@1 and overall R@1"
 
-# What the paper says, the better row, the worse one, and by which measure.
+# The paper's claim, the better row, the worse row, the measure.
 ORDERINGS = [
     ("DAT's overall R@1 is above VM's (Table 4)", "DAT", "VM", "overall R@1"),
     ("DAT's overall R@1 is above TM's (Table 4)", "DAT", "TM", "overall R@1"),
@@ -50,34 +50,34 @@ ORDERINGS = [
 
 
 def criterion(measures: Mapping[str, Measure]) -> float:
-    """What a setting is chosen by."""
+    """The criterion by which a setting is chosen."""
     return (measures["dialogue to image R@1"].value + measures["overall R@1"].value) / 2
 
 
 def choose_canonical(bench: Bench, pairs: Pairs, states: dict) -> tuple[Setting, list[dict[str, Any]]]:
-    """The best setting of the grid on validation, and every one's measures."""
+    """The best setting of the grid on validation, and the measures of all."""
     widths = [k for k in WIDTHS if k <= pairs.features.shape[1]]
     settings = [Setting("pooled", k, rho, w) for rho in RIDGES for k in widths for w in POWERS]
-    found = [
+    tried = [
         (setting, bench.measure(bench.embedded(space, "validation", states), "validation"))
         for setting, space in canonical_spaces(pairs, settings)
     ]
-    return _best(found)
+    return _best(tried)
 
 
 def choose_fit(bench: Bench, pairs: Pairs, states: dict, name: str) -> tuple[Fit, list[dict[str, Any]]]:
-    """The same for what is learnt by Adam, with seed 0."""
-    found = []
+    """The same for an objective trained by Adam, with seed 0."""
+    tried = []
     for rate in RATES:
         fit = Fit(rate, 0.0 if name == PLAIN else NOISE)
         space = learn(pairs, OBJECTIVES[name], fit, 0)
-        found.append((fit, bench.measure(bench.embedded(space, "validation", states), "validation")))
-    return _best(found)
+        tried.append((fit, bench.measure(bench.embedded(space, "validation", states), "validation")))
+    return _best(tried)
 
 
-def _best(found: list[tuple[Any, dict[str, Measure]]]) -> tuple[Any, list[dict[str, Any]]]:
-    best = max(found, key=lambda row: criterion(row[1]))[0]
-    return best, [asdict(setting) | {name: m.value for name, m in measures.items()} for setting, measures in found]
+def _best(tried: list[tuple[Any, dict[str, Measure]]]) -> tuple[Any, list[dict[str, Any]]]:
+    best = max(tried, key=lambda row: criterion(row[1]))[0]
+    return best, [asdict(setting) | {name: m.value for name, m in measures.items()} for setting, measures in tried]
 
 
 def measured(
@@ -93,15 +93,15 @@ def measured(
     spaces = {OURS: canonical(pairs, chosen[OURS])} | {
         name: learn(pairs, OBJECTIVES[name], fit, seed) for name, fit in chosen.items() if name != OURS
     }
-    found = {name: bench.measure(bench.embedded(space, split, states), split) for name, space in spaces.items()}
+    results = {name: bench.measure(bench.embedded(space, split, states), split) for name, space in spaces.items()}
     if seed == 0:
-        found["CLIP"] = bench.measure(bench.embedded_by(bench.clip, split), split)
-    return found
+        results["CLIP"] = bench.measure(bench.embedded_by(bench.clip, split), split)
+    return results
 
 
-def rows_of(found: Mapping[str, Mapping[str, Measure]], seed: int) -> list[dict[str, Any]]:
+def rows_of(results: Mapping[str, Mapping[str, Measure]], seed: int) -> list[dict[str, Any]]:
     """Rows for the json: values with intervals, and our form's value less each row's on the same items."""
-    ours = found[OURS]
+    ours = results[OURS]
     return [
         {"system": name, "seed": seed, "metrics": {k: m.summary() for k, m in measures.items()}}
         | (
@@ -109,18 +109,18 @@ def rows_of(found: Mapping[str, Mapping[str, Measure]], seed: int) -> list[dict[
             if name == OURS
             else {"first_less_this": {k: ours[k].against(m) for k, m in measures.items() if k in ours}}
         )
-        for name, measures in found.items()
+        for name, measures in results.items()
     ]
 
 
-def judge(found: Mapping[int, Mapping[str, Mapping[str, Measure]]]) -> list[dict[str, Any]]:
+def judge(results: Mapping[int, Mapping[str, Mapping[str, Measure]]]) -> list[dict[str, Any]]:
     """Every ordering: both values by seed, and the difference with its paired 95 % interval."""
     judged = []
     for says, better, worse, measure in ORDERINGS:
         differences = []
-        for seed, systems in found.items():
-            # A row without a seed is compared with every seed of the other.
-            a, b = (systems.get(n) or found[min(found)][n] for n in (better, worse))
+        for seed, systems in results.items():
+            # A row without seeds is compared with every seed of the other.
+            a, b = (systems.get(n) or results[min(results)][n] for n in (better, worse))
             differences.append({"seed": seed, "better": a[measure].value, "worse": b[measure].value}
                                | {"difference": a[measure].against(b[measure])})  # fmt: skip
         judged.append({"says": says, "better": better, "worse": worse, "measure": measure, "seeds": differences})
@@ -145,21 +145,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in OBJECTIVES:
         chosen[name], searched[name] = choose_fit(bench, pairs, states, name)
         print(f"{name}: {chosen[name]}", flush=True)
-    found = {seed: measured(bench, pairs, chosen, seed) for seed in arguments.seeds}
+    results = {seed: measured(bench, pairs, chosen, seed) for seed in arguments.seeds}
     first = arguments.seeds[0]
     visual.train(bench, pairs.features, arguments.folder / "W_i2t.safetensors")
     space = canonical(pairs, chosen[OURS])
     trained = bench.evaluation_states("test", which="trained")
-    found[first][OURS_TRAINED] = bench.measure(bench.embedded(space, "test", trained), "test")
-    rows = [row for seed, systems in found.items() for row in rows_of(systems, seed)]
+    results[first][OURS_TRAINED] = bench.measure(bench.embedded(space, "test", trained), "test")
+    rows = [row for seed, systems in results.items() for row in rows_of(systems, seed)]
     result = {
         "about": ABOUT, "ret_prompt": RET_PROMPT, "ret_init": RET_INIT, "pairs": PAIRS,
         "validation_dialogues": len(states[DIALOGUE]), "chosen_by": CRITERION,
         "chosen": {name: asdict(setting) for name, setting in chosen.items()}, "validation": searched, "rows": rows,
-        "orderings": judge(found), "dtype": str(bench.model.language_model.dtype),
+        "orderings": judge(results), "dtype": str(bench.model.language_model.dtype),
         "seconds": round(time.perf_counter() - start),
     }  # fmt: skip
-    write(arguments.output, result)
+    write_json(arguments.output, result)
     print(f"written: {arguments.output}")
 
 

@@ -19,7 +19,7 @@ STEPS, BATCH = 40, 32
 @torch.no_grad()
 def closed_form(bench: Bench, features: torch.Tensor) -> None:
     """
-    Every visual token at the ridge regression of its caption's mean input embedding on CLIP's feature.
+    Sets every visual token to the ridge regression of the caption's mean input embedding on CLIP's feature.
 
     Args:
         features: CLIP's pooled outputs `(n, c)` of the first n train pictures.
@@ -40,14 +40,14 @@ def closed_form(bench: Bench, features: torch.Tensor) -> None:
 
 def train(bench: Bench, features: torch.Tensor, path: Path, seed: int = 0) -> float | None:
     """
-    Trains W_i2t on the captions of the first n pictures, from where it stands; taken from `path` where an earlier call
-    left it.
+    Trains W_i2t on the captions of the first n pictures, from its present value; read from `path` if an earlier call
+    saved it.
 
     Args:
         features: as in `closed_form`.
 
     Returns:
-        The mean loss of the last ten steps; `None` where it was taken from disk.
+        The mean loss of the last ten steps; `None` if it was read from disk.
     """
     model = bench.model
     if path.is_file():
@@ -64,10 +64,7 @@ def train(bench: Bench, features: torch.Tensor, path: Path, seed: int = 0) -> fl
             group["lr"] = RATE * min(1.0, (step + 1) / 5) * (1 - step / STEPS)
         chosen = torch.randint(len(features), (BATCH,), generator=generator).tolist()
         batch = model.processor.pairs(None, [rows["captions"][i][0] for i in chosen])
-        inputs = {
-            name: batch[name] for name in ("input_ids", "attention_mask", "labels", "label_positions", "image_indices")
-        }
-        loss = model(**inputs, image_features=features[chosen]).loss_cap
+        loss = model(captions=batch["captions"], images={"features": features[chosen]}).loss_cap
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

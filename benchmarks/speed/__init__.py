@@ -1,1 +1,1 @@
-"""Every claim of speed as a ratio measured in one interleaved run."""
+"""Every claim about speed as a ratio measured in one interleaved run."""

@@ -1,9 +1,9 @@
 """
-Every claim of speed, measured as ratios in interleaved rounds.
+Every claim about speed, measured as ratios in interleaved rounds.
 
-    python -m benchmarks.speed --output benchmarks/results             all parts, ABOUT
+    python -m benchmarks.speed --output benchmarks/results             all parts
     python -m benchmarks.speed --part step --part embedding            some
-    python -m benchmarks.speed --page --output benchmarks/results      only the page, from the json that is there
+    python -m benchmarks.speed --page --output benchmarks/results      only the page, from the json there
 """
 
 import argparse

@@ -1,5 +1,5 @@
 """
-What embedding costs beyond the bare towers, a turn of a conversation that is kept against a full pass, and decoding
+The cost of embedding against the bare towers, of one turn of a cached conversation against a full pass, and of decoding
 photos against encoding them.
 
     python -m benchmarks.speed.embedding --output benchmarks/results
@@ -7,7 +7,6 @@ photos against encoding them.
 
 import argparse
 import io
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 from train.extract import Decode
 
@@ -46,8 +46,8 @@ def towers(model: UniMuRModel, rounds: int) -> dict[str, Any]:
         pooled = model.clip.vision_model(images["pixel_values"]).pooler_output
         return model.clip.visual_projection(pooled)
 
-    theirs = F.normalize(clip_alone(0), dim=-1)
-    torch.testing.assert_close(model.embed_inputs("images", images), theirs, rtol=1e-4, atol=1e-5)
+    expected = F.normalize(clip_alone(0), dim=-1)
+    torch.testing.assert_close(model.embed_inputs("images", images), expected, rtol=1e-4, atol=1e-5)
     measured = interleaved(
         {
             "images": lambda i: model.embed_inputs("images", images), "CLIP alone": clip_alone,
@@ -61,24 +61,24 @@ def towers(model: UniMuRModel, rounds: int) -> dict[str, Any]:
 
 
 def turns(model: UniMuRModel, rounds: int, tokens: int) -> dict[str, Any]:
-    """The tenth turn of a conversation that is kept, against the whole dialogue; turns of so many tokens."""
+    """The tenth turn of a cached conversation against the whole dialogue; turns of `tokens` tokens."""
     rng = random.Random(0)
-    said = [sentence(model, tokens, rng) for _ in range(TURNS)]
-    whole = model.embed_dialogues([said])[0]
+    dialogue = [sentence(model, tokens, rng) for _ in range(TURNS)]
+    whole = model.embed_dialogues([dialogue])[0]
 
     def prepared() -> Any:
         talk = model.conversation()
-        for turn in said[:-1]:
+        for turn in dialogue[:-1]:
             talk.say(turn)
         talk.embed()
         return talk
 
     talks = iter([prepared() for _ in range(rounds + 2)])
-    torch.testing.assert_close(next(talks).say(said[-1]).embed(), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(next(talks).say(dialogue[-1]).embed(), whole, rtol=1e-4, atol=1e-5)
     measured = interleaved(
         {
-            "tenth turn": lambda i: next(talks).say(said[-1]).embed(),
-            "full pass": lambda i: model.embed_dialogues([said]),
+            "tenth turn": lambda i: next(talks).say(dialogue[-1]).embed(),
+            "full pass": lambda i: model.embed_dialogues([dialogue]),
         },
         rounds,
     )
@@ -91,7 +91,7 @@ def turns(model: UniMuRModel, rounds: int, tokens: int) -> dict[str, Any]:
 def photo(seed: int) -> bytes:
     """A JPEG of 640 x 480 with the detail of a photograph, about 150 kB."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {1: 40, 2: 2, 8: 8, 32: 32, 96: 96}  # of noise by its grain in pixels
+    weights = {1: 40, 2: 2, 8: 8, 32: 32, 96: 96}  # of noise, by its grain in pixels
     layers = [torch.rand(1, 3, 480 // k, 640 // k, generator=generator) * w for k, w in weights.items()]
     mixed = sum(F.interpolate(layer, (480, 640), mode="bilinear") for layer in layers)
     array = (255 * (mixed - mixed.min()) / (mixed.max() - mixed.min())).byte()[0].permute(1, 2, 0).numpy()
@@ -102,7 +102,7 @@ def photo(seed: int) -> bytes:
 
 @torch.no_grad()
 def decoding(rounds: int, side: int = 224) -> dict[str, Any]:
-    """What one worker process does to a batch of photos, against CLIP's ViT-L/14 on them, one thread each, a photo."""
+    """Seconds per photo: one worker process's decoding of a batch against CLIP's ViT-L/14 on it, one thread each."""
     model = random_model(1, 64, 600, image=side, vision=VIT_L)
     processor = model.processor
     processor.image_processor = CLIPImageProcessor(
@@ -135,8 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "towers": towers(model, arguments.rounds), "turns": [turns(model, arguments.rounds, tokens) for tokens in TURN_TOKENS],
         "decoding": decoding(max(1, arguments.rounds // 4)),
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "embedding-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "embedding-speed.json", result)
     for part in (result["towers"], *result["turns"], result["decoding"]):
         for name, value in part["ratios"].items():
             print(f"{name}: {value['median']:.2f}x ({value['low']:.2f}-{value['high']:.2f})")

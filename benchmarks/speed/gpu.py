@@ -5,9 +5,9 @@ The training step at the paper's size on a GPU: OPT-6.7B and CLIP ViT-L/14 shape
     python -m benchmarks.speed.gpu --small --device cpu          the same at small shapes, anywhere
 
 Checks first that packed, padded and cached batches give the same losses. Then: the rate of a large matrix product, samples
-a second of the step uncached and cached (CLIP's features; CLIP's and [RET]'s states), the share of the measured matrix rate,
-peak memory, and the hours of 5 epochs over 3.3 million pairs that follow, the building of the cache counted. The paper's 16
-hours on four V100 cannot be compared: its epochs are probably FROMAGe's 360,000 samples, which it does not say.
+per second of the step uncached and cached (CLIP's features; CLIP's and [RET]'s states), the share of the measured matrix rate,
+peak memory, and the hours that follow for 5 epochs over 3.3 million pairs, including the building of the cache. The
+paper's 16 hours on four V100 cannot be compared: it does not give the size of an epoch, probably FROMAGe's 360,000 samples.
 """
 
 import argparse
@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, OPTConfig, OPTForCausalLM
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
 from train.miniature.towers import clip_tokenizer, opt_tokenizer
 
 from .models import sentence
+from .step import CACHED_ALL, CACHED_CLIP, UNCACHED, UNPACKED, with_cached, without
 
 PAIRS, EPOCHS = 3_300_000, 5
 WAYS = {
-    "uncached": ("image_features", "image_embeds", "text_embeds", "ret_states"),
-    "CLIP cached": ("pixel_values", "clip_input_ids", "clip_attention_mask", "ret_states"),
-    "CLIP and [RET] states cached": ("pixel_values", "clip_input_ids", "clip_attention_mask", "ret_input_ids",
-                                     "ret_attention_mask", "ret_image_indices", "ret_packing"),
+    "uncached": UNCACHED,
+    "CLIP cached": CACHED_CLIP,
+    "CLIP and [RET] states cached": CACHED_ALL,
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def make_model(small: bool, device: torch.device, dtype: torch.dtype) -> UniMuRM
         vocab_size=600 if small else 50_272, hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width,
         num_hidden_layers=layers, num_attention_heads=width // 32 if small else 32, max_position_embeddings=2048, dropout=0.0,
     )  # fmt: skip
-    seen, words, patch = ((32, 2), (32, 2), 8) if small else ((1024, 24), (768, 12), 14)
+    vision, words, patch = ((32, 2), (32, 2), 8) if small else ((1024, 24), (768, 12), 14)
     clip = CLIPConfig(
         text_config={
             "hidden_size": words[0], "intermediate_size": 4 * words[0], "num_hidden_layers": words[1],
@@ -52,8 +53,8 @@ def make_model(small: bool, device: torch.device, dtype: torch.dtype) -> UniMuRM
             "eos_token_id": clip_words.eos_token_id,
         },
         vision_config={
-            "hidden_size": seen[0], "intermediate_size": 4 * seen[0], "num_hidden_layers": seen[1],
-            "num_attention_heads": max(1, seen[0] // 64), "image_size": 32 if small else 224, "patch_size": patch,
+            "hidden_size": vision[0], "intermediate_size": 4 * vision[0], "num_hidden_layers": vision[1],
+            "num_attention_heads": max(1, vision[0] // 64), "image_size": 32 if small else 224, "patch_size": patch,
         },
         projection_dim=24 if small else 768,
     )  # fmt: skip
@@ -74,27 +75,18 @@ def make_batch(model: UniMuRModel, size: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     captions = [sentence(model, rng.randint(6, 16), rng) for _ in range(size)]
     items = [{"caption": (i, c), "context": [[c]], "image": i, "text": c} for i, c in enumerate(captions)]
-    batch = _moved(dict(model.processor.documents(items, None, pack=True)), model.device)
+    batch = _moved(model.processor.documents(items, None, pack=True), model.device)
     side = model.config.clip_config.vision_config.image_size
-    batch["pixel_values"] = torch.randn(size, 3, side, side, device=model.device)
-    return batch | cached(model, batch)
-
-
-@torch.no_grad()
-def cached(model: UniMuRModel, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the cache holds of a batch."""
-    features, embeds = model.encode_images(batch["pixel_values"])
-    texts = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
-    states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch["ret_packing"])
-    return {"image_features": features, "image_embeds": embeds, "text_embeds": texts, "ret_states": states}
+    batch["images"] = {"pixel_values": torch.randn(size, 3, side, side, device=model.device)}
+    return with_cached(model, batch, packed=True)
 
 
 def check(model: UniMuRModel, batch: dict[str, Any], tolerance: float) -> dict[str, float]:
     """Losses of every way on one batch; raises `AssertionError` where they differ by more than the share `tolerance`."""
     losses = {}
     with torch.no_grad():
-        for way, left_out in {**WAYS, "padded": (*WAYS["uncached"], "packing", "ret_packing")}.items():
-            losses[way] = float(model(**{k: v for k, v in batch.items() if k not in left_out}).loss)
+        for way, left_out in {**WAYS, "padded": UNPACKED}.items():
+            losses[way] = float(model(**without(batch, **left_out)).loss)
     for way, loss in losses.items():
         if not abs(loss - losses["padded"]) <= tolerance * abs(losses["padded"]):
             raise AssertionError(f"{way} gives the loss {loss}, padded {losses['padded']}")
@@ -103,8 +95,8 @@ def check(model: UniMuRModel, batch: dict[str, Any], tolerance: float) -> dict[s
 
 def flop_per_pair(model: UniMuRModel, batch: dict[str, Any]) -> dict[str, float]:
     """
-    Floating-point operations of a pair: two a weight and position forward, and in captioning the same again for the
-    gradient by the inputs; no tower's weights have gradients.
+    Floating-point operations per pair: two per weight and position forward, and in captioning the same again for the
+    gradient with respect to the inputs; the towers' weights have no gradients.
     """
 
     def weights(module) -> int:
@@ -113,29 +105,29 @@ def flop_per_pair(model: UniMuRModel, batch: dict[str, Any]) -> dict[str, float]
     llm, clip = model.language_model, model.clip
     table = llm.get_input_embeddings().weight.numel()
     trunk = weights(llm.base_model) - table
-    pairs = len(batch["ret_states"])
-    caption, labelled = float(batch["attention_mask"].sum()) / pairs, len(batch["label_positions"]) / pairs
-    asked, words = (float(batch[name].sum()) / pairs for name in ("ret_attention_mask", "clip_attention_mask"))
+    captions, pairs = batch["captions"], len(batch["contexts"]["states"])
+    caption, labelled = float(captions["attention_mask"].sum()) / pairs, len(captions["label_positions"]) / pairs
+    retrieval, words = (float(batch[part]["attention_mask"].sum()) / pairs for part in ("contexts", "targets"))
     vision = model.config.clip_config.vision_config
     positions = (vision.image_size // vision.patch_size) ** 2 + 1
-    seen = 2 * weights(clip.vision_model) * positions
-    read = 2 * (weights(clip.text_model) - clip.text_model.get_input_embeddings().weight.numel()) * words
+    images = 2 * weights(clip.vision_model) * positions
+    texts = 2 * (weights(clip.text_model) - clip.text_model.get_input_embeddings().weight.numel()) * words
     return {
         "captioning": 4 * (trunk * caption + table * labelled),
-        "retrieval": 2 * trunk * asked,
-        "CLIP": seen + read,
+        "retrieval": 2 * trunk * retrieval,
+        "CLIP": images + texts,
     }
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Operations a second of a square matrix product."""
+    """Operations per second of a square matrix product."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / _seconds(lambda: a @ b, device, 20)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="small shapes, to see that it works")
+    parser.add_argument("--small", action="store_true", help="small shapes, for a trial")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
@@ -143,7 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no GPU here: give --small --device cpu to see that it works")
+        raise SystemExit("no GPU here: give --small --device cpu for a trial")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = make_model(arguments.small, device, dtype)
     batches = [make_batch(model, arguments.batch, seed) for seed in range(4)]
@@ -158,7 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
               "CLIP and [RET] states cached": operations["captioning"]}  # fmt: skip
     ways = {}
     for way, left_out in WAYS.items():
-        ready = [{k: v for k, v in batch.items() if k not in left_out} for batch in batches]
+        ready = [without(batch, **left_out) for batch in batches]
         number = 0
 
         def step(ready=ready):
@@ -176,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "hours": EPOCHS * PAIRS / each / 3600,
             "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         }  # fmt: skip
-    build = arguments.batch / _seconds(lambda: cached(model, batches[0]), device, arguments.steps)
+    build = arguments.batch / _seconds(lambda: with_cached(model, batches[0], packed=True), device, arguments.steps)
     ways["CLIP and [RET] states cached"]["hours_with_building"] = (
         ways["CLIP and [RET] states cached"]["hours"] + PAIRS / build / 3600
     )
@@ -196,8 +188,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "ways": ways,
         "derived_from": f"{EPOCHS} epochs of {PAIRS:,} pairs, one visual token",
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "gpu-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "gpu-speed.json", result)
     print(json.dumps(result, indent=1))
     return result
 

@@ -1,4 +1,4 @@
-"""Models of random weights in the shapes that are timed: weights change no time."""
+"""Models of random weights in the shapes that are timed; weights do not change the time."""
 
 import random
 

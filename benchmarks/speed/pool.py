@@ -1,19 +1,18 @@
 """
-What searching a pool costs, against the bare libraries, as ratios measured in interleaved rounds on one core.
+The cost of searching a pool against the bare libraries, as ratios measured in interleaved rounds on one core.
 
     python -m benchmarks.speed.pool --output benchmarks/results
-    python -m benchmarks.speed.pool --size 2000 --rounds 3           a trial of seconds
+    python -m benchmarks.speed.pool --size 2000 --rounds 3           a trial, some seconds
 
 - *exact*: a saved pool's streamed search, images and texts, against faiss's IndexFlatIP and torch's matmul and topk over
   the same embeddings in memory; random unit vectors, 1 query and 64.
 - *retrieve*: `model.retrieve` with 10 candidates fetched and decoded, against embedding the dialogue and a bare
   IndexFlatIP over the same pool, by a model of random weights.
 - *approximate*: a pool of rendered scenes in the checkpoint's own CLIP; captions, embedded as dialogues, search it through
-  each index, one at a time; recall@10 against exact search, and bytes a candidate.
+  each index, one at a time; recall@10 against exact search, and bytes per candidate.
 """
 
 import argparse
-import json
 import os
 import random
 import tempfile
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from benchmarks.output import write_json
 from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.exact_unimur import CHUNK
 from train.miniature.prepare import encode
@@ -60,7 +60,7 @@ def exact(pool: CandidatePool, embeddings: np.ndarray, rounds: int) -> dict[str,
     flat = faiss.IndexFlatIP(embeddings.shape[1])
     flat.add(embeddings)
     table, generator = torch.from_numpy(embeddings), torch.Generator().manual_seed(1)
-    found = {}
+    results = {}
     for n in QUERIES:
         queries = F.normalize(torch.randn(rounds, n, embeddings.shape[1], generator=generator), dim=-1)
         arrays = queries.numpy()
@@ -78,8 +78,8 @@ def exact(pool: CandidatePool, embeddings: np.ndarray, rounds: int) -> dict[str,
             rounds,
         )
         speeds = {f"{other} / streamed": ratio(measured, other, "streamed") for other in ("faiss", "torch")}
-        found[f"{n} queries"] = {"seconds": measured, "ratios": speeds}
-    return found
+        results[f"{n} queries"] = {"seconds": measured, "ratios": speeds}
+    return results
 
 
 def retrieval(model: UniMuRModel, pool: CandidatePool, embeddings: np.ndarray, rounds: int) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def retrieval(model: UniMuRModel, pool: CandidatePool, embeddings: np.ndarray, r
     flat, rng = faiss.IndexFlatIP(embeddings.shape[1]), random.Random(0)
     flat.add(embeddings)
     dialogues = [[sentence(model, 60, rng)] for _ in range(rounds)]
-    shown = [f"image-{i}" for i in range(5)]
-    pool.search(torch.from_numpy(embeddings[:1]), exclude=shown)  # the map of ids is made once a pool
+    excluded = [f"image-{i}" for i in range(5)]
+    pool.search(torch.from_numpy(embeddings[:1]), exclude=excluded)  # the map of ids is made once per pool
 
     def retrieve(number: int, exclude: Sequence[str] = ()) -> None:
         for candidate in model.retrieve(dialogues[number], pool, exclude=exclude).candidates:
@@ -97,7 +97,7 @@ def retrieval(model: UniMuRModel, pool: CandidatePool, embeddings: np.ndarray, r
     measured = interleaved(
         {
             "retrieve": retrieve,
-            "retrieve, excluding": lambda i: retrieve(i, shown),
+            "retrieve, excluding": lambda i: retrieve(i, excluded),
             "embed + faiss": lambda i: flat.search(model.embed_dialogues([dialogues[i]]).numpy(), 10),
             "fingerprint": lambda i: model.fingerprint,
         },
@@ -108,18 +108,18 @@ def retrieval(model: UniMuRModel, pool: CandidatePool, embeddings: np.ndarray, r
 
 
 def scenes(model: UniMuRModel, size: int, seed: int = 0) -> tuple[CandidatePool, torch.Tensor]:
-    """A pool of `size` renderings of the world's scenes, each scene once before any twice, and 200 captions' embeddings."""
+    """A pool of `size` renderings, the same number of each scene (or one fewer), and 200 captions' embeddings."""
     rng, world, parts = random.Random(seed), every_scene(), []
     order = [scene for _ in range(-(-size // len(world))) for scene in rng.sample(world, len(world))][:size]
     for start in tqdm(range(0, size, 1024), "scenes"):
         parts.append(model.embed_images([draw(s, rng) for s in order[start : start + 1024]], batch_size=128))
     pool = CandidatePool.empty(model.fingerprint).append("image", [b"not looked at"] * size, torch.cat(parts))
-    asked = [[captions(scene, rng, 1, 0)[0]] for scene in rng.sample(world, 200)]
-    return pool, model.embed_dialogues(asked)
+    queries = [[captions(scene, rng, 1, 0)[0]] for scene in rng.sample(world, 200)]
+    return pool, model.embed_dialogues(queries)
 
 
 def approximate(pool: CandidatePool, queries: torch.Tensor, rounds: int) -> dict[str, Any]:
-    """Each index: its recall and bytes, the seconds it takes to build, and those of one query after another."""
+    """Each index: its recall and bytes, the seconds to build it, and those of single queries."""
     arrays = [queries[i : i + 1].numpy() for i in range(len(queries))]
     ways, about = {}, {}
 
@@ -138,11 +138,11 @@ def approximate(pool: CandidatePool, queries: torch.Tensor, rounds: int) -> dict
     for kind in KINDS:
         start = time.perf_counter()
         index = pool.build_index(kind, queries=queries).index
-        took = time.perf_counter() - start
+        build_seconds = time.perf_counter() - start
         own = pool.build_index(kind).index.about["recall_at_10"]["image"]
         size = index.about["bytes"]["image"] / len(pool)
         about[kind] = {
-            "recall_at_10": index.about["recall_at_10"]["image"], "recall_at_10_of_own": own, "build_seconds": took,
+            "recall_at_10": index.about["recall_at_10"]["image"], "recall_at_10_of_own": own, "build_seconds": build_seconds,
             "bytes": size, "share_of_float32": size / (4 * queries.shape[1]), "search": index.about["search"]["image"],
             "oversample": index.about["oversample"],
         }  # fmt: skip
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--checkpoint", type=Path, default=MINIATURE,
-        help="whose CLIP embeds the scenes; the default is trained where it is not there",
+        help="whose CLIP embeds the scenes; the default one is trained if absent",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("runs/report"))
     arguments = parser.parse_args(argv)
@@ -181,10 +181,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result["retrieve"] = retrieval(model, pool, embeddings, rounds)
         del pool, embeddings
     result["approximate"] = approximate(*scenes(UniMuRModel.from_pretrained(arguments.checkpoint), size), rounds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "pool-speed.json").write_text(json.dumps(result, indent=1) + "\n")
-    for n, found in result["exact"].items():
-        _print(f"exact, {n}", found["ratios"])
+    write_json(arguments.output / "pool-speed.json", result)
+    for n, measured in result["exact"].items():
+        _print(f"exact, {n}", measured["ratios"])
     _print("retrieve", result["retrieve"]["ratios"])
     _print("approximate", result["approximate"]["ratios"])
     for kind, about in result["approximate"]["indexes"].items():
@@ -197,8 +196,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _print(what: str, ratios: dict[str, dict[str, float]]) -> None:
-    found = ", ".join(f"{k} {v['median']:.2f} ({v['low']:.2f}-{v['high']:.2f})" for k, v in ratios.items())
-    print(f"{what}: {found}")
+    line = ", ".join(f"{k} {v['median']:.2f} ({v['low']:.2f}-{v['high']:.2f})" for k, v in ratios.items())
+    print(f"{what}: {line}")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,18 @@ Where a training step's time goes, before and after the two largest gains: the l
 
     python -m benchmarks.speed.profiles --output benchmarks/results
 
-The milliseconds that torch's profiler counts in each operator itself, for the shapes and variants of
+The milliseconds in each operator itself, by torch's profiler, for the shapes and variants of
 [`benchmarks.speed.step`]; operators below 3 % of the reference step are summed.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.output import write_json
 
 from .step import CACHED, OURS, REFERENCE, STEP_SHAPES, batches, make_model, stepper
 
@@ -22,23 +23,23 @@ STEPS, SHARE = 3, 0.03
 
 
 def operators(variant: str, shape: str) -> dict[str, float]:
-    """Milliseconds a step by operator, without what it calls."""
+    """Milliseconds per step by operator, without the operators it calls."""
     model = make_model(shape)
     step = stepper(variant, model, batches(model, 1))
     step(0)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for number in range(STEPS):
             step(number)
-    return {e.key: e.self_cpu_time_total / 1e3 / STEPS for e in found.key_averages() if e.self_cpu_time_total}
+    return {e.key: e.self_cpu_time_total / 1e3 / STEPS for e in profiler.key_averages() if e.self_cpu_time_total}
 
 
 def measure(shape: str) -> dict[str, Any]:
-    """`ways`: by variant, milliseconds by operator, the rare ones summed."""
-    found = {way: operators(way, shape) for way in WAYS}
-    whole = sum(found[REFERENCE].values())
-    named = sorted({n for way in found.values() for n, ms in way.items() if ms >= SHARE * whole})
+    """`ways`: by variant, milliseconds by operator, the small ones summed."""
+    times_of = {way: operators(way, shape) for way in WAYS}
+    whole = sum(times_of[REFERENCE].values())
+    named = sorted({n for way in times_of.values() for n, ms in way.items() if ms >= SHARE * whole})
     ways = {}
-    for way, times in found.items():
+    for way, times in times_of.items():
         ways[way] = {name: times.get(name, 0.0) for name in named}
         ways[way]["others"] = sum(ms for name, ms in times.items() if name not in named)
     return {"shape": shape, "ways": ways}
@@ -53,8 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = {
         "threads": arguments.threads, "torch": torch.__version__, "shapes": [measure(shape) for shape in STEP_SHAPES]
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "step-profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "step-profile.json", result)
     for shape in result["shapes"]:
         for way, times in shape["ways"].items():
             print(f"{shape['shape']}, {way}: " + ", ".join(f"{n} {ms:.0f} ms" for n, ms in times.items()))

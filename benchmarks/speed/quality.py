@@ -8,12 +8,11 @@ epoch and trains [RET]'s row too; its learning rate is the best of three by the 
 others are `train/run.py`'s trainer at the miniature's settings, in the paper's form (random maps, CLIP's own space) or from
 canonical correlation, which here sees one caption of each image. Every run makes the same number of steps over the same
 batch size, but for canonical correlation alone, which makes none. Recall is dialogue to image R@1 on validation, whose
-queries are words alone; it is measured outside the clock. What a run needs before its first step is inside it: the cache of
-images, or of images and captions, and the closed form. Loading the towers, the same for all, is not.
+queries are text alone; its measuring is not timed. What a run needs before its first step is timed: the cache of images,
+or of images and captions, and the closed form. Loading the towers, the same for all, is not.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, get_cosine_schedule_with_warmup, set_seed
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 from train.arguments import parse
 from train.closed_form import start
@@ -40,10 +40,8 @@ STEPS, BATCH, WARMUP = 320, 128, 30
 MARKS = (5, 10, 20, 40, 80, 160, 240, STEPS)
 RATES = (3e-3, 1e-2, 3e-2)
 CANONICAL = {"alignment": "canonical"}
-NEAR = (
-    "--matching_learning_rate=1e-4",
-    "--state_noise=0.3",
-)  # where W_t2m is near its place already, as in miniature.yaml
+# W_t2m starts near its optimum, as in miniature.yaml.
+NEAR = ("--matching_learning_rate=1e-4", "--state_noise=0.3")
 RECALL = "dialogue to image R@1"
 MEASURES = (RECALL, "contextual image R@1", "overall R@1", "image retrieval rate")
 REFERENCE, PAPER, CACHED = "reference style", "the paper's form", "the paper's form, cached"
@@ -55,10 +53,10 @@ Look = Callable[[int, UniMuRModel], None]
 
 class Stopwatch:
     """
-    Seconds of training, with looks at the model that do not count.
+    Seconds of training, without those spent on measuring the model.
 
     Attributes:
-        points: of each look its `step`, `seconds` and measures.
+        points: of each measurement its `step`, `seconds` and measures.
     """
 
     def __init__(self, bench: Seed):
@@ -69,9 +67,9 @@ class Stopwatch:
         self._seconds += time.perf_counter() - self._since
         model.eval()
         with torch.no_grad():
-            found = self.bench.measure(model, "validation")
+            measures = self.bench.measure(model, "validation")
         model.train()
-        point = {"step": step, "seconds": self._seconds} | {k: found[k].value for k in MEASURES}
+        point = {"step": step, "seconds": self._seconds} | {k: measures[k].value for k in MEASURES}
         self.points.append(point)
         self._since = time.perf_counter()
 
@@ -117,7 +115,7 @@ def reference_run(bench: Seed, rate: float, steps: int, marks: Sequence[int]) ->
 def our_run(
     bench: Seed, rate: float, steps: int, marks: Sequence[int], *, cached: bool, canonical: bool
 ) -> list[dict[str, float]]:
-    """The points of `train/run.py`'s trainer, the building of its caches and the closed form inside the clock."""
+    """The points of `train/run.py`'s trainer, with the time of building its caches and of the closed form."""
     model = bench.model(Row("ours", CANONICAL if canonical else {}))
     _, _, args = parse([
         *ablation.PAPER, *(NEAR if canonical else ()), f"--learning_rate={rate}", f"--max_steps={max(steps, 1)}",
@@ -161,7 +159,7 @@ def sooner(points: dict[str, list[dict[str, float]]], way: str) -> dict[str, flo
 
     Returns:
         `seconds`; `than_its_end` and `than_it_first_did`, how many times sooner than the reference was done and than the
-        reference first reached it at a look; `None` where the way never does.
+        reference first reached it; `None` where the way never does.
     """
     level = points[REFERENCE][-1][RECALL]
     reached = next((p["seconds"] for p in points[way] if p[RECALL] >= level), None)
@@ -173,7 +171,7 @@ def sooner(points: dict[str, list[dict[str, float]]], way: str) -> dict[str, flo
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Recall against seconds, a curve a way and seed."""
+    """Recall against seconds, a curve per way and seed."""
     from ..plots import COLOURS, plt  # here, so that the other measurements need no matplotlib
 
     figure, axis = plt.subplots(figsize=(8.4, 4.8))
@@ -203,7 +201,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="of the reference, to choose from")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/report"), help="where each seed's miniature is made or found"
+        "--folder", type=Path, default=Path("runs/report"), help="of each seed's miniature, which is made if absent"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/report"))
     arguments = parser.parse_args(argv)
@@ -221,13 +219,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             rates[REFERENCE] = float(max(searched, key=searched.get))
             print(f"the reference ends at {searched}; {rates[REFERENCE]:g} is used", flush=True)
         points = {}
-        for way in WAYS[seed % len(WAYS) :] + WAYS[: seed % len(WAYS)]:  # none is always first
+        for way in WAYS[seed % len(WAYS) :] + WAYS[: seed % len(WAYS)]:  # so that none is always the first
             points[way] = run(way, bench, rates, steps, marks)
             end = points[way][-1]
             print(f"seed {seed}, {way}: {end['seconds']:.0f} s, R@1 {100 * end[RECALL]:.1f} %", flush=True)
-        found = {way: sooner(points, way) for way in WAYS if way != REFERENCE}
-        results.append({"seed": seed, "points": points, "sooner": found})
-        for way, about in found.items():
+        gains = {way: sooner(points, way) for way in WAYS if way != REFERENCE}
+        results.append({"seed": seed, "points": points, "sooner": gains})
+        for way, about in gains.items():
             print(f"  {way}: {about}", flush=True)
     result = {
         "steps": steps, "batch": BATCH, "rates": rates, "reference_rates_searched": searched, "torch": torch.__version__,
@@ -237,8 +235,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             for way in WAYS if way != REFERENCE
         },
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "quality-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "quality-speed.json", result)
     draw(results, arguments.output / "quality-speed.png")
     return result
 

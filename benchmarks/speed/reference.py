@@ -1,4 +1,4 @@
-"""A training step as FROMAGe computes one, written to be compared with: what each saving is measured against."""
+"""A training step as FROMAGe computes it: the reference against which each saving is measured."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +10,17 @@ from torch import nn
 from modeling_unimur import UniMuRModel
 from modeling_unimur.losses_unimur import text_matching_loss, total_loss, visual_matching_loss
 
-LENGTH = 24  # FROMAGe pads or cuts every caption to so many tokens; visual tokens come on top
+LENGTH = 24  # FROMAGe pads or cuts every caption to so many tokens, not counting visual tokens
 
 
 @dataclass(frozen=True)
 class Savings:
     """
-    What the reference step leaves out of FROMAGe's way.
+    Which of FROMAGe's costs the reference step leaves out.
 
     Args:
-        table_frozen: the vocabulary's embeddings are not trained (FROMAGe trains the whole matrix, and then keeps [RET]'s
-            row alone).
+        table_frozen: the vocabulary's embeddings are not trained (FROMAGe trains the whole matrix, and then keeps only
+            [RET]'s row).
         once: CLIP's visual tower runs once a batch rather than once a pass; hidden states of all layers are not kept;
             images are placed by one assignment rather than by a loop.
         no_ret_logits: the retrieval pass computes no logits and no next-token loss (FROMAGe's model computes both; eq. 7
@@ -59,21 +59,25 @@ class ReferenceStep(nn.Module):
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """The loss; see [`UniMuRModel.forward`]."""
         model, config, once = self.model, self.model.config, self.savings.once
-        features, embeds = model.encode_images(batch["pixel_values"])
-        hidden, logits = self._pass(batch["input_ids"], batch["attention_mask"], features[batch["image_indices"]])
-        labels = batch["labels"][:, 1:]
+        captions, contexts, targets = batch["captions"], batch["contexts"], batch["targets"]
+        pixel_values = batch["images"]["pixel_values"]
+        features, embeds = model.encode_images(pixel_values)
+        hidden, logits = self._pass(
+            captions["input_ids"], captions["attention_mask"], features[captions["image_indices"]]
+        )
+        labels = captions["labels"][:, 1:]
         if self.savings.caption_logits:
             kept = labels != -100
             loss_cap = F.cross_entropy(F.linear(hidden[:, :-1][kept], self.table[:-1]).float(), labels[kept])
         else:
-            loss_cap = next_token_loss(logits, batch["labels"])
+            loss_cap = next_token_loss(logits, captions["labels"])
         if not once:
-            features, embeds = model.encode_images(batch["pixel_values"])
-        ids, mask = batch["ret_input_ids"], batch["ret_attention_mask"]
+            features, embeds = model.encode_images(pixel_values)
+        ids, mask = contexts["input_ids"], contexts["attention_mask"]
         hidden, logits = self._pass(ids, mask, None, logits=not self.savings.no_ret_logits)
         if logits is not None:
-            words = (mask == 0) | (ids == config.ret_token_id)
-            next_token_loss(logits, ids.masked_fill(words, -100))
+            ignored = (mask == 0) | (ids == config.ret_token_id)
+            next_token_loss(logits, ids.masked_fill(ignored, -100))
         if once:
             at_ret = (ids == config.ret_token_id).int().argmax(-1)
             states = hidden[torch.arange(len(hidden)), at_ret]
@@ -82,8 +86,8 @@ class ReferenceStep(nn.Module):
             states = torch.stack([row[(ids == config.ret_token_id).nonzero()[0, 0]] for row, ids in rows])
         ret_embeds = model.W_t2m(states.float())
         scale = model.logit_scale.exp().clamp(max=100)
-        loss_vm = visual_matching_loss(ret_embeds, embeds[batch["target_indices"]], scale)
-        texts = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
+        loss_vm = visual_matching_loss(ret_embeds, embeds[targets["image_indices"]], scale)
+        texts = model.encode_clip_texts(targets["input_ids"], targets["attention_mask"])
         loss_tm = text_matching_loss(
             ret_embeds, texts, target=config.text_target, reduction=config.text_target_reduction
         )
@@ -129,7 +133,7 @@ class ReferenceStep(nn.Module):
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """transformers' causal loss: float32 logits `(n, length, vocabulary)` of all positions, -100 counting for nothing."""
+    """transformers' causal loss: float32 logits `(n, length, vocabulary)` of all positions, where the label -100 is ignored."""
     labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
 
@@ -137,8 +141,10 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def padded(batch: dict[str, Any], n_visual_tokens: int) -> dict[str, Any]:
     """A batch with its two passes padded to a fixed length, as FROMAGe pads."""
     made = dict(batch)
-    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100), ("ret_input_ids", 0),
-                       ("ret_attention_mask", 0)):  # fmt: skip
-        rows, length = made[name], LENGTH + (0 if name.startswith("ret_") else n_visual_tokens)
-        made[name] = F.pad(rows, (0, max(0, length - rows.shape[1])), value=fill)
+    for part, length in (("captions", LENGTH + n_visual_tokens), ("contexts", LENGTH)):
+        made[part] = dict(made[part])
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+            if name in made[part]:
+                rows = made[part][name]
+                made[part][name] = F.pad(rows, (0, max(0, length - rows.shape[1])), value=fill)
     return made

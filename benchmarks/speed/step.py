@@ -1,26 +1,26 @@
 """
-What a training step costs, optimiser included, against one computed as FROMAGe computes it, saving by saving.
+The cost of a training step with its optimiser against one as FROMAGe computes it, saving by saving.
 
     python -m benchmarks.speed.step --output benchmarks/results
 
 Batches of 32 captions of 6 to 14 tokens, float32. V1.6k and V50k are an OPT of 6 layers of width 512 with a vocabulary of
 1,600 (where its head is 3 % of the trunk, as in OPT-6.7B) and of 50,272 (where it is as large as the trunk); CLIP's visual
-tower has 4 layers of width 256 over 65 positions. A cached epoch reads CLIP's features, and [RET]'s states, from before;
-five epochs count the building of that cache.
+tower has 4 layers of width 256 over 65 positions. A cached epoch reads CLIP's features, and [RET]'s states, from a cache;
+five epochs include the building of that cache.
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 from train.bank import NegativesBank
 
@@ -41,10 +41,10 @@ SAVINGS = {
 PADDED, OURS = "+ padded to the longest, chunked cross-entropy", "+ packed (ours)"
 CLIP_CACHED, CACHED = "CLIP cached", "CLIP and [RET] states cached"
 VARIANTS = (*SAVINGS, PADDED, OURS, CLIP_CACHED, CACHED)
-# Another loss, so apart: eq. 4 against past images too.
+# Another loss, so not in VARIANTS: eq. 4 against past images too.
 BANK = 8192
 BANKED = f"packed (ours), {BANK:,} past images as negatives"
-# Not the same to rounding, so apart: the towers in bfloat16, the maps in float32, as --dtype bfloat16 trains.
+# Not equal up to rounding, so not in VARIANTS: the towers in bfloat16, the maps in float32, as --dtype bfloat16 trains.
 HALF = {"packed (ours), towers in bfloat16": OURS, "CLIP and [RET] states cached, towers in bfloat16": CACHED}
 
 
@@ -63,31 +63,49 @@ def batches(model: UniMuRModel, count: int, seed: int = 0) -> list[dict[str, Any
     for _ in range(count):
         captions = [sentence(model, rng.randint(6, 14), rng) for _ in range(BATCH)]
         items = [{"caption": (i, c), "context": [[c]], "image": i, "text": c} for i, c in enumerate(captions)]
-        batch = dict(model.processor.documents(items, None, pack=True))
+        batch = model.processor.documents(items, None, pack=True)
         size = model.config.clip_config.vision_config.image_size
-        batch["pixel_values"] = torch.randn(BATCH, 3, size, size, generator=generator)
-        with torch.no_grad():
-            batch["image_features"], batch["image_embeds"] = model.encode_images(batch["pixel_values"])
-            batch["text_embeds"] = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
-            batch["ret_states"] = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"])
-        made.append(batch)
+        batch["images"] = {"pixel_values": torch.randn(BATCH, 3, size, size, generator=generator)}
+        made.append(with_cached(model, batch))
     return made
 
 
+@torch.no_grad()
+def with_cached(model: UniMuRModel, batch: dict[str, Any], *, packed: bool = False) -> dict[str, Any]:
+    """The batch, each part with what the cache would hold of it beside what it is computed from."""
+    contexts, targets, images = batch["contexts"], batch["targets"], batch["images"]
+    features, embeds = model.encode_images(images["pixel_values"])
+    texts = model.encode_clip_texts(targets["input_ids"], targets["attention_mask"])
+    packing = contexts["packing"] if packed else None
+    states = model.ret_states(contexts["input_ids"], contexts["attention_mask"], packing=packing)
+    return batch | {
+        "contexts": contexts | {"states": states},
+        "targets": targets | {"text_embeds": texts},
+        "images": images | {"features": features, "embeds": embeds},
+    }
+
+
+def without(batch: dict[str, Any], **left_out: Sequence[str]) -> dict[str, Any]:
+    """The batch without some of the tensors of its parts: part -> names."""
+    return batch | {
+        part: {name: value for name, value in batch[part].items() if name not in names}
+        for part, names in left_out.items()
+    }
+
+
+TOKENS = ("input_ids", "attention_mask")
+CACHED_CLIP = {"images": ("pixel_values",), "targets": TOKENS, "contexts": ("states",)}
+CACHED_ALL = CACHED_CLIP | {"contexts": (*TOKENS, "image_indices", "packing")}
+UNCACHED = {"images": ("features", "embeds"), "targets": ("text_embeds",), "contexts": ("states",)}
+UNPACKED = UNCACHED | {"contexts": ("states", "packing"), "captions": ("packing",)}
+
+
 def inputs_of(variant: str, model: UniMuRModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """What a variant reads of a batch."""
+    """The inputs a variant reads of a batch."""
     if variant in SAVINGS:
         return padded(batch, model.config.n_visual_tokens)
-    left_out = {"image_features", "image_embeds", "text_embeds", "ret_states"}
-    if variant == PADDED:
-        left_out |= {"packing", "ret_packing"}
-    elif variant in (CLIP_CACHED, CACHED):
-        left_out = {"pixel_values", "clip_input_ids", "clip_attention_mask"} | (
-            {"ret_states"} if variant == CLIP_CACHED else set()
-        )
-        if variant == CACHED:
-            left_out |= {"ret_input_ids", "ret_attention_mask", "ret_image_indices", "ret_packing"}
-    return {name: value for name, value in batch.items() if name not in left_out}
+    left_out = {PADDED: UNPACKED, CLIP_CACHED: CACHED_CLIP, CACHED: CACHED_ALL}.get(variant, UNCACHED)
+    return without(batch, **left_out)
 
 
 def stepper(
@@ -99,7 +117,7 @@ def stepper(
     trained = reference.trained() if reference else [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=0.0, weight_decay=0.0
-    )  # steps cost the same, and every variant stays alike
+    )  # with a rate of 0 a step costs the same and the variants stay equal
 
     def step(number: int) -> torch.Tensor:
         batch = ready[number % len(ready)]
@@ -125,20 +143,16 @@ def gradients(variant: str, model: UniMuRModel, batch: dict[str, Any]) -> tuple[
     inputs = inputs_of(variant, model, batch)
     loss = ReferenceStep(model, SAVINGS[variant])(inputs) if variant in SAVINGS else model(**inputs).loss
     loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and n.startswith("W_")}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and n.startswith("W_")}
     model.zero_grad(set_to_none=True)
-    return float(loss.detach()), found
+    return float(loss.detach()), grads
 
 
 def building(model: UniMuRModel, made: list[dict[str, Any]]) -> Callable[[int], None]:
-    """What an epoch's cache costs, a batch."""
+    """A function that computes one batch's part of an epoch's cache."""
 
-    @torch.no_grad()
     def build(number: int) -> None:
-        batch = made[number % len(made)]
-        model.encode_images(batch["pixel_values"])
-        model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
-        model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], packing=batch["ret_packing"])
+        with_cached(model, made[number % len(made)], packed=True)
 
     return build
 
@@ -150,9 +164,9 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     loss, expected = gradients(REFERENCE, model, made[0])
     worst = {"loss": 0.0, "gradients": 0.0}
     for variant in VARIANTS:
-        other, found = gradients(variant, model, made[0])
+        other, grads = gradients(variant, model, made[0])
         worst["loss"] = max(worst["loss"], abs(other - loss))
-        difference = max(float((found[n] - g).abs().max() / g.abs().max()) for n, g in expected.items())
+        difference = max(float((grads[n] - g).abs().max() / g.abs().max()) for n, g in expected.items())
         worst["gradients"] = max(worst["gradients"], difference)
     if worst["loss"] > 1e-4 or worst["gradients"] > 1e-3:
         raise AssertionError(f"{shape}: the variants do not compute the same: {worst}")
@@ -189,7 +203,7 @@ def one(variant: str, shape: str) -> int:
     """`peak_memory` of this process."""
     model = make_model(shape)
     made = batches(model, 1)
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the highest mark so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak memory of this process
     before = _status("VmRSS")
     step = stepper(variant, model, made)
     step(0), step(1)
@@ -218,13 +232,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "rounds": arguments.rounds, "threads": arguments.threads, "torch": torch.__version__, "batch": BATCH,
         "shapes": [measure(shape, arguments.rounds) for shape in shapes],
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "step-speed.json").write_text(json.dumps(result, indent=1) + "\n")
-    for found in result["shapes"]:
-        print(f"{found['shape']}; largest differences {found['largest_differences']}")
-        for name, value in found["ratios"].items():
+    write_json(arguments.output / "step-speed.json", result)
+    for shape in result["shapes"]:
+        print(f"{shape['shape']}; largest differences {shape['largest_differences']}")
+        for name, value in shape["ratios"].items():
             print(f"  {name}: {value['median']:.2f}x ({value['low']:.2f}-{value['high']:.2f})")
-        print("  peak MiB: " + ", ".join(f"{name} {size / 2**20:.0f}" for name, size in found["peak_bytes"].items()))
+        print("  peak MiB: " + ", ".join(f"{name} {size / 2**20:.0f}" for name, size in shape["peak_bytes"].items()))
     return result
 
 

@@ -1,18 +1,17 @@
 """
-What text retrieval by perplexity costs against text retrieval by embedding, as ratios measured in one interleaved run.
+The cost of text retrieval by perplexity against text retrieval by embedding, as ratios measured in one interleaved run.
 
     python -m benchmarks.speed.texts --output benchmarks/results
 
 For one context and 1,000 candidate texts:
 - *embedding*: the context through the LLM's trunk, W_t2m, and the cosines with the candidates' stored embeddings;
-- *naive*: context and candidate through the whole LLM, a candidate at a time;
-- *packed*: the context once, then all candidates behind it (`benchmarks/language.py`).
+- *naive*: context and candidate through the whole LLM, one candidate at a time;
+- *packed*: the context once, then all candidates after it (`benchmarks/language.py`).
 
-The models have random weights, which changes no time. Candidates are embedded beforehand, as a pool is built once.
+The models have random weights, which does not change the time. Candidates are embedded in advance, as a pool is built once.
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 
 from ..language import LanguageSystem
@@ -31,7 +31,7 @@ CONTEXT, CANDIDATE = 60, 12  # tokens
 
 @torch.no_grad()
 def naive(model: UniMuRModel, context: str, candidates: list[str]) -> torch.Tensor:
-    """Log-likelihood of each candidate after the context, a full pass each, `(m,)`."""
+    """Log-likelihood of each candidate after the context, one full pass each, `(m,)`."""
     tokenizer, scores = model.processor.tokenizer, []
     prefix = model.processor.contexts([[context]], end_with_ret=False)["input_ids"][0].tolist()
     for candidate in candidates:
@@ -78,13 +78,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "shapes": [measure(name, arguments.candidates, arguments.rounds) for name in arguments.shape or SHAPES],
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "text-retrieval-speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output / "text-retrieval-speed.json", result)
     for shape in result["shapes"]:
-        found = ", ".join(
+        ratios = ", ".join(
             f"{k} {v['median']:.0f}x ({v['low']:.0f}-{v['high']:.0f})" for k, v in shape["ratios"].items()
         )
-        print(f"{shape['name']}: {found}")
+        print(f"{shape['name']}: {ratios}")
     return result
 
 

@@ -19,7 +19,7 @@ def interleaved(
         repeats: how many calls of a way in a row make one measurement, where one is too short.
 
     Returns:
-        way -> its seconds a call in each round, their median, least and most.
+        way -> its seconds per call in each round, their median, minimum and maximum.
     """
     rng, seconds = random.Random(seed), {way: [] for way in ways}
     for way in ways.values():
@@ -37,6 +37,6 @@ def interleaved(
 
 
 def ratio(measured: dict[str, Any], above: str, below: str) -> dict[str, float]:
-    """How many times as long `above` takes as `below`: over the rounds, the median, least and most."""
+    """How many times as long `above` takes as `below`: the median, minimum and maximum over the rounds."""
     values = sorted(a / b for a, b in zip(measured[above]["seconds"], measured[below]["seconds"], strict=True))
     return {"median": float(np.median(values)), "low": values[0], "high": values[-1]}

@@ -1,7 +1,7 @@
 """
-The kinds of task, a module each: what a system is asked, and how its answers are scored.
+The kinds of task, one module each: what a system computes, and how it is scored.
 
-A kind has `run(system, data, protocol, clip) -> {metric: Measure}` and says which settings of a protocol it reads:
+A kind has `run(system, data, protocol, clip) -> {metric: Measure}` and lists the settings of a protocol it reads:
 `SETTINGS` always, `BY_LANGUAGE` unless it is measured `by: embedding`, `OPTIONAL` where they are given.
 """
 

@@ -20,9 +20,9 @@ def run(system: System, data: Dialogues, protocol: Protocol, clip: System | None
     Ranks each round's options, by likelihood or by embedding.
 
     Returns:
-        `R@1`, `R@5`, `R@10`, `MRR`, `mean rank` (a number) over all rounds, `NDCG` over those with dense relevances; by
-        `relevance: previous` those of a round are held against the scores of the round that follows it in the data, be
-        it of another dialogue, and the last round's against none.
+        `R@1`, `R@5`, `R@10`, `MRR`, `mean rank` (a number) over all rounds, `NDCG` over those with dense relevances; with
+        `relevance: previous` a round's relevances are compared with the scores of the next round in the data, which may
+        be of another dialogue, and the last round's with none.
 
     Raises:
         DoesNotApplyError: by likelihood, for a system without a language model.

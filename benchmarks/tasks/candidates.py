@@ -1,4 +1,4 @@
-"""Embeddings of a data set's queries and candidates, each candidate once whatever the number of pools that hold it."""
+"""Embeddings of a data set's queries and candidates, each candidate once, however many pools hold it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from .contexts import Squashed
 class Embedded:
     """
     `queries` `(n, q)`; `texts` `(t, q)` and `images` `(i, q)` (or `(i, vectors, q)`), or `None` where a data set's
-    pools hold none; `text_rows`, `image_rows`: id -> row; `image_queries` `(n, q)` where images are sought with others
-    than texts.
+    pools hold none; `text_rows`, `image_rows`: id -> row; `image_queries` `(n, q)` where the queries for images
+    are not those for texts.
     """
 
     queries: torch.Tensor
@@ -46,7 +46,7 @@ def embed(
         texts: `False` leaves the pools' texts out.
         squash: resize images to this many pixels a side first.
         template: of a candidate text.
-        bos: where the protocol puts it in a context, for the systems that ask.
+        bos: where the protocol puts it in a context, for the systems that use it.
     """
     text_rows, image_rows = candidate_rows(data, texts)
     pictures = [data.images[i] for i in image_rows]

@@ -1,4 +1,4 @@
-"""A dialogue's context as a protocol writes it, and pictures as it shows them."""
+"""A dialogue's context as a protocol serialises it, with its pictures."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,12 +20,12 @@ def context_of(
 
     Args:
         serialisation: `"turns"`, the processor's own; or a template for each speaker's texts (`{text}`), `join` between
-            turns (behind a turn of images alone `image_join`, where given) and `end` behind the last, all in one
-            message. Images stand where they stood.
+            turns (after a turn of images alone `image_join`, where given) and `end` after the last, all in one
+            message. Images keep their places.
         context: `"all"`, `"text"` (without images) or `"last"` (the last turn's text alone).
 
     Raises:
-        ValueError: a speaker without a template; nothing is left of a context.
+        ValueError: a speaker without a template; an empty context.
     """
     turns = dialogue["turns"][: dialogue["target_turn"]]
     turns = turns[-1:] if context == "last" else turns
@@ -74,7 +74,7 @@ def _merged(content: list[dict]) -> list[dict]:
     return merged
 
 
-def seen_images(dialogue: Mapping[str, Any]) -> list[str]:
+def context_images(dialogue: Mapping[str, Any]) -> list[str]:
     """The ids of the images before the target turn, in order."""
     turns = dialogue["turns"][: dialogue["target_turn"]]
     return [e["image_id"] for turn in turns for e in turn["elements"] if e["type"] == "image"]
@@ -82,7 +82,7 @@ def seen_images(dialogue: Mapping[str, Any]) -> list[str]:
 
 class Contexts(Sequence):
     """
-    The contexts of a data set's dialogues, each written when it is asked for: squashed pictures would fill the memory.
+    The contexts of a data set's dialogues, each made when it is read: all resized pictures would fill the memory.
 
     Args:
         serialisation, context: as [`context_of`]'s.
@@ -102,13 +102,13 @@ class Contexts(Sequence):
             return [self[i] for i in range(*index.indices(len(self)))]
         dialogue, images = self.data.dialogues[index], self.data.images
         if self.squash:
-            ids = seen_images(dialogue)
+            ids = context_images(dialogue)
             images = dict(zip(ids, Squashed([images[i] for i in ids], self.squash), strict=True))
         return context_of(dialogue, images, self.serialisation, self.context)
 
 
 class Squashed(Sequence):
-    """Images resized to `side` x `side` whatever their shape, as FROMAGe does before CLIP's preprocessing."""
+    """Images resized to `side` x `side` without keeping their shape, as FROMAGe does before CLIP's preprocessing."""
 
     def __init__(self, images: Sequence[Any], side: int):
         self.images, self.side = images, side

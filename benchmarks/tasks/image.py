@@ -11,7 +11,7 @@ from benchmarks.schema import Dialogues, Protocol
 from benchmarks.systems import System
 
 from .candidates import Embedded, by_pool, embed
-from .contexts import Contexts, seen_images
+from .contexts import Contexts, context_images
 
 SETTINGS = {"split", "serialisation", "pool", "first_image", "ties", "direction", "squash", "context"}
 BY_LANGUAGE: set[str] = set()
@@ -30,8 +30,8 @@ def run(system: System, data: Dialogues, protocol: Protocol, clip: System | None
 
 def score(embedded: Embedded, data: Dialogues, protocol: Protocol, similarity: Any) -> dict[str, Measure]:
     """
-    `R@1`, `R@5`, `R@10`, an item a dialogue (`"image per dialogue"`) or an image (`"dialogue per image"`). With
-    `seen_images: last` the images that a context shows rank behind all others, be one of them right or not.
+    `R@1`, `R@5`, `R@10`, one item per dialogue (`"image per dialogue"`) or per image (`"dialogue per image"`). With
+    `seen_images: last` the images in a context rank below all others, also where one of them is the gold image.
 
     Raises:
         ValueError: `"dialogue per image"` where dialogues have pools of their own.
@@ -48,14 +48,14 @@ def score(embedded: Embedded, data: Dialogues, protocol: Protocol, similarity: A
         place = {name: i for i, name in enumerate(pool["image_ids"])}
         if protocol.settings.get("seen_images") == "last":
             for row, i in enumerate(rows):
-                scores[row, [place[name] for name in seen_images(data.dialogues[i]) if name in place]] = -torch.inf
+                scores[row, [place[name] for name in context_images(data.dialogues[i]) if name in place]] = -torch.inf
         gold = [[place[g] for g in data.dialogues[i]["gold"]["image_ids"][counted]] for i in rows]
         hits[rows] = hit_rate_per_item(scores.numpy(), gold, KS)
     return _measures(hits)
 
 
 def _dialogues_per_image(embedded, data, pool, similarity) -> np.ndarray:
-    """Each gold image ranks all dialogues; a dialogue that speaks of it is right."""
+    """Each gold image ranks all dialogues; those about it are its gold dialogues."""
     about: dict[str, list[int]] = {}
     for i, dialogue in enumerate(data.dialogues):
         about.setdefault(dialogue["gold"]["image_ids"][0], []).append(i)

@@ -1,4 +1,4 @@
-"""VQAv2, zero-shot (Table 7): what the frozen LLM says about an image, scored by the official accuracy."""
+"""VQAv2, zero-shot (Table 7): the frozen LLM's answers about an image, scored by the official accuracy."""
 
 import re
 from collections import Counter
@@ -20,11 +20,11 @@ OPTIONAL: set[str] = set()
 
 def run(system: System, data: Questions, protocol: Protocol, clip: System | None = None) -> dict[str, Measure]:
     """
-    `accuracy`, and the same for each answer type the data names.
+    `accuracy`, and the same for each answer type in the data.
 
-    By generation, the answer ends where `cut` matches. By embedding, the answers to choose among are those most given to
+    By generation, the answer ends where `cut` matches. By embedding, the candidates are the most frequent answers to
     each question of the data (VQAv2's `multiple_choice_answer`), and the one closest to the image with its question is
-    taken.
+    the answer.
 
     Raises:
         BadDataError: the questions come without answers, as VQAv2's test splits do.
@@ -39,16 +39,16 @@ def run(system: System, data: Questions, protocol: Protocol, clip: System | None
         for q in data.questions
     ]  # fmt: skip
     if protocol["by"] == "generation":
-        said = system.answers(contexts, max_new_tokens=protocol["max_new_tokens"])
-        said = [re.split(protocol["cut"], text.strip(), maxsplit=1)[0].strip() for text in said]
+        answers = system.answers(contexts, max_new_tokens=protocol["max_new_tokens"])
+        answers = [re.split(protocol["cut"], text.strip(), maxsplit=1)[0].strip() for text in answers]
     else:
-        known = sorted({_most_given(q) for q in data.questions if q["answers"]})
+        known = sorted({_most_frequent(q) for q in data.questions if q["answers"]})
         scores = [
             system.similarity(system.embed_dialogues(contexts[i : i + 256]), system.embed_texts(known))
             for i in range(0, len(contexts), 256)
         ]
-        said = [known[i] for i in torch.cat(scores).argmax(1)]
-    values = np.array([vqa_accuracy_per_item(s, q["answers"]) for s, q in zip(said, data.questions, strict=True)])
+        answers = [known[i] for i in torch.cat(scores).argmax(1)]
+    values = np.array([vqa_accuracy_per_item(s, q["answers"]) for s, q in zip(answers, data.questions, strict=True)])
     kinds = [q.get("answer_type") for q in data.questions]
     measures = {"accuracy": Measure(values)}
     for kind in sorted({k for k in kinds if k}):
@@ -56,6 +56,6 @@ def run(system: System, data: Questions, protocol: Protocol, clip: System | None
     return measures
 
 
-def _most_given(question: Mapping[str, Any]) -> str:
-    """The data's own choice, or the most frequent answer, the first of equals."""
+def _most_frequent(question: Mapping[str, Any]) -> str:
+    """The data's own choice, or else the most frequent answer, the first of equals."""
     return question.get("multiple_choice_answer") or Counter(question["answers"]).most_common(1)[0][0]

@@ -15,7 +15,7 @@ def dump(path, value, lines=False):
 
 
 def touch(folder, *names):
-    """Files that are no images: a reader that opened one would fail."""
+    """Files that are not images: a reader that opened one would fail."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_bytes(b"")
@@ -29,7 +29,7 @@ def stand_ins(samples, folder, names):
         shutil.copy(photos[i % len(photos)], folder / name)
 
 
-def said(dialogue):
+def turn_texts(dialogue):
     return [(t["speaker"], *(e["text"] or "/" + e["image_id"] for e in t["elements"])) for t in dialogue["turns"]]
 
 
@@ -42,13 +42,13 @@ def visdial(folder, split="val", images=(7, 8), change=None, dense=True):
         {"question": 1, "answer": 0, "gt_index": 1, "answer_options": [2, 0, 3]},
         {"question": 0, "answer": 3, "gt_index": 2, "answer_options": [1, 0, 3]},
     ]
-    found = {"version": "1.0", "split": f"{split}2018", "data": {
+    content = {"version": "1.0", "split": f"{split}2018", "data": {
         "questions": ["is it old", "what is it"], "answers": ["a cat", "no", "a dog", "yes, very"],
         "dialogs": [{"image_id": i, "caption": f"caption {i}", "dialog": json.loads(json.dumps(rounds))} for i in images],
     }}  # fmt: skip
     if change:
-        change(found)
-    dump(folder / f"visdial_1.0_{split}.json", found)
+        change(content)
+    dump(folder / f"visdial_1.0_{split}.json", content)
     touch(folder / f"VisualDialog_{split}2018", *(visdial_name(i, split) for i in images))
     if dense:
         rows = [{"image_id": 8, "round_id": 2, "gt_relevance": [0.5, 0, 1.0]}]
@@ -98,8 +98,8 @@ def vist(folder, annotations=None, where="", images="images/val", suffix=".jpg")
     whole = [sentence("s1", i, f"{10 + i}") for i in (3, 0, 4, 2, 1)]  # not in order in the file
     second = [sentence("s2", i, f"{p}") for i, p in enumerate((20, 11, 22, 23, 24))]
     broken = [sentence("s3", i, f"{30 + i}") for i in range(4)]
-    found = {"images": [], "albums": [], "annotations": annotations or [*whole, *second, *broken]}
-    dump(folder / where / "val.story-in-sequence.json", found)
+    content = {"images": [], "albums": [], "annotations": annotations or [*whole, *second, *broken]}
+    dump(folder / where / "val.story-in-sequence.json", content)
     touch(folder / images, *(f"{i}{suffix}" for i in (*range(10, 15), 20, *range(22, 25), *range(30, 34))))
     return folder
 
@@ -109,11 +109,11 @@ NAMES = {"questions": "v2_OpenEnded_mscoco_{}_questions.json", "annotations": "v
 
 def vqav2(folder, split="val2014", official=True, questions=None, annotations=None, images=None):
     asked = [{"question_id": 100 + i, "image_id": 5 + i, "question": f"what is {i}?"} for i in range(3)]
-    told = [{"question_id": 100 + i, "image_id": 5 + i, "question_type": "what is", "answer_type": "other",
+    annotated = [{"question_id": 100 + i, "image_id": 5 + i, "question_type": "what is", "answer_type": "other",
              "multiple_choice_answer": "cat",
              "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(["cat", "dog"])]}
             for i in (2, 0)]  # fmt: skip
-    for field, items in (("questions", questions or asked), ("annotations", annotations or told)):
+    for field, items in (("questions", questions or asked), ("annotations", annotations or annotated)):
         if field == "questions" or not split.startswith("test"):
             name = NAMES[field].format(split) if official else f"{field}.json"
             dump(folder / name, {"data_subtype": split, field: items})

@@ -62,22 +62,22 @@ def test_a_run_is_kept_and_is_the_same_when_made_again(bench):
 
 def test_the_cached_measures_are_those_of_the_tasks(bench):
     model = bench.trained(Row("DAT"), 1e-2)
-    found = bench.measure(model, "validation")
-    said = miniature.mmdialog("validation")
+    cached = bench.measure(model, "validation")
+    data = miniature.mmdialog("validation")
     system = UniMuR(model)
-    plain = response.run(system, said, protocols("mmdialog", True)[0], ClipBaseline(model))
+    plain = response.run(system, data, protocols("mmdialog", True)[0], ClipBaseline(model))
     plain |= {
         f"dialogue to image {k}": m
         for k, m in image.run(system, miniature.visdial("validation"), protocols("visdial", True)[0]).items()
     }
-    said.dialogues = [d for d in said.dialogues if d["wants_image"]]
-    plain["contextual image R@1"] = image.run(system, said, protocols("mmdialog_image", True)[0])["R@1"]
+    data.dialogues = [d for d in data.dialogues if d["wants_image"]]
+    plain["contextual image R@1"] = image.run(system, data, protocols("mmdialog_image", True)[0])["R@1"]
     for name, measure in plain.items():
-        assert found[name].value == pytest.approx(measure.value, abs=1e-6, nan_ok=True), name
+        assert cached[name].value == pytest.approx(measure.value, abs=1e-6, nan_ok=True), name
     other = bench.trained(Row("candidates", {"text_candidates": "clip_text"}), 1e-2)
-    words = list(said.texts.values())
-    wanted = other.embed_texts([said.texts[i] for i in bench.embedded(other, "validation", "said").text_rows])
-    assert torch.equal(bench.embedded(other, "validation", "said").texts, wanted) and len(wanted) == len(words)
+    words = list(data.texts.values())
+    wanted = other.embed_texts([data.texts[i] for i in bench.embedded(other, "validation", "mmdialog").text_rows])
+    assert torch.equal(bench.embedded(other, "validation", "mmdialog").texts, wanted) and len(wanted) == len(words)
 
 
 def test_the_rate_is_chosen_on_validation_and_test_is_measured_once(monkeypatch, tmp_path):
@@ -102,11 +102,11 @@ def test_the_rate_is_chosen_on_validation_and_test_is_measured_once(monkeypatch,
     monkeypatch.setattr(ablate, "side_by_side", in_process)
     monkeypatch.setattr(ablate, "run_validation", validation)
     monkeypatch.setattr(ablate, "run_test", test)
-    found = ablate.ablate(["4"], [0, 1], tmp_path)
+    results = ablate.ablate(["4"], [0, 1], tmp_path)
     assert calls == [(0, [1e-2, 3e-2]), (1, [1e-2, 3e-2])]
-    assert [row["rate"] for row in found["4"]["rows"]] == [1e-2, 3e-2]
-    assert [s["seed"] for s in found["4"]["rows"][0]["seeds"]] == [0, 1]
-    assert found["4"]["rows"][0]["validation"]["0.01"] == pytest.approx(1.005)
+    assert [row["rate"] for row in results["4"]["rows"]] == [1e-2, 3e-2]
+    assert [s["seed"] for s in results["4"]["rows"][0]["seeds"]] == [0, 1]
+    assert results["4"]["rows"][0]["validation"]["0.01"] == pytest.approx(1.005)
 
 
 def test_rows_that_differ_only_in_name_or_pool_share_their_training():

@@ -31,8 +31,8 @@ def test_similarity_is_the_models_own(blip2):
     words = blip2.tokenizer(TEXTS, padding=True, return_tensors="pt")
     pixels = blip2.image_processor(images, return_tensors="pt")["pixel_values"]
     wanted = blip2.model(pixel_values=pixels, input_ids=words["input_ids"], attention_mask=words["attention_mask"])
-    found = blip2.similarity(blip2.embed_texts(TEXTS), blip2.embed_images(images))
-    torch.testing.assert_close(found, wanted.logits_per_text, rtol=1e-4, atol=1e-5)
+    actual = blip2.similarity(blip2.embed_texts(TEXTS), blip2.embed_images(images))
+    torch.testing.assert_close(actual, wanted.logits_per_text, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_changes_nothing(blip2):

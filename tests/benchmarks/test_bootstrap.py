@@ -31,45 +31,45 @@ def test_p_by_hand(monkeypatch, items_per_value):
     monkeypatch.setattr(bootstrap, "ITEMS_PER_VALUE", items_per_value)
     # Differences 1, 1, 1, -1. Four draws are at or below 0 in the mean with at least two of -1:
     # 1 - (3/4)^4 - 4 (1/4) (3/4)^3 = 0.26172; p is twice that. The standard error of 2 x a share of 10,000 is 0.009.
-    found = paired([1, 1, 1, 0], [0, 0, 0, 1])
-    assert found.mean == 0.5 and found.n == 4 and found.left_out == 0
-    assert found.p == pytest.approx(0.52344, abs=0.036)
+    difference = paired([1, 1, 1, 0], [0, 0, 0, 1])
+    assert difference.mean == 0.5 and difference.n == 4 and difference.left_out == 0
+    assert difference.p == pytest.approx(0.52344, abs=0.036)
     # The smallest mean, -1, has probability 1/256 and -1/2 has 12/256: the 2.5 % quantile is -1/2. Four of 1: 81/256.
-    assert (found.low, found.high) == (-0.5, 1.0)
-    assert paired([0, 0, 0, 1], [1, 1, 1, 0]).p == pytest.approx(found.p, abs=0.036)
+    assert (difference.low, difference.high) == (-0.5, 1.0)
+    assert paired([0, 0, 0, 1], [1, 1, 1, 0]).p == pytest.approx(difference.p, abs=0.036)
 
 
 def test_a_paired_ratio_is_the_difference_of_the_ratios():
     rng = np.random.default_rng(0)
     golds = rng.integers(1, 3, 400).astype(float)
     a, b = rng.binomial(golds.astype(int), 0.7), rng.binomial(golds.astype(int), 0.5)
-    found = paired(a, b, golds)
-    assert found.mean == pytest.approx(a.sum() / golds.sum() - b.sum() / golds.sum())
-    assert 0.1 < found.low < found.mean < found.high < 0.3
-    assert found.p == pytest.approx(2 / 10_001)  # no draw is at or below 0
+    difference = paired(a, b, golds)
+    assert difference.mean == pytest.approx(a.sum() / golds.sum() - b.sum() / golds.sum())
+    assert 0.1 < difference.low < difference.mean < difference.high < 0.3
+    assert difference.p == pytest.approx(2 / 10_001)  # no draw is at or below 0
 
 
 def test_the_same_system_twice():
     values = np.random.default_rng(0).random(50)
-    found = paired(values, values)
-    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+    difference = paired(values, values)
+    assert (difference.mean, difference.low, difference.high, difference.p) == (0, 0, 0, 1)
 
 
 def test_pairing_cancels_what_is_hard_for_both():
     rng = np.random.default_rng(0)
     b = rng.random(200)
-    found = paired(b + 0.02 + rng.normal(0, 0.02, 200), b)
+    difference = paired(b + 0.02 + rng.normal(0, 0.02, 200), b)
     alone = interval(b)
-    assert found.low > 0 and found.p < 0.001
-    assert found.high - found.low < (alone[1] - alone[0]) / 5
+    assert difference.low > 0 and difference.p < 0.001
+    assert difference.high - difference.low < (alone[1] - alone[0]) / 5
 
 
 def test_nan_items_are_left_out_and_counted():
     values, other = np.array([0.0, NAN, 1.0, 1.0]), np.array([1.0, 1.0, NAN, 0.0])
     assert interval(values) == interval([0.0, 1.0, 1.0])
     assert interval(values, [1, 1, NAN, 2]) == interval([0.0, 1.0], [1, 2])
-    found = paired(values, other)
-    assert (found.n, found.left_out, found.mean) == (2, 2, 0)
+    difference = paired(values, other)
+    assert (difference.n, difference.left_out, difference.mean) == (2, 2, 0)
     assert paired([1.0, 0.0], [0.0, 0.0], [1.0, NAN]).left_out == 1
 
 
@@ -104,7 +104,7 @@ def test_both_ways_of_drawing_agree(monkeypatch, ratio):
 
 
 @pytest.mark.parametrize("kind", ["mean of hits", "mean of a skewed value", "ratio", "paired"])
-def test_a_95_percent_interval_holds_the_truth_95_percent_of_the_time(kind):
+def test_a_95_percent_interval_covers_the_truth_95_percent_of_the_time(kind):
     rng = np.random.default_rng(5)
     held = 0
     for seed in range(400):
@@ -118,8 +118,8 @@ def test_a_95_percent_interval_holds_the_truth_95_percent_of_the_time(kind):
         else:
             hard = rng.random(150)
             a, b = rng.random(150) < hard, rng.random(150) < hard / 2
-            truth, found = 0.25, paired(a, b, samples=600, seed=seed)
-            low, high = found.low, found.high
+            truth, difference = 0.25, paired(a, b, samples=600, seed=seed)
+            low, high = difference.low, difference.high
         held += low <= truth <= high
     # 400 trials at 95 %: 380, standard deviation 4.4; percentile intervals of 150 items hold a little less.
     assert 364 <= held <= 394
@@ -132,14 +132,14 @@ def test_under_no_difference_p_is_below_5_percent_5_percent_of_the_time():
     assert 8 <= below <= 36
 
 
-def test_what_is_refused():
+def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="item 1: its value is infinite"):
         interval([0, math.inf])
     with pytest.raises(ValueError, match="item 0: its denominator is negative"):
         interval([0, 1], [-1, 2])
     with pytest.raises(ValueError, match="same items"):
         paired([0, 1], [0, 1, 1])
-    with pytest.raises(ValueError, match="one an item"):
+    with pytest.raises(ValueError, match="one per item"):
         interval([0, 1], [1])
     with pytest.raises(ValueError, match="confidence 95"):
         interval([0, 1], confidence=95)

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.data.mmdialog import read_mmdialog
 from benchmarks.schema import ABSENT, BadDataError, TooMuchMissingError
-from tests.benchmarks.layouts import CONVERSATION, media, mmdialog, said, stand_ins, text, text_id
+from tests.benchmarks.layouts import CONVERSATION, media, mmdialog, stand_ins, text, text_id, turn_texts
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -16,9 +16,11 @@ def test_mmdialog(tmp_path, lines):
     data = read_mmdialog(mmdialog(tmp_path, [CONVERSATION, other], lines=lines), progress=False)
     assert [d["dialogue_id"] for d in data.dialogues] == ["5-1", "5-2", "six-1"] and data.missing.seen == 3
     first, second, third = data.dialogues
-    assert said(first) == [("A", "/-12", "look"), ("B", "nice", "/3", "/-4", "more")] and first["target_turn"] == 1
-    assert said(second)[2:] == [("A", "thanks")] and second["target_turn"] == 2
-    assert said(third)[1:] == [("B", "thanks")]
+    assert (
+        turn_texts(first) == [("A", "/-12", "look"), ("B", "nice", "/3", "/-4", "more")] and first["target_turn"] == 1
+    )
+    assert turn_texts(second)[2:] == [("A", "thanks")] and second["target_turn"] == 2
+    assert turn_texts(third)[1:] == [("B", "thanks")]
     assert first["gold"] == {"text_ids": [text_id("nice"), text_id("more")], "image_ids": ["3", "-4"]}
     assert first["pool"]["image_ids"] == sorted(["3", "-4", "9", "-8"])
     assert first["pool"]["text_ids"] == sorted(map(text_id, ["nice", "more", "thanks", "no"]))
@@ -104,12 +106,12 @@ def test_mmdialog_of_the_wrong_shape(tmp_path, change, message):
 
 def test_mmdialog_sample(samples, tmp_path):
     shutil.copytree(samples / "mmdialog_stub", tmp_path, dirs_exist_ok=True)
-    found = json.loads((tmp_path / "test" / "conversations.json").read_text())
-    keys = {e["__MEDIA__"] for c in found for t in c["conversation"] for e in t["turn"] if "__MEDIA__" in e}
-    keys |= {k for c in found for k in c["negative_candidate_media_keys"]}
+    conversations = json.loads((tmp_path / "test" / "conversations.json").read_text())
+    keys = {e["__MEDIA__"] for c in conversations for t in c["conversation"] for e in t["turn"] if "__MEDIA__" in e}
+    keys |= {k for c in conversations for k in c["negative_candidate_media_keys"]}
     stand_ins(samples, tmp_path / "test", [f"{key}.jpg" for key in keys])
     data = read_mmdialog(tmp_path, progress=False)
-    assert len(data) == 2 * len(found) and not data.missing.counts and set(data.images) == keys
+    assert len(data) == 2 * len(conversations) and not data.missing.counts and set(data.images) == keys
     assert data.dialogues[0]["gold"]["image_ids"] == ["78499"]
     assert len(data.dialogues[0]["pool"]["image_ids"]) == 21
     assert all(set(d["gold"][k]) <= set(d["pool"][k]) for d in data.dialogues for k in ("text_ids", "image_ids"))

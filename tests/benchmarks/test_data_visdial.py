@@ -7,29 +7,29 @@ import pytest
 
 from benchmarks.data.visdial import read_visdial, read_visdial_answers
 from benchmarks.schema import ABSENT, BadDataError, TooMuchMissingError
-from tests.benchmarks.layouts import dump, said, stand_ins, visdial, visdial_name
+from tests.benchmarks.layouts import dump, stand_ins, turn_texts, visdial, visdial_name
 
 
-def without_answers(found):
-    for dialogue in found["data"]["dialogs"]:
+def without_answers(content):
+    for dialogue in content["data"]["dialogs"]:
         for key in ("answer", "gt_index", "answer_options"):
             dialogue["dialog"][-1].pop(key)
             dialogue["dialog"][0].pop(key) if key != "answer" else None
-    found["data"]["dialogs"][1]["dialog"] = found["data"]["dialogs"][1]["dialog"][:1]
+    content["data"]["dialogs"][1]["dialog"] = content["data"]["dialogs"][1]["dialog"][:1]
 
 
 def test_visdial_retrieval(tmp_path):
     data = read_visdial(visdial(tmp_path), progress=False)
     first = data.dialogues[0]
-    assert said(first) == [("Q", "what is it"), ("A", "a cat"), ("Q", "is it old"), ("A", "yes, very")]
+    assert turn_texts(first) == [("Q", "what is it"), ("A", "a cat"), ("Q", "is it old"), ("A", "yes, very")]
     assert first["target_turn"] == 4 and first["gold"] == {"text_ids": [], "image_ids": ["7"]}
     assert first["pool"] is data.dialogues[1]["pool"] and first["pool"]["image_ids"] == ["7", "8"]
     assert data.images["8"] == tmp_path / "VisualDialog_val2018" / visdial_name(8) and data.missing.seen == 2
     with_caption = read_visdial(tmp_path, caption=True, progress=False).dialogues[1]
-    assert said(with_caption)[0] == ("C", "caption 8") and with_caption["target_turn"] == 5
+    assert turn_texts(with_caption)[0] == ("C", "caption 8") and with_caption["target_turn"] == 5
 
 
-def test_visdial_images_beside_the_file_and_absent_ones(tmp_path):
+def test_visdial_images_next_to_the_file_and_absent_ones(tmp_path):
     visdial(tmp_path)
     whole = read_visdial(tmp_path, progress=False)
     (tmp_path / "VisualDialog_val2018" / visdial_name(7)).rename(tmp_path / visdial_name(7))
@@ -48,8 +48,8 @@ def test_visdial_images_beside_the_file_and_absent_ones(tmp_path):
 def test_visdial_test_split_has_no_answers_to_rank(tmp_path):
     visdial(tmp_path, "test", change=without_answers, dense=False)
     data = read_visdial(tmp_path, "test", progress=False)
-    assert said(data.dialogues[0]) == [("Q", "what is it"), ("A", "a cat"), ("Q", "is it old")]
-    assert said(data.dialogues[1]) == [("Q", "what is it"), ("A", "a cat")]
+    assert turn_texts(data.dialogues[0]) == [("Q", "what is it"), ("A", "a cat"), ("Q", "is it old")]
+    assert turn_texts(data.dialogues[1]) == [("Q", "what is it"), ("A", "a cat")]
     with pytest.raises(BadDataError, match="'test' is published without answers; 'val'"):
         read_visdial_answers(tmp_path, "test", progress=False)
 
@@ -57,9 +57,9 @@ def test_visdial_test_split_has_no_answers_to_rank(tmp_path):
 def test_visdial_answers(tmp_path):
     data = read_visdial_answers(visdial(tmp_path), progress=False)
     assert [d["dialogue_id"] for d in data.dialogues] == ["7-1", "7-2", "8-1", "8-2"]
-    assert said(data.dialogues[0]) == [("I", "/7"), ("Q", "what is it")]
+    assert turn_texts(data.dialogues[0]) == [("I", "/7"), ("Q", "what is it")]
     last = data.dialogues[3]
-    assert said(last) == [("I", "/8"), ("Q", "what is it"), ("A", "a cat"), ("Q", "is it old")]
+    assert turn_texts(last) == [("I", "/8"), ("Q", "what is it"), ("A", "a cat"), ("Q", "is it old")]
     assert last["target_turn"] == 4 and last["pool"]["text_ids"] == ["a1", "a0", "a3"]
     assert last["gold"]["text_ids"] == ["a3"] and data.texts["a3"] == "yes, very"
     assert last["relevance"] == [0.5, 0.0, 1.0]
@@ -71,14 +71,14 @@ def test_visdial_round_without_options_is_counted(tmp_path):
     visdial(tmp_path, change=lambda f: f["data"]["dialogs"][0]["dialog"][0].pop("answer_options"))
     data = read_visdial_answers(tmp_path, progress=False)
     assert [d["dialogue_id"] for d in data.dialogues] == ["7-2", "8-1", "8-2"]
-    assert data.missing.counts == {"no answer options": 1} and said(data.dialogues[0])[2] == ("A", "a cat")
+    assert data.missing.counts == {"no answer options": 1} and turn_texts(data.dialogues[0])[2] == ("A", "a cat")
 
 
 def _set(*path, value):
-    def change(found):
+    def change(content):
         for key in path[:-1]:
-            found = found[key]
-        found[path[-1]] = value
+            content = content[key]
+        content[path[-1]] = value
 
     return change
 
@@ -91,10 +91,13 @@ def _set(*path, value):
         (_set("split", value="test2018"), "of the split 'test2018', expected 'val'"),
         (_set("data", "dialogs", 1, "image_id", value="8"), "dialogue 1: the field 'image_id' is str, expected int"),
         (_set("data", "dialogs", 1, "image_id", value=7), "second of image 7"),
-        (_set("data", "dialogs", 1, "dialog", 0, "question", value=9), "dialogue 1.*round 1, question: 9 is no index"),
-        (_set("data", "dialogs", 1, "dialog", 1, "answer", value=-1), "round 2, answer: -1 is no index"),
+        (
+            _set("data", "dialogs", 1, "dialog", 0, "question", value=9),
+            "dialogue 1.*round 1, question: 9 is not an index",
+        ),
+        (_set("data", "dialogs", 1, "dialog", 1, "answer", value=-1), "round 2, answer: -1 is not an index"),
         (_set("data", "dialogs", 1, "dialog", 1, "gt_index", value=3), "round 2: gt_index is 3, expected 0 to 2"),
-        (_set("data", "dialogs", 0, "dialog", 0, "answer_options", value=[0, 4]), "answer_options: 4 is no index"),
+        (_set("data", "dialogs", 0, "dialog", 0, "answer_options", value=[0, 4]), "answer_options: 4 is not an index"),
         (_set("data", "dialogs", 0, "dialog", value={}), "dialogue 0: the field 'dialog' is dict"),
     ],
 )
@@ -120,7 +123,7 @@ def test_visdial_dense_annotations_of_the_wrong_shape(tmp_path, rows, message):
         read_visdial_answers(tmp_path, progress=False)
 
 
-def test_visdial_names_what_it_looked_for(tmp_path):
+def test_visdial_names_the_files_it_expects(tmp_path):
     with pytest.raises(BadDataError, match=r"looked for is there: visdial_1.0_val.json"):
         read_visdial(tmp_path, progress=False)
     with pytest.raises(BadDataError, match="no such folder"):
@@ -135,17 +138,17 @@ def test_visdial_names_what_it_looked_for(tmp_path):
 
 def test_visdial_sample(samples, tmp_path):
     shutil.copytree(samples / "visdial", tmp_path, dirs_exist_ok=True)
-    found = json.loads((tmp_path / "visdial_1.0_val_slice.json").read_text())["data"]
-    ids = [d["image_id"] for d in found["dialogs"]]
+    content = json.loads((tmp_path / "visdial_1.0_val_slice.json").read_text())["data"]
+    ids = [d["image_id"] for d in content["dialogs"]]
     stand_ins(samples, tmp_path / "VisualDialog_val2018", map(visdial_name, ids))
     data = read_visdial(tmp_path, progress=False)
     assert (
         len(data) == 12 and not data.missing.counts and data.dialogues[0]["pool"]["image_ids"] == [str(i) for i in ids]
     )
     assert {d["target_turn"] for d in data.dialogues} == {20}
-    first = found["dialogs"][0]["dialog"][0]
-    assert said(data.dialogues[0])[:2] == [
-        ("Q", found["questions"][first["question"]]), ("A", found["answers"][first["answer"]])
+    first = content["dialogs"][0]["dialog"][0]
+    assert turn_texts(data.dialogues[0])[:2] == [
+        ("Q", content["questions"][first["question"]]), ("A", content["answers"][first["answer"]])
     ]  # fmt: skip
     ranked = read_visdial_answers(tmp_path, progress=False)
     assert len(ranked) == 120 and {len(d["pool"]["text_ids"]) for d in ranked.dialogues} == {100}

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.data.vist import read_vist, write_manifest
 from benchmarks.schema import ABSENT, BadDataError
-from tests.benchmarks.layouts import dump, said, sentence, stand_ins, touch, vist
+from tests.benchmarks.layouts import dump, sentence, stand_ins, touch, turn_texts, vist
 
 
 @pytest.mark.parametrize(("where", "images", "suffix"), [("", "images/val", ".jpg"), ("sis", "images", ".png")])
@@ -14,7 +14,7 @@ def test_vist(tmp_path, where, images, suffix):
     data = read_vist(vist(tmp_path, None, where, images, suffix), progress=False)
     assert [d["dialogue_id"] for d in data.dialogues] == ["s1", "s2"]
     first = data.dialogues[0]
-    assert said(first) == [("A", f"text {i} .", f"/{10 + i}") for i in range(4)] + [("A", "text 4 .")]
+    assert turn_texts(first) == [("A", f"text {i} .", f"/{10 + i}") for i in range(4)] + [("A", "text 4 .")]
     assert first["target_turn"] == 5 and first["gold"]["image_ids"] == ["14"]
     # The photos of an incomplete story are the split's all the same.
     assert first["pool"]["image_ids"] == [str(i) for i in (*range(10, 15), 20, *range(22, 25), *range(30, 34))]
@@ -66,7 +66,7 @@ def test_vist_incomplete_in_other_ways(tmp_path):
     ("annotation", "message"),
     [
         (sentence("s1", 0, "1") * 2, "annotation 0: expected a list of one sentence"),
-        (sentence("s1", 0, "1")[0], "annotation 0: expected a list of one sentence, found dict"),
+        (sentence("s1", 0, "1")[0], "annotation 0: expected a list of one sentence, got dict"),
         (sentence("s1", "0", "1"), "'worker_arranged_photo_order' is str, expected int"),
         ([{"story_id": "s1"}], "annotation 0: expected the field 'photo_flickr_id'"),
     ],

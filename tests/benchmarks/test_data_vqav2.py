@@ -75,8 +75,8 @@ def test_vqav2_of_the_wrong_shape(tmp_path, wrong, message):
 
 def test_vqav2_sample(samples, tmp_path):
     shutil.copytree(samples / "vqav2", tmp_path, dirs_exist_ok=True)
-    found = json.loads((tmp_path / "questions.json").read_text())["questions"]
-    stand_ins(samples, tmp_path / "train2014", {f"COCO_train2014_{q['image_id']:012d}.jpg" for q in found})
+    questions = json.loads((tmp_path / "questions.json").read_text())["questions"]
+    stand_ins(samples, tmp_path / "train2014", {f"COCO_train2014_{q['image_id']:012d}.jpg" for q in questions})
     with pytest.raises(BadDataError, match=r"'train2014'.*'val2014'"):
         read_vqav2(tmp_path, progress=False)
     data = read_vqav2(tmp_path, "train2014", progress=False)

@@ -26,20 +26,22 @@ def split():
 
 
 def test_the_tasks_agree_with_retrieve(tiny, split):
-    model, said = tiny(), split.responses
-    data = Dialogues(said.dialogues, said.texts, split.images)
-    found = response.run(UniMuR(model), data, protocols("mmdialog", True)[0], ClipBaseline(model))
-    ids = said.dialogues[0]["pool"]
+    model, source = tiny(), split.responses
+    data = Dialogues(source.dialogues, source.texts, split.images)
+    measures = response.run(UniMuR(model), data, protocols("mmdialog", True)[0], ClipBaseline(model))
+    ids = source.dialogues[0]["pool"]
     pool = model.build_pool(
-        [split.images[i] for i in ids["image_ids"]], [said.texts[i] for i in ids["text_ids"]],
+        [split.images[i] for i in ids["image_ids"]], [source.texts[i] for i in ids["text_ids"]],
         image_ids=ids["image_ids"], text_ids=ids["text_ids"], show_progress_bar=False,
     )  # fmt: skip
-    replies = model.retrieve([context_of(d, split.images) for d in said.dialogues], pool, top_k=100)
-    wants = [d["wants_image"] for d in said.dialogues]
+    replies = model.retrieve([context_of(d, split.images) for d in source.dialogues], pool, top_k=100)
+    wants = [d["wants_image"] for d in source.dialogues]
     rate = sum(r.image is not None for r, w in zip(replies, wants, strict=True) if w) / sum(wants)
-    right = sum(r.text == said.texts[d["gold"]["text_ids"][0]] for r, d in zip(replies, said.dialogues, strict=True))
-    assert found["image retrieval rate"].value == pytest.approx(rate)
-    assert found["text R@1"].value == pytest.approx(right / len(replies))
+    hits = sum(
+        r.text == source.texts[d["gold"]["text_ids"][0]] for r, d in zip(replies, source.dialogues, strict=True)
+    )
+    assert measures["image retrieval rate"].value == pytest.approx(rate)
+    assert measures["text R@1"].value == pytest.approx(hits / len(replies))
 
 
 def test_the_whole_table(tiny, split):
@@ -48,7 +50,7 @@ def test_the_whole_table(tiny, split):
     columns = {"UniMuR": measure(UniMuR(model), clip, split), "CLIP": measure(clip, clip, split)}
     assert columns["UniMuR"].keys() == columns["CLIP"].keys()
     assert all(0 <= v <= 100 for n, v in columns["UniMuR"].items() if n != "CLIP-Sim")
-    assert columns["CLIP"]["image to itself R@1"] == 100  # an identity for CLIP, said in the README
+    assert columns["CLIP"]["image to itself R@1"] == 100  # an identity for CLIP, as the README explains
     text = table(columns)
     assert len(text.splitlines()) == 2 + len(columns["UniMuR"]) and "| image to itself R@1" in text
 
@@ -81,18 +83,18 @@ def test_a_constant_model_gains_nothing_from_ties(tiny, split):
         embed_images = embed_texts = embed_dialogues
 
     data = Dialogues(split.visdial.dialogues, {}, split.images)
-    found = image.run(Constant(tiny()), data, protocols("visdial", True)[0])
-    assert {k: m.value for k, m in found.items()} == pytest.approx({"R@1": 1 / 12, "R@5": 5 / 12, "R@10": 10 / 12})
+    measures = image.run(Constant(tiny()), data, protocols("visdial", True)[0])
+    assert {k: m.value for k, m in measures.items()} == pytest.approx({"R@1": 1 / 12, "R@5": 5 / 12, "R@10": 10 / 12})
 
 
 def test_recall_on_pairs_counts_what_it_leaves_out(tiny):
     rows = [{"image": {"bytes": encode(picture(i)), "path": None}, "captions": [f"number {i}"]} for i in range(3)]
     rows += [{"image": {"bytes": b"", "path": None}, "captions": ["x"]}, {"image": rows[0]["image"], "captions": []}]
-    found = caption_to_image_recall(tiny(), rows, 10)
-    assert found["pool"] == 3 and found["left out"] == 2 and found["R@5"] == 100
+    recall = caption_to_image_recall(tiny(), rows, 10)
+    assert recall["pool"] == 3 and recall["left out"] == 2 and recall["R@5"] == 100
     blank = [rows[0] | {"captions": [" ", "number 0"]}, rows[1] | {"captions": [""]}, rows[2]]
-    found = caption_to_image_recall(tiny(), blank, 10)
-    assert found["pool"] == 2 and found["left out"] == 1
+    recall = caption_to_image_recall(tiny(), blank, 10)
+    assert recall["pool"] == 2 and recall["left out"] == 1
 
 
 def test_the_gallery_is_drawn(tiny, split, tmp_path):

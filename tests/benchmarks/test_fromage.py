@@ -111,7 +111,7 @@ def test_losses_equal_a_computation_row_by_row(model):
         log = F.log_softmax(h @ vocabulary.T, dim=-1)
         at = 2
         for words in (captions[a], captions[b]):
-            losses += [-log[at + i - 1, word] for i, word in enumerate([2, *words])]  # BOS is told by the image
+            losses += [-log[at + i - 1, word] for i, word in enumerate([2, *words])]  # BOS is predicted from the image
             at += len(words) + 3
     assert torch.allclose(outputs.loss_cap, torch.stack(losses).mean(), atol=1e-5)
 
@@ -127,14 +127,14 @@ def test_losses_equal_a_computation_row_by_row(model):
     both = [F.cross_entropy(s, torch.arange(4)) for s in (scores, scores.T)]
     assert torch.allclose(outputs.loss_vm, (both[0] + both[1]) / 2, atol=1e-4)
     assert torch.allclose(outputs.loss, outputs.loss_cap + outputs.loss_ret + outputs.loss_vm)
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="give captions, contexts"):
         model()
 
 
 def test_cached_features_give_the_same_loss(model):
     batch = inputs_of(model)
     expected = model(**batch).loss
-    batch["image_features"] = model.encode_images(batch.pop("pixel_values"))[0]
+    batch["images"] = {"features": model.encode_images(batch["images"]["pixel_values"])[0]}
     assert torch.equal(model(**batch).loss, expected)
 
 
@@ -206,63 +206,64 @@ def one_by_one(model, dialogue, limit):
 
 
 @torch.no_grad()
-def test_an_image_is_sought_with_the_ret_that_the_reply_holds(model):
-    """Over several [RET]s, so that both answers occur, early and late."""
+def test_the_query_for_an_image_is_the_ret_in_the_reply(model):
+    """Over several [RET]s, so that replies with and without it occur, and early and late ones."""
     ret = model.language_model.get_input_embeddings().weight.shape[0]
     newline = model.processor.tokenizer.convert_tokens_to_ids("Ċ")
     many = [*DIALOGUES, *WORDS]
     kept = model.ret_embedding.detach().clone()
-    seen, late = set(), 0
+    answers, late = set(), 0
     try:
         for seed in range(6):
             generator = torch.Generator().manual_seed(seed)
             model.ret_embedding.data.copy_(torch.randn(32, generator=generator) * 0.4)
             replies = Fromage(model, max_new_tokens=8).image_replies(many)
-            for dialogue, shown, query in zip(many, replies.shown, replies.queries, strict=True):
+            for dialogue, has_ret, query in zip(many, replies.with_image, replies.queries, strict=True):
                 tokens, states = one_by_one(model, dialogue, 8)
                 end = tokens.index(newline, 1) if newline in tokens[1:] else len(tokens)
-                assert bool(shown) == (ret in tokens[:end])
-                if not shown:
+                assert bool(has_ret) == (ret in tokens[:end])
+                if not has_ret:
                     continue
                 at = tokens.index(ret)
                 expected = F.normalize(model.W_t2m(states[at]), dim=-1)
                 assert torch.allclose(query, expected, atol=1e-4)
                 forced = model.embed_dialogues([dialogue])[0]
                 late += at > 1 and not torch.allclose(forced, query, atol=1e-2)
-            seen |= set(replies.shown.tolist())
+            answers |= set(replies.with_image.tolist())
             few = model.image_replies(many, 8, batch_size=5)
-            assert torch.equal(few.shown, replies.shown)
+            assert torch.equal(few.with_image, replies.with_image)
             assert torch.allclose(few.queries, replies.queries, atol=1e-4)
     finally:
         model.ret_embedding.data.copy_(kept)
-    assert seen == {True, False} and late
+    assert answers == {True, False} and late
 
 
 def test_no_dialogue_has_no_reply(model):
     replies = model.image_replies([])
-    assert replies.shown.shape == (0,) and replies.queries.shape == (0, 12)
+    assert replies.with_image.shape == (0,) and replies.queries.shape == (0, 12)
 
 
 @pytest.mark.parametrize(
-    ("reply", "shown"), [("aR", True), ("a\nR", False), ("\nR", True), ("abc", False), ("abcR", False), ("abR", True)]
+    ("reply", "has_ret"),
+    [("aR", True), ("a\nR", False), ("\nR", True), ("abc", False), ("abcR", False), ("abR", True)],
 )
-def test_a_reply_ends_at_its_newline_and_at_its_length(model, monkeypatch, reply, shown):
+def test_a_reply_ends_at_its_newline_and_at_its_length(model, monkeypatch, reply, has_ret):
     ids = {"R": -1, "\n": model.processor.tokenizer.convert_tokens_to_ids("Ċ"), "a": 10, "b": 11, "c": 12}
     script = iter(reply.ljust(3, "c"))
 
     def scripted(hidden):
         logits = torch.zeros(len(hidden), 100)
         logits[0, ids[next(script)]] = 1
-        logits[1, ids["b"]] = 1  # beside it one that never ends
+        logits[1, ids["b"]] = 1  # and next to it a reply that never ends
         return logits
 
     monkeypatch.setattr(model, "vocabulary_logits", scripted)
     replies = model.image_replies(["hello", "look"], max_new_tokens=3)
-    assert replies.shown.tolist() == [shown, False]
+    assert replies.with_image.tolist() == [has_ret, False]
     table = model.language_model.get_input_embeddings().weight
     bias = F.normalize(model.W_t2m.bias, dim=-1)
-    assert torch.allclose(replies.queries[1], bias, atol=1e-6)  # nothing was read
-    if shown:
+    assert torch.allclose(replies.queries[1], bias, atol=1e-6)  # no [RET], so the state is zero
+    if has_ret:
         words = [ids[c] for c in reply[: reply.index("R")]]
         inputs = torch.cat([table[ids_of(model, "BOS", "hello")], table[words], model.ret_embedding[None]])
         h = model.language_model.base_model(inputs_embeds=inputs[None]).last_hidden_state[0, -1]

@@ -87,15 +87,15 @@ def test_a_canonical_start_gives_the_cosines_of_the_canonical_maps(tmp_path):
     expected = (
         F.normalize(maps.of(STATE)(data.states), dim=-1) @ F.normalize(maps.of("pooled")(data.features), dim=-1).T
     )
-    found = F.normalize(model.W_t2m(data.states), dim=-1) @ F.normalize(model.W_v2m(data.features), dim=-1).T
-    assert torch.allclose(found, expected, atol=1e-4)
+    cosines = F.normalize(model.W_t2m(data.states), dim=-1) @ F.normalize(model.W_v2m(data.features), dim=-1).T
+    assert torch.allclose(cosines, expected, atol=1e-4)
     assert (model.W_t2m.weight.norm(dim=1) > 0).all()  # a row at zero would stay there
     for width in (0, 33):
         with pytest.raises(ValueError, match=f"width={width}: there are 32 canonical directions, and shared_dim=40"):
             start_canonical(model, data, width=width, ridge=0.1, power=2)
 
 
-def test_the_miniatures_fromage_goes_on_with_its_heads(tmp_path):
+def test_the_miniatures_fromage_trains_its_heads_further(tmp_path):
     import datasets
 
     from train.data import FEATURES

@@ -24,31 +24,32 @@ def labels_of(model, *parts):
     return [-100 if i in ids_of(model, "image") else i for i in ids_of(model, *parts)]
 
 
-def rows_in(batch, prefix=""):
-    sizes = batch[f"{prefix}attention_mask"].sum(1).tolist()
-    return [row[:size].tolist() for row, size in zip(batch[f"{prefix}input_ids"], sizes, strict=True)]
+def rows_in(part):
+    sizes = part["attention_mask"].sum(1).tolist()
+    return [row[:size].tolist() for row, size in zip(part["input_ids"], sizes, strict=True)]
 
 
 def test_a_captioning_row_is_image_bos_caption(model):
     batch = inputs_of(model, 3)
-    assert rows_in(batch) == [ids_of(model, "image", "BOS", word) for word in WORDS[:3]]
-    assert rows_in(batch, "ret_") == [ids_of(model, "BOS", word, "RET") for word in WORDS[:3]]
-    for labels, word in zip(batch["labels"], WORDS, strict=False):
+    assert rows_in(batch["captions"]) == [ids_of(model, "image", "BOS", word) for word in WORDS[:3]]
+    assert rows_in(batch["contexts"]) == [ids_of(model, "BOS", word, "RET") for word in WORDS[:3]]
+    for labels, word in zip(batch["captions"]["labels"], WORDS, strict=False):
         expected = labels_of(model, "image", "BOS", word)
-        assert labels.tolist() == expected + [-100] * (len(labels) - len(expected))  # BOS is told, no end of text is
+        assert labels.tolist() == expected + [-100] * (len(labels) - len(expected))  # BOS is labelled; no end of text
 
 
-def test_joined_captioning_rows_keep_each_its_bos(model):
+def test_joined_captioning_rows_keep_every_bos(model):
     batch = inputs_of(model, 5, concatenate=1.0)
     expected = [
         ["image", "BOS", WORDS[0], "image", "BOS", WORDS[1]], ["image", "BOS", WORDS[2], "image", "BOS", WORDS[3]],
         ["image", "BOS", WORDS[4]],
     ]  # fmt: skip
-    assert rows_in(batch) == [ids_of(model, *parts) for parts in expected]
-    for labels, parts in zip(batch["labels"], expected, strict=True):
+    assert rows_in(batch["captions"]) == [ids_of(model, *parts) for parts in expected]
+    for labels, parts in zip(batch["captions"]["labels"], expected, strict=True):
         wanted = labels_of(model, *parts)
         assert labels.tolist() == wanted + [-100] * (len(labels) - len(wanted))
-    assert batch["image_indices"].tolist() == [0, 1, 2, 3, 4] and len(batch["ret_input_ids"]) == 5
+    assert batch["captions"]["image_indices"].tolist() == [0, 1, 2, 3, 4]
+    assert len(batch["contexts"]["input_ids"]) == 5
 
 
 def test_joining_is_drawn_with_its_probability_and_only_where_it_fits(model):
@@ -56,13 +57,13 @@ def test_joining_is_drawn_with_its_probability_and_only_where_it_fits(model):
     collator = FromageCollator(model.processor, concatenate=0.5)
     drawn = []
     for collator.epoch in range(200):
-        drawn.append(len(collator(rows)["input_ids"]) == 1)
+        drawn.append(len(collator(rows)["captions"]["input_ids"]) == 1)
     assert 0.38 < sum(drawn) / 200 < 0.62
     assert joined([[1, 2], [3], [4]], 3) == [[1, 2, 3], [4]] and joined([[1, 2], [3]], 2) == [[1, 2], [3]]
     # "BOS a red fox RET" has 11 positions; behind its image, without [RET], the caption loses its end.
     short = FromageProcessor.like(make_processor(2, max_length=11))
     batch = FromageCollator(short, concatenate=1.0)(rows)
-    assert rows_in(batch) == [ids_of(model, "image", "BOS", words) for words in ("a red fo", "two dogs")]
+    assert rows_in(batch["captions"]) == [ids_of(model, "image", "BOS", words) for words in ("a red fo", "two dogs")]
     with pytest.raises(ValueError, match="probability"):
         FromageCollator(model.processor, concatenate=1.5)
 
@@ -84,7 +85,7 @@ def contexts_of(model, dialogue, bos=FIRST_TEXT, **arguments):
         ([["hi", picture(1)]], ["BOS", "hi", "image"], ["BOS", "hi", "image", "BOS"]),
     ],
 )
-def test_bos_stands_before_text(model, dialogue, first, every):
+def test_bos_comes_before_text(model, dialogue, first, every):
     dialogue = [
         turn if not isinstance(turn, list) else {"role": "user", "content": [
             {"type": "text", "text": e} if isinstance(e, str) else {"type": "image", "image": e} for e in turn]}
@@ -95,7 +96,7 @@ def test_bos_stands_before_text(model, dialogue, first, every):
     assert contexts_of(model, dialogue, end_with_ret=False) == ids_of(model, *first)
 
 
-def test_more_bos_take_their_room(model):
+def test_further_bos_count_towards_the_length(model):
     dialogue = ["x" * 116, picture(1), "y", picture(2), "z"]
     assert len(contexts_of(model, dialogue)) == 128  # all the LLM has; two more BOS and the oldest must go
     parts = ["image", "BOS", "\ny\n", "image", "BOS", "\nz", "RET"]
@@ -203,7 +204,7 @@ def test_fromages_dialogue_to_image(model):
     assert system.rows == [ids_of(model, "BOS", "Q: is it? A: a cat.", "RET")]
 
 
-def test_fromages_conversations_speak_behind_the_context(model, monkeypatch):
+def test_fromages_conversations_generate_after_the_context(model, monkeypatch):
     """`generate_for_images_and_texts`: the LLM goes on from the prompts, which end in no [RET]."""
     read = []
     plain = model._speak

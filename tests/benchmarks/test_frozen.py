@@ -61,7 +61,7 @@ def test_a_checkpoint_of_either_kind_loads_again(frozen, tmp_path):
     assert next((tmp_path / "False").glob("*.safetensors")).stat().st_size < 100_000
 
 
-def test_it_speaks_and_judges_but_embeds_nothing(frozen):
+def test_it_answers_and_scores_but_has_no_embeddings(frozen):
     system = Frozen(frozen.eval())
     contexts = [[picture(1), "what is it?"], [picture(2), "what is it?"]]
     assert len(system.answers(contexts, max_new_tokens=3)) == 2

@@ -40,8 +40,8 @@ def test_likelihoods_equal_a_full_pass_per_option(tiny, kind, own_bos, monkeypat
     monkeypatch.setattr(language, "CHUNK", 40)  # several packed passes
     model = tiny(kind)
     contexts = [["what does it eat?"], [picture(1), "what does it wear?\nA:"]]
-    found = system(model).likelihoods(contexts, [OPTIONS, OPTIONS], own_bos=own_bos)
-    for context, got in zip(contexts, found, strict=True):
+    likelihoods = system(model).likelihoods(contexts, [OPTIONS, OPTIONS], own_bos=own_bos)
+    for context, got in zip(contexts, likelihoods, strict=True):
         for i, option in enumerate(OPTIONS):
             losses, n, total = plain(model, context, option, own_bos)
             for shift in (True, False):
@@ -72,7 +72,7 @@ def test_a_long_context_leaves_room_for_the_candidates(tiny):
 
 
 @torch.no_grad()
-def test_answers_are_the_greedy_continuation_whatever_the_batch(tiny):
+def test_answers_are_the_greedy_continuation_in_any_batch(tiny):
     model = tiny()
     contexts = [["what?"], [picture(1), "a much longer question about this picture?"], ["and now?"]]
     together = system(model).answers(contexts, max_new_tokens=6)

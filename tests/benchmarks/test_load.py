@@ -49,6 +49,6 @@ def test_every_kind_is_a_row(checkpoints, tmp_path, monkeypatch):
     assert len({str(r["revision"]) for r in results if r["system"] != "FROMAGe, text by perplexity (mean)"}) == 5
 
 
-def test_a_wrong_kind_is_said(checkpoints):
+def test_an_unknown_kind_is_named(checkpoints):
     with pytest.raises(ValueError, match="no system 'gill'"):
         load("gill", checkpoints["unimur"])

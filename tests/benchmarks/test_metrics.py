@@ -15,9 +15,9 @@ from benchmarks import metrics
 from benchmarks.metrics import (
     cosine_per_item,
     hit_rate_per_item,
+    image_rate_per_item,
     load,
     normalise_answer,
-    shown_per_item,
     visdial_per_item,
     vqa_accuracy_per_item,
 )
@@ -46,9 +46,9 @@ def test_a_module_is_complete_and_its_example_holds(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_of_the_readme_holds(name):
     text = (metrics.FOLDER / name / "README.md").read_text(encoding="utf-8")
-    code, said = text.split("```python\n")[1].split("```")[0].split("metric.compute")
-    expected = " ".join(line.lstrip("# ") for line in said.splitlines() if line.startswith("#"))
-    call = "".join(line for line in said.splitlines() if not line.startswith("#"))
+    code, example = text.split("```python\n")[1].split("```")[0].split("metric.compute")
+    expected = " ".join(line.lstrip("# ") for line in example.splitlines() if line.startswith("#"))
+    call = "".join(line for line in example.splitlines() if not line.startswith("#"))
     assert f'load("benchmarks/metrics/{name}")' in code
     assert eval(f"metric.compute{call}", {"metric": load(name)}) == eval(expected)
 
@@ -59,7 +59,7 @@ def test_names():
         load("recall")
 
 
-def test_loads_by_path_from_elsewhere_without_this_repository(tmp_path):
+def test_loads_by_path_outside_this_repository(tmp_path):
     # Self-contained: in another folder, with no `benchmarks` to import.
     folder = str(metrics.FOLDER / "recall_at_k")
     code = (
@@ -81,7 +81,7 @@ def test_two_metrics_of_one_name_do_not_mix():
     assert two.compute() == {"R@1": 0, "R@5": 1, "R@10": 1, "n": 3, "without_answer": 0}
 
 
-def test_an_error_leaves_nothing_behind():
+def test_an_error_does_not_affect_the_next_call():
     metric = load("recall_at_k")
     with pytest.raises(ValueError, match="query 1: a score is NaN"):
         metric.compute(predictions=[[1.0], [NAN, 0.0]], references=[[0], [1]])
@@ -90,47 +90,47 @@ def test_an_error_leaves_nothing_behind():
 
 def test_recall_by_hand():
     scores = [[0.9, 0.5, 0.1], [0.2, 0.2, 0.2], [0.1, 0.5, 0.5], [3, 2, 1]]
-    # First: rank 2. Second: a tie of three: 1/3, 2/3. Third: the better of its two right ones ties with a wrong one: 1/2
-    # of being first. Fourth: nothing right.
-    found = hit_rate_per_item(scores, [[1], [0], [0, 2], []], (1, 2, 3, 9))
+    # First: rank 2. Second: a tie of three: 1/3, 2/3. Third: the better of its two gold ones ties with another: 1/2 of
+    # being first. Fourth: no gold candidate.
+    hits = hit_rate_per_item(scores, [[1], [0], [0, 2], []], (1, 2, 3, 9))
     expected = [[0, 1, 1, 1], [1 / 3, 2 / 3, 1, 1], [1 / 2, 1, 1, 1], [NAN] * 4]
-    np.testing.assert_allclose(found, expected, rtol=1e-15)
-    # Two of four tied are right: both of two places go to wrong ones with (2/4)(1/3) = 1/6.
+    np.testing.assert_allclose(hits, expected, rtol=1e-15)
+    # Two of four tied are gold: both of two places go to the others with (2/4)(1/3) = 1/6.
     np.testing.assert_allclose(hit_rate_per_item([[7, 7, 7, 7]], [[0, 3]], (1, 2, 3)), [[1 / 2, 5 / 6, 1]])
 
 
-def test_recall_is_the_share_of_the_orders_that_hit():
+def test_recall_is_the_share_of_orders_with_a_hit():
     rng = np.random.default_rng(0)
     ks = (1, 2, 3, 5, 10)
     for _ in range(40):
         scores = rng.integers(0, 3, rng.integers(1, 7))
-        right = rng.choice(len(scores), rng.integers(1, len(scores) + 1), replace=False).tolist()
-        hits = [[bool(set(order[:k]) & set(right)) for k in ks] for order in orders(scores)]
-        np.testing.assert_allclose(hit_rate_per_item([scores], [right], ks)[0], np.mean(hits, axis=0), atol=1e-12)
+        gold = rng.choice(len(scores), rng.integers(1, len(scores) + 1), replace=False).tolist()
+        hits = [[bool(set(order[:k]) & set(gold)) for k in ks] for order in orders(scores)]
+        np.testing.assert_allclose(hit_rate_per_item([scores], [gold], ks)[0], np.mean(hits, axis=0), atol=1e-12)
 
 
 def test_rows_and_matrix_and_blocks_agree(monkeypatch):
     rng = np.random.default_rng(1)
     scores = rng.integers(0, 20, (50, 30)).astype(np.float32)
-    right = [rng.integers(0, 30, rng.integers(0, 4)).tolist() for _ in range(50)]
-    whole = hit_rate_per_item(scores, right)
-    one_by_one = np.concatenate([hit_rate_per_item([s], [r]) for s, r in zip(scores, right, strict=True)])
+    gold = [rng.integers(0, 30, rng.integers(0, 4)).tolist() for _ in range(50)]
+    whole = hit_rate_per_item(scores, gold)
+    one_by_one = np.concatenate([hit_rate_per_item([s], [r]) for s, r in zip(scores, gold, strict=True)])
     np.testing.assert_array_equal(whole, one_by_one)
     monkeypatch.setattr(recall_at_k, "BLOCK", 100)
-    np.testing.assert_array_equal(whole, hit_rate_per_item(scores, right))
+    np.testing.assert_array_equal(whole, hit_rate_per_item(scores, gold))
     # Lengths that differ, in mixed order: a candidate below all others changes nothing.
     ragged = [[*s, -1] if i % 3 == 0 else s for i, s in enumerate(scores)]
-    np.testing.assert_array_equal(whole, hit_rate_per_item(ragged, right))
+    np.testing.assert_array_equal(whole, hit_rate_per_item(ragged, gold))
 
 
 def test_a_constant_model_has_chance():
-    found = hit_rate_per_item(np.zeros((40, 40)), [[i] for i in range(40)], (1, 10, 40))
-    np.testing.assert_allclose(found.mean(0), [1 / 40, 1 / 4, 1])
+    hits = hit_rate_per_item(np.zeros((40, 40)), [[i] for i in range(40)], (1, 10, 40))
+    np.testing.assert_allclose(hits.mean(0), [1 / 40, 1 / 4, 1])
 
 
 def test_infinite_scores_have_ranks():
-    found = hit_rate_per_item([[-np.inf, -np.inf, 0.0], [np.inf, 1.0, 2.0]], [[0], [0]], (1, 2))
-    np.testing.assert_allclose(found, [[0, 1 / 2], [1, 1]])
+    hits = hit_rate_per_item([[-np.inf, -np.inf, 0.0], [np.inf, 1.0, 2.0]], [[0], [0]], (1, 2))
+    np.testing.assert_allclose(hits, [[0, 1 / 2], [1, 1]])
 
 
 def test_recall_by_batches_and_counts():
@@ -153,59 +153,59 @@ def test_rows_of_a_column_that_is_a_slice():
 
 
 def test_recall_keeps_float64():
-    # One score above the other by less than float32 can tell.
+    # The scores differ by less than float32 resolves.
     assert load("recall_at_k").compute(predictions=[[1.0, 1.0 + 1e-12]], references=[[0]])["R@1"] == 0
 
 
 @pytest.mark.parametrize(
-    ("scores", "right", "ks", "message"),
+    ("scores", "gold", "ks", "message"),
     [
-        ([[0.0], [1.0, 2.0]], [[0], [2]], [1], "query 1: right candidate 2, but it has candidates 0 to 1"),
-        ([[0.0, 1.0]], [[-1]], [1], "query 0: right candidate -1"),
+        ([[0.0], [1.0, 2.0]], [[0], [2]], [1], "query 1: gold candidate 2, but it has candidates 0 to 1"),
+        ([[0.0, 1.0]], [[-1]], [1], "query 0: gold candidate -1"),
         ([[0.0], [1.0, NAN]], [[0], [0]], [1], "query 1: a score is NaN"),
         ([[0.0]], [[0], [0]], [1], "1 rows of scores for 2"),
         ([[0.0]], [[0]], [0], "at least 1"),
     ],
 )
-def test_recall_refuses(scores, right, ks, message):
+def test_recall_refuses(scores, gold, ks, message):
     with pytest.raises(ValueError, match=message):
-        hit_rate_per_item(scores, right, ks)
+        hit_rate_per_item(scores, gold, ks)
 
 
 def test_image_retrieval_rate():
-    # Image turns: shown, not, tied (1/2): 1/2. Text-only turns: shown, not, not, not: 1/4.
-    shown, has = [True, False, 0.5, True, False, False, False], [True] * 3 + [False] * 4
-    assert load("image_retrieval_rate").compute(predictions=shown, references=has) == {
+    # Image turns: retrieved, not, tied (1/2): 1/2. Text-only turns: retrieved, not, not, not: 1/4.
+    retrieved, has = [True, False, 0.5, True, False, False, False], [True] * 3 + [False] * 4
+    assert load("image_retrieval_rate").compute(predictions=retrieved, references=has) == {
         "image_retrieval_rate": 0.5, "on_text_only_turns": 0.25, "image_turns": 3, "text_only_turns": 4,
     }  # fmt: skip
-    with_image, text_only = shown_per_item(shown, has)
-    np.testing.assert_array_equal(with_image, [1, 0, 0.5, NAN, NAN, NAN, NAN])
+    image_turns, text_only = image_rate_per_item(retrieved, has)
+    np.testing.assert_array_equal(image_turns, [1, 0, 0.5, NAN, NAN, NAN, NAN])
     np.testing.assert_array_equal(text_only, [NAN, NAN, NAN, 1, 0, 0, 0])
 
 
 def test_image_retrieval_rate_without_a_kind_of_turn():
-    found = load("image_retrieval_rate").compute(predictions=[True], references=[False])
-    assert math.isnan(found.pop("image_retrieval_rate"))
-    assert found == {"on_text_only_turns": 1, "image_turns": 0, "text_only_turns": 1}
-    with pytest.raises(ValueError, match=r"turn 1: shown is 1\.5"):
-        shown_per_item([1, 1.5], [True, True])
-    with pytest.raises(ValueError, match="one value a turn"):
-        shown_per_item([1, 1], [True])
+    result = load("image_retrieval_rate").compute(predictions=[True], references=[False])
+    assert math.isnan(result.pop("image_retrieval_rate"))
+    assert result == {"on_text_only_turns": 1, "image_turns": 0, "text_only_turns": 1}
+    with pytest.raises(ValueError, match=r"turn 1: with_image is 1\.5"):
+        image_rate_per_item([1, 1.5], [True, True])
+    with pytest.raises(ValueError, match="one value per turn"):
+        image_rate_per_item([1, 1], [True])
 
 
-def test_clip_sim_is_the_mean_cosine_whatever_the_lengths():
+def test_clip_sim_is_the_mean_cosine_for_any_lengths():
     # (3, 4)·(4, 3) / 25 = 0.96; (1, 0)·(0, 2) = 0; opposite: -1.
     texts, images = [[3, 4], [1, 0], [1, 1]], [[4, 3], [0, 2], [-5, -5]]
     np.testing.assert_allclose(cosine_per_item(texts, images), [0.96, 0, -1], atol=1e-15)
     scaled = cosine_per_item(np.array(texts) * 1e-200, np.array(images) * 1e200)
     np.testing.assert_allclose(scaled, [0.96, 0, -1], atol=1e-15)
-    found = load("clip_sim").compute(predictions=texts, references=images)
-    assert found["clip_sim"] == pytest.approx(-0.04 / 3) and found["n"] == 3
+    result = load("clip_sim").compute(predictions=texts, references=images)
+    assert result["clip_sim"] == pytest.approx(-0.04 / 3) and result["n"] == 3
 
 
 def test_clip_sim_edges():
-    found = load("clip_sim").compute(predictions=[], references=[])
-    assert math.isnan(found["clip_sim"]) and found["n"] == 0
+    result = load("clip_sim").compute(predictions=[], references=[])
+    assert math.isnan(result["clip_sim"]) and result["n"] == 0
     with pytest.raises(ValueError, match="image 1: its embedding is zero"):
         cosine_per_item([[1, 0], [1, 0]], [[1, 0], [0, 0]])
     with pytest.raises(ValueError, match="text 0: its embedding is zero or not finite"):
@@ -219,20 +219,20 @@ def test_clip_sim_edges():
 def test_visdial_by_hand():
     # Scores rank the options 2, 0, 3, 1; the answer, 0, is second. Three relevances are not zero, so three ranks count:
     # DCG = 0.2/log2(2) + 1/log2(3) + 0/log2(4); the best order has 1, 0.4, 0.2.
-    found = visdial_per_item([0.5, 0.1, 0.9, 0.3], 0, [1.0, 0.4, 0.2, 0.0])
+    values = visdial_per_item([0.5, 0.1, 0.9, 0.3], 0, [1.0, 0.4, 0.2, 0.0])
     dcg, best = 0.2 + 1 / math.log2(3), 1 + 0.4 / math.log2(3) + 0.2 / 2
-    assert found == pytest.approx({"R@1": 0, "R@5": 1, "R@10": 1, "MRR": 0.5, "mean rank": 2, "NDCG": dcg / best})
+    assert values == pytest.approx({"R@1": 0, "R@5": 1, "R@10": 1, "MRR": 0.5, "mean rank": 2, "NDCG": dcg / best})
 
 
 def test_visdial_ties_by_hand():
     # The answer ties with two below the best: ranks 2, 3, 4. 1/2 + 1/3 + 1/4 = 13/12, over 3. One relevance: rank 1 counts.
-    found = visdial_per_item([9, 1, 1, 1], 2, [0, 0, 1, 0])
-    assert found == pytest.approx({"R@1": 0, "R@5": 1, "R@10": 1, "MRR": 13 / 36, "mean rank": 3, "NDCG": 0})
+    values = visdial_per_item([9, 1, 1, 1], 2, [0, 0, 1, 0])
+    assert values == pytest.approx({"R@1": 0, "R@5": 1, "R@10": 1, "MRR": 13 / 36, "mean rank": 3, "NDCG": 0})
     # All alike: 100 options, five of them among the first five.
-    found = visdial_per_item([0] * 100, 17, [0] * 17 + [0.5] + [0] * 82)
+    values = visdial_per_item([0] * 100, 17, [0] * 17 + [0.5] + [0] * 82)
     harmonic = sum(1 / i for i in range(1, 101)) / 100
     expected = {"R@1": 0.01, "R@5": 0.05, "R@10": 0.1, "MRR": harmonic, "mean rank": 50.5, "NDCG": 0.01}
-    assert found == pytest.approx(expected)
+    assert values == pytest.approx(expected)
 
 
 def test_visdial_is_the_mean_over_the_orders():
@@ -248,22 +248,22 @@ def test_visdial_is_the_mean_over_the_orders():
             dcg = sum(relevance[o] / math.log2(i + 2) for i, o in enumerate(order[:k]))
             ideal = sum(r / math.log2(i + 2) for i, r in enumerate(best[:k]))
             rows.append([rank <= 1, rank <= 5, rank <= 10, 1 / rank, rank, dcg / ideal])
-        found = visdial_per_item(scores, answer, relevance)
-        assert list(found) == ["R@1", "R@5", "R@10", "MRR", "mean rank", "NDCG"]
-        np.testing.assert_allclose(list(found.values()), np.mean(rows, axis=0), rtol=1e-12)
+        values = visdial_per_item(scores, answer, relevance)
+        assert list(values) == ["R@1", "R@5", "R@10", "MRR", "mean rank", "NDCG"]
+        np.testing.assert_allclose(list(values.values()), np.mean(rows, axis=0), rtol=1e-12)
 
 
 def test_visdial_module_counts_what_ndcg_leaves_out():
     scores = [[3.0, 2.0, 1.0]] * 4
     relevance = [[0.0, 0.0, 1.0], [], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
-    found = load("visdial").compute(predictions=scores, references=[0, 1, 2, 0], relevance=relevance)
+    result = load("visdial").compute(predictions=scores, references=[0, 1, 2, 0], relevance=relevance)
     # Ranks 1, 2, 3, 1. NDCG: one relevance, so one rank: 0 and 1.
-    assert found == pytest.approx({
+    assert result == pytest.approx({
         "R@1": 0.5, "R@5": 1, "R@10": 1, "MRR": (1 + 1 / 2 + 1 / 3 + 1) / 4, "mean rank": 7 / 4, "NDCG": 0.5,
         "n": 4, "with_relevance": 2, "relevance_all_zero": 1,
     })  # fmt: skip
-    found = load("visdial").compute(predictions=scores[:1], references=[0], relevance=[[]])
-    assert math.isnan(found["NDCG"]) and found["R@1"] == 1 and found["with_relevance"] == 0
+    result = load("visdial").compute(predictions=scores[:1], references=[0], relevance=[[]])
+    assert math.isnan(result["NDCG"]) and result["R@1"] == 1 and result["with_relevance"] == 0
 
 
 def test_visdial_refuses():
@@ -279,7 +279,7 @@ def test_visdial_refuses():
 
 
 @pytest.mark.parametrize(
-    ("said", "normalised"),
+    ("answer", "normalised"),
     [
         ("The Red Hat", "red hat"),
         ("two pandas", "2 pandas"),
@@ -288,7 +288,7 @@ def test_visdial_refuses():
         ("yes.", "yes"),
         ("left/right", "left right"),  # a mark between letters becomes a space
         ("left/ right", "left right"),  # beside a space it goes
-        ("a/b c/ d", "ab c d"),  # and then wherever it stands; "a/b" is no article
+        ("a/b c/ d", "ab c d"),  # and then everywhere; "a/b" is not an article
         ("x;?y?z", "x y z"),  # the space that another mark became is none
         ("t-shirt", "t shirt"),
         ("1,000", "1000"),  # a comma between digits goes,
@@ -309,8 +309,8 @@ def test_visdial_refuses():
         ("?", ""),
     ],
 )
-def test_normalisation(said, normalised):
-    assert normalise_answer(said) == normalised
+def test_normalisation(answer, normalised):
+    assert normalise_answer(answer) == normalised
 
 
 @pytest.mark.parametrize(("matches", "accuracy"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1)])
@@ -344,15 +344,15 @@ def test_vqa_with_other_numbers_of_humans():
 
 
 def test_vqa_module_counts_and_types():
-    said, types = ["yes", "2", "x", "no"], ["yes/no", "number", "other", "yes/no"]
+    answers, types = ["yes", "2", "x", "no"], ["yes/no", "number", "other", "yes/no"]
     humans = [["yes"] * 10, ["2"] * 2 + ["3"] * 8, [], ["yes"] * 10]
-    found = load("vqa_accuracy").compute(predictions=said, references=humans, answer_types=types)
-    assert math.isnan(found.pop("accuracy (other)"))
-    assert found == pytest.approx({
+    result = load("vqa_accuracy").compute(predictions=answers, references=humans, answer_types=types)
+    assert math.isnan(result.pop("accuracy (other)"))
+    assert result == pytest.approx({
         "accuracy": (1 + 0.6) / 3, "n": 3, "without_answers": 1, "accuracy (yes/no)": 0.5, "n (yes/no)": 2,
         "accuracy (number)": 0.6, "n (number)": 1, "n (other)": 0,
     })  # fmt: skip
-    assert "n (number)" not in load("vqa_accuracy").compute(predictions=said, references=humans)
+    assert "n (number)" not in load("vqa_accuracy").compute(predictions=answers, references=humans)
     nothing = load("vqa_accuracy").compute(predictions=["x"], references=[[]])
     assert math.isnan(nothing["accuracy"]) and nothing["without_answers"] == 1
 

@@ -57,8 +57,8 @@ def test_every_picture_is_of_the_split_and_a_target_once(undrawn, name):
         data = READERS[name](split)
         own = set(splits()[split])
         assert set(data.images.values()) <= own
-        found = targets(name, data)
-        assert len(found) == len(set(found)) >= 250 and set(found) <= own
+        scenes = targets(name, data)
+        assert len(scenes) == len(set(scenes)) >= 250 and set(scenes) <= own
     assert not own & set(splits()["validation"])
 
 
@@ -71,8 +71,8 @@ def test_pools_hold_the_gold_once_and_everything_is_in_the_tables(undrawn, name)
             assert all(d["pool"][kind].count(i) == 1 for i in d["gold"][kind])
             assert all(i in table for i in d["pool"][kind])
         context = d["turns"][: d["target_turn"]]
-        shown = [e["image_id"] for turn in context for e in turn["elements"] if e["type"] == "image"]
-        assert all(i in data.images for i in shown) and not set(shown) & set(d["gold"]["image_ids"])
+        context_images = [e["image_id"] for turn in context for e in turn["elements"] if e["type"] == "image"]
+        assert all(i in data.images for i in context_images) and not set(context_images) & set(d["gold"]["image_ids"])
 
 
 @pytest.mark.parametrize("name", ["mmdialog_image", "visdial_answers", "vist"])
@@ -92,17 +92,19 @@ def test_the_same_every_time():
 
 
 def test_dialogues_are_those_of_load_split():
-    split, said, seen = load_split("validation"), mmdialog("validation"), visdial("validation")
-    assert said.dialogues == split.responses.dialogues and said.texts == split.responses.texts
-    for found in (said, seen):
-        drawn = pixels(found.images)
+    split, responses, questions = load_split("validation"), mmdialog("validation"), visdial("validation")
+    assert responses.dialogues == split.responses.dialogues and responses.texts == split.responses.texts
+    for data in (responses, questions):
+        drawn = pixels(data.images)
         assert drawn == pixels({i: split.images[i] for i in drawn})
-    assert len({id(d["pool"]["image_ids"]) for d in said.dialogues}) == 1
+    assert len({id(d["pool"]["image_ids"]) for d in responses.dialogues}) == 1
     speakers = ["Q", "A"] * 6 + ["I"]
-    for mine, theirs in zip(seen.dialogues, split.visdial.dialogues, strict=True):
-        assert [t["speaker"] for t in mine["turns"]] == speakers and mine["target_turn"] == 12
-        assert [t["elements"] for t in mine["turns"]] == [t["elements"] for t in theirs["turns"]]
-        assert {k: v for k, v in mine.items() if k != "turns"} == {k: v for k, v in theirs.items() if k != "turns"}
+    for dialogue, expected in zip(questions.dialogues, split.visdial.dialogues, strict=True):
+        assert [t["speaker"] for t in dialogue["turns"]] == speakers and dialogue["target_turn"] == 12
+        assert [t["elements"] for t in dialogue["turns"]] == [t["elements"] for t in expected["turns"]]
+        assert {k: v for k, v in dialogue.items() if k != "turns"} == {
+            k: v for k, v in expected.items() if k != "turns"
+        }
 
 
 def test_image_replies_are_those_of_mmdialog():
@@ -115,18 +117,18 @@ def test_image_replies_are_those_of_mmdialog():
 # Answers
 
 
-def test_sentences_are_learnt_from_the_dialogues():
-    sentences, idle = read_sentences(train_dialogues.visdial(splits()["train"], 300))
+def test_sentences_are_read_from_the_dialogues():
+    sentences, uninformative = read_sentences(train_dialogues.visdial(splits()["train"], 300))
     expected = {q: (a, s) for a, pairs in said_sentences.QUESTIONS.items() for q, s in pairs}
     placeholders = {"animal": "an_a", "hat": "an_h", "activity": "v", "place": "p"}
     assert sentences == {q: (a, s.replace(f"{{{placeholders[a]}}}", "{}")) for q, (a, s) in expected.items()}
-    assert idle == sorted({answer for _, answer in said_sentences.IDLE_QUESTIONS})
+    assert uninformative == sorted({answer for _, answer in said_sentences.IDLE_QUESTIONS})
 
 
 def test_answers_after_the_image_and_the_rounds_before(undrawn):
-    data, said = visdial_answers("test"), train_dialogues.visdial(scenes_of("test"), 250, 7, name="answers")
+    data, source = visdial_answers("test"), train_dialogues.visdial(scenes_of("test"), 250, 7, name="answers")
     asked = Counter()
-    for d, whole in zip(data.dialogues, said.dialogues, strict=True):
+    for d, whole in zip(data.dialogues, source.dialogues, strict=True):
         n = d["target_turn"]
         assert n == len(d["turns"]) and n % 2 == 0
         assert [t["speaker"] for t in d["turns"]] == ["I", *(["Q", "A"] * 6)[: n - 1]]
@@ -139,20 +141,20 @@ def test_answers_after_the_image_and_the_rounds_before(undrawn):
 
 def test_a_hundred_options_and_their_relevance(undrawn):
     data = visdial_answers("test")
-    sentences, idle = read_sentences(train_dialogues.visdial(splits()["test"], 300))
+    sentences, uninformative = read_sentences(train_dialogues.visdial(splits()["test"], 300))
     assert len(set(data.texts.values())) == len(data.texts)
     unmarked, places = 0, []
     for d in data.dialogues:
         options = [data.texts[i] for i in d["pool"]["text_ids"]]
-        assert len(set(options)) == len(options) == len(d["relevance"]) == 100 and set(idle) <= set(options)
+        assert len(set(options)) == len(options) == len(d["relevance"]) == 100 and set(uninformative) <= set(options)
         graded = dict(zip(options, d["relevance"], strict=True))
         scene = data.images[d["turns"][0]["elements"][0]["image_id"]]
         gold = data.texts[d["gold"]["text_ids"][0]]
         attribute, sentence = sentences[lines(d)[-1]]
         (other,) = {s for a, s in sentences.values() if a == attribute} - {sentence}
-        said = wordings(attribute, value_of(scene, attribute))
-        assert gold in {sentence.format(words) for words in said}
-        expected = {other.format(words): 0.4 for words in said} | {sentence.format(words): 0.8 for words in said}
+        phrases = wordings(attribute, value_of(scene, attribute))
+        assert gold in {sentence.format(words) for words in phrases}
+        expected = {other.format(words): 0.4 for words in phrases} | {sentence.format(words): 0.8 for words in phrases}
         marked = graded[gold] > 0
         unmarked += not marked
         expected[gold] = 1.0 if marked else 0.0
@@ -174,11 +176,11 @@ def test_a_hundred_options_and_their_relevance(undrawn):
 
 def test_a_perfect_ranking_scores_one():
     d = visdial_answers("test", 20).dialogues[0]
-    found = visdial_per_item(d["relevance"], d["pool"]["text_ids"].index(d["gold"]["text_ids"][0]), d["relevance"])
-    assert found["NDCG"] == pytest.approx(1)
+    values = visdial_per_item(d["relevance"], d["pool"]["text_ids"].index(d["gold"]["text_ids"][0]), d["relevance"])
+    assert values["NDCG"] == pytest.approx(1)
 
 
-def test_options_of_a_dialogue_do_not_hang_on_how_many_there_are(undrawn):
+def test_options_of_a_dialogue_do_not_depend_on_how_many_there_are(undrawn):
     assert visdial_answers("test", 5).texts == visdial_answers("test", 50).texts
 
 
@@ -201,19 +203,19 @@ def test_a_story_needs_its_pictures(undrawn):
             assert pool.count(end) == 1
 
 
-def test_the_last_caption_tells_activity_and_place_and_the_others_nothing(undrawn):
+def test_the_last_caption_has_activity_and_place_and_the_others_neither(undrawn):
     data = vist("test", 100)
     for d in data.dialogues:
         *first, last = lines(d)
         scene = data.images[d["gold"]["image_ids"][0]]
         for attribute in ("activity", "place"):
             for caption, wanted in (*((c, []) for c in first), (last, [value_of(scene, attribute)])):
-                told = [
+                values = [
                     v
                     for v in VALUES[attribute]
                     if any(re.search(rf"\b{w}\b", caption) for w in wordings(attribute, v))
                 ]
-                assert told == wanted
+                assert values == wanted
         words = set(re.findall(r"\w+", " ".join(lines(d))))
         assert not words & {*VALUES["animal"], *VALUES["hat"], *miniature_language.HAT_NOUNS}
 
@@ -244,10 +246,10 @@ def test_questions_and_the_humans(undrawn):
             assert main == ("yes" if true else "no")
             kinds[main] += 1
         else:
-            right = {"what animal": scene.animal, "what colour": scene.hat}
-            right["what is it doing"] = wordings("activity", (scene.verb, scene.object))[0]
-            right["where is"] = wordings("place", scene.place)[0]
-            assert main == right[q["question_type"]]
+            gold = {"what animal": scene.animal, "what colour": scene.hat}
+            gold["what is it doing"] = wordings("activity", (scene.verb, scene.object))[0]
+            gold["where is"] = wordings("place", scene.place)[0]
+            assert main == gold[q["question_type"]]
     assert kinds == {("other", "what animal"): 120, ("other", "what colour"): 120, ("other", "what is it doing"): 120,
                      ("other", "where is"): 120, ("yes/no", "is it"): 120, "yes": 60, "no": 60}  # fmt: skip
     assert set(scores) == {0.3, 0.6, 0.9}  # of other words and wrong values: 1, 2 and 3 of ten
@@ -259,13 +261,15 @@ def test_questions_need_scenes():
         vqav2("validation", 1801)
 
 
-def test_words_are_those_the_towers_were_taught(undrawn):
+def test_words_are_those_of_the_towers_training(undrawn):
     scenes = splits()["train"]
-    taught = [d for say in (train_dialogues.responses, train_dialogues.visdial) for d in say(scenes, 2000).dialogues]
-    known = {w for d in taught for line in lines(d) for w in re.findall(r"\w+", line)}
+    trained = [
+        d for make in (train_dialogues.responses, train_dialogues.visdial) for d in make(scenes, 2000).dialogues
+    ]
+    known = {w for d in trained for line in lines(d) for w in re.findall(r"\w+", line)}
     rng = random.Random(0)
     known |= {w for s in scenes[:500] for c in captions(s, rng, len(CAPTIONS)) for w in re.findall(r"\w+", c)}
-    said = [line for d in vist("test").dialogues for line in lines(d)]
-    said += [text for q in vqav2("test").questions for text in (q["question"], *q["answers"])]
-    said += visdial_answers("test").texts.values()
-    assert {w for line in said for w in re.findall(r"\w+", line)} <= known
+    texts = [line for d in vist("test").dialogues for line in lines(d)]
+    texts += [text for q in vqav2("test").questions for text in (q["question"], *q["answers"])]
+    texts += visdial_answers("test").texts.values()
+    assert {w for line in texts for w in re.findall(r"\w+", line)} <= known

@@ -1,4 +1,4 @@
-"""mteb's own stand-in tasks for images and texts run through the interface."""
+"""mteb's own mock tasks for images and texts run through the interface."""
 
 import pytest
 
@@ -9,13 +9,13 @@ pytest.importorskip("mteb", reason="mteb is optional: pip install 'modeling-unim
 
 def test_mtebs_mock_tasks_all_run(tiny, tmp_path):
     tiny().save_pretrained(tmp_path / "model", with_towers=True)
-    found = main(["--model", str(tmp_path / "model"), "--mock", "--output", str(tmp_path / "out")])
-    assert set(found.values()) == {"TaskResult"}
+    results = main(["--model", str(tmp_path / "model"), "--mock", "--output", str(tmp_path / "out")])
+    assert set(results.values()) == {"TaskResult"}
     needed = {
         "MockAny2AnyRetrievalT2I",
         "MockAny2AnyRetrievalI2T",
         "MockVisionCentricQA",
         "MockImageTextPairClassification",
     }
-    assert needed <= set(found) and "MockRetrievalTask" in found
+    assert needed <= set(results) and "MockRetrievalTask" in results
     assert wrapped(str(tmp_path / "model")).mteb_model_meta.modalities == ["text", "image"]

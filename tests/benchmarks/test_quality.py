@@ -15,10 +15,10 @@ def small(bench, monkeypatch):
     return bench
 
 
-def test_every_way_is_run_drawn_and_told(small, tmp_path):
+def test_every_way_is_run_drawn_and_reported(small, tmp_path):
     out = tmp_path / "out"
     given = ["--seeds", "0", "--rates", "1e-2", "3e-2", "--steps", "6", "--output", str(out)]
-    found = quality.main(given)
+    result = quality.main(given)
     (seed,) = json.loads((out / "quality-speed.json").read_text())["seeds"]
     assert set(seed["points"]) == set(quality.WAYS)
     for way, points in seed["points"].items():
@@ -29,8 +29,8 @@ def test_every_way_is_run_drawn_and_told(small, tmp_path):
         assert all(0 <= p[quality.RECALL] <= 1 for p in points)
     starts = [seed["points"][way][0] for way in (quality.ALONE, quality.STEPPED)]
     assert len({p[quality.RECALL] for p in starts}) == 1
-    searched = found["reference_rates_searched"]
-    assert f"{found['rates'][quality.REFERENCE]:g}" == max(searched, key=searched.get)
+    searched = result["reference_rates_searched"]
+    assert f"{result['rates'][quality.REFERENCE]:g}" == max(searched, key=searched.get)
     assert (out / "quality-speed.png").stat().st_size > 10_000
     text = page(out).read_text()
     assert "canonical correlation alone" in text and "quality-speed.png" in text
@@ -41,7 +41,7 @@ def test_the_reference_run_is_the_same_twice(small):
     assert points[0][0][quality.RECALL] == points[1][0][quality.RECALL]
 
 
-def test_a_recall_counts_from_the_first_look_that_has_it():
+def test_a_recall_counts_from_the_first_measurement_that_has_it():
     def curve(*points):
         return [{"seconds": s, quality.RECALL: r} for s, r in points]
 

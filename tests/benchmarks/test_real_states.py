@@ -29,7 +29,7 @@ def test_each_state_is_that_of_the_whole_text(kind):
             assert torch.allclose(states[name]["layer -2"][i], whole.hidden_states[-2][0, -1], atol=1e-5)
 
 
-def test_they_are_kept_and_gone_on_with(tmp_path, monkeypatch):
+def test_they_are_kept_and_resumed(tmp_path, monkeypatch):
     torch.manual_seed(0)
     llm = text_model("llama", 40)
     prompts = {"a": llm.get_input_embeddings().weight.detach()[[11, 12]]}

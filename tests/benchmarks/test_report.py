@@ -6,20 +6,21 @@ import pytest
 from PIL import Image
 
 from benchmarks import claims, report
+from benchmarks.output import write_json
 from benchmarks.protocols import protocols, read
 
 
 def result(task, system, seed, metrics, variant=None, difference=None, applies=True):
     protocol = protocols(task, miniature=True)[0]
-    found = {
+    row = {
         "task": task, "protocol": {"variant": variant or protocol.variant, "version": 1, "miniature": True, "settings": {}},
         "data": {"source": "miniature", "items": 10, "pool": "x", "left_out": "", "left_out_by_reason": {}},
         "system": system, "revision": {}, "seed": seed, "applies": applies, "notes": [],
         "metrics": {k: {"value": v, "low": v - 0.01, "high": v + 0.01, "n": 10} for k, v in metrics.items()},
     }  # fmt: skip
     if difference is not None:
-        found["first_less_this"] = {k: dict(zip(("mean", "low", "high"), difference, strict=True)) for k in metrics}
-    return found
+        row["first_less_this"] = {k: dict(zip(("mean", "low", "high"), difference, strict=True)) for k in metrics}
+    return row
 
 
 def ablation(name, rows):
@@ -45,12 +46,12 @@ def folder(tmp_path):
             result("vqav2", "Frozen", seed, {"accuracy": 0.2}, difference=(-0.1, -0.2, -0.01)),
             result("mmdialog", "UniMuR", seed, {"overall R@1": 0.4, "CLIP-Sim": 0.7123}),
         ]
-        report.write(
+        write_json(
             tmp_path / f"seed-{seed}.json",
             {"seed": seed, "seconds": {"total": 100 + seed} if seed else {}, "results": results},
         )
     rows = [("DAT", 1.0, [0.3, 0.5]), ("VM", 2.0, [0.4, 0.4]), ("TM", 1.0, [0.1, 0.1])]
-    report.write(tmp_path / "ablation-4.json", ablation("Table 4: the training strategy", rows))
+    write_json(tmp_path / "ablation-4.json", ablation("Table 4: the training strategy", rows))
     return tmp_path
 
 
@@ -71,16 +72,16 @@ def test_the_page(folder):
 
 def test_verdicts(folder):
     text = report.page(folder).read_text()
-    found = {line.split(" | ")[0]: line for line in text.splitlines() if line.endswith("seeds |")}
-    (line,) = (v for k, v in found.items() if "UniMuR finds more images from dialogues than FROMAGe" in k)
+    lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.endswith("seeds |")}
+    (line,) = (v for k, v in lines.items() if "UniMuR finds more images from dialogues than FROMAGe" in k)
     assert line.endswith("| 24.7 > 20.8 | 40.0 > 30.0 | holds: 2 of 2 seeds |")
-    (line,) = (v for k, v in found.items() if "UniMuR finds more images from dialogues than CLIP" in k)
+    (line,) = (v for k, v in lines.items() if "UniMuR finds more images from dialogues than CLIP" in k)
     assert line.endswith("| 40.0 > 35.0 | open: 1 of 2 seeds |")
-    (line,) = (v for k, v in found.items() if "FROMAGe answers better than Frozen" in k)
+    (line,) = (v for k, v in lines.items() if "FROMAGe answers better than Frozen" in k)
     assert line.endswith("| 10.0 < 20.0 | does not hold: 0 of 2 seeds |")
-    (line,) = (v for k, v in found.items() if "DAT's overall R@1 is above VM's" in k)
+    (line,) = (v for k, v in lines.items() if "DAT's overall R@1 is above VM's" in k)
     assert line.endswith("| 32.3 > 27.6 | 40.0 = 40.0 | open: 1 of 2 seeds |")
-    assert not any("BLIP-2" in k for k in found)  # nothing was measured of it
+    assert not any("BLIP-2" in k for k in lines)  # it was not measured
 
 
 def test_claims_take_the_main_variant():
@@ -92,7 +93,7 @@ def test_claims_take_the_main_variant():
         result("mmdialog", "FROMAGe", 0, {"overall R@1": 0.3}),
     ]
     (judged,) = claims.judge(results, {})
-    assert judged.here == "20.0 < 30.0"
+    assert judged.ours == "20.0 < 30.0"
 
 
 def test_every_claim_names_rows_that_exist():
@@ -101,13 +102,13 @@ def test_every_claim_names_rows_that_exist():
 
     names = {row.name for row in ROWS} | {"CLIP", "chance"}
     for _, _, table, better, worse, measure in claims.ABLATION_CLAIMS:
-        _, _, shown, rows = TABLES[table]
-        assert {better, worse} <= {row.name for row in rows} and measure in shown
+        _, _, columns, rows = TABLES[table]
+        assert {better, worse} <= {row.name for row in rows} and measure in columns
     for _, _, task, better, worse, measure in claims.TASK_CLAIMS:
         assert {better, worse} <= names and measure in read(task)["columns"]
 
 
-def test_every_row_has_a_loader_and_a_folder_of_its_own():
+def test_every_row_has_a_loader_and_its_own_folder():
     from benchmarks.load import SYSTEMS
     from benchmarks.miniature import ROWS
 
@@ -115,18 +116,18 @@ def test_every_row_has_a_loader_and_a_folder_of_its_own():
     assert len({row.at for row in ROWS}) == len({row.name for row in ROWS}) == len(ROWS)
 
 
-def test_no_results_are_said(tmp_path):
+def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no seed-\*\.json"):
         report.page(tmp_path)
 
 
-def test_speed_finds_the_packed_form_equal_and_writes_ratios(tmp_path):
+def test_speed_checks_the_packed_form_and_writes_ratios(tmp_path):
     from benchmarks.speed import texts as speed
 
-    found = speed.main(
+    measured = speed.main(
         ["--candidates", "12", "--rounds", "2", "--shape", next(iter(speed.SHAPES)), "--output", str(tmp_path)]
     )
-    assert json.loads((tmp_path / "text-retrieval-speed.json").read_text()) == found
-    (shape,) = found["shapes"]
+    assert json.loads((tmp_path / "text-retrieval-speed.json").read_text()) == measured
+    (shape,) = measured["shapes"]
     assert all(r["low"] <= r["median"] <= r["high"] for r in shape["ratios"].values())
     assert len(shape["seconds"]["naive"]["seconds"]) == 2

@@ -43,15 +43,15 @@ def run(checkpoint, tmp_path):
 
 
 def values(results, variant, system, metric):
-    (found,) = (r for r in results if r["protocol"]["variant"] == variant and r["system"] == system)
-    return found["metrics"][metric]
+    (result,) = (r for r in results if r["protocol"]["variant"] == variant and r["system"] == system)
+    return result["metrics"][metric]
 
 
 def test_visdial_on_the_sample(run, samples, tmp_path):
     folder = tmp_path / "visdial"
     shutil.copytree(samples / "visdial", folder)
-    found = json.loads((folder / "visdial_1.0_val_slice.json").read_text())["data"]["dialogs"]
-    stand_ins(samples, folder / "VisualDialog_val2018", [visdial_name(d["image_id"]) for d in found])
+    dialogues = json.loads((folder / "visdial_1.0_val_slice.json").read_text())["data"]["dialogs"]
+    stand_ins(samples, folder / "VisualDialog_val2018", [visdial_name(d["image_id"]) for d in dialogues])
     results = run("visdial", folder)
     assert {(r["protocol"]["variant"], r["system"]) for r in results} == {
         (v, s) for v in ("corrected", "fromage-compat") for s in ("UniMuR", "CLIP")
@@ -117,7 +117,7 @@ def test_vist_made_whole(run, samples, tmp_path):
     assert few[0]["data"]["left_out_by_reason"] == {"not in the manifest": 2}
 
 
-def test_what_is_missing_is_refused_or_said(run, samples, tmp_path):
+def test_what_is_missing_is_refused_or_reported(run, samples, tmp_path):
     folder = visdial(tmp_path / "visdial", images=(7, 8))
     stand_ins(samples, folder / "VisualDialog_val2018", [visdial_name(7)])
     (folder / "VisualDialog_val2018" / visdial_name(8)).unlink()
@@ -127,7 +127,7 @@ def test_what_is_missing_is_refused_or_said(run, samples, tmp_path):
     assert all(r["data"]["left_out_by_reason"] == {"image file absent": 1} for r in results)
 
 
-def test_a_split_without_answers_is_said(run, samples, tmp_path):
+def test_a_split_without_answers_is_refused(run, samples, tmp_path):
     folder = vqav2(tmp_path / "vqa", "test2015")
     stand_ins(samples, folder / "test2015", [f"COCO_test2015_{i:012d}.jpg" for i in (5, 6, 7)])
     with pytest.raises(ValueError, match="have no answers"):
@@ -135,14 +135,14 @@ def test_a_split_without_answers_is_said(run, samples, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["mmdialog_image", "visdial", "vqav2"])
-def test_the_miniature_stands_in(run, task):
+def test_the_miniature_is_the_default(run, task):
     results = run(task, None, "--limit", "6", "--split", "validation")
     assert all(r["data"]["source"] == "miniature" and r["protocol"]["miniature"] for r in results)
     assert {r["data"]["items"] for r in results} == {6}
     assert "first_less_this" in next(r for r in results if r["system"] == "CLIP" and r["applies"])
 
 
-def test_an_unknown_variant_is_said(run):
+def test_an_unknown_variant_is_refused(run):
     with pytest.raises(ValueError, match="visdial has no variant wrong"):
         run("visdial", None, "--variant", "wrong")
 
@@ -151,7 +151,7 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_broken_images_are_counted_not_met_halfway(run, samples, tmp_path):
+def test_broken_images_are_counted_before_anything_is_measured(run, samples, tmp_path):
     folder = visdial(tmp_path / "visdial", images=(7, 8, 9))
     stand_ins(samples, folder / "VisualDialog_val2018", [visdial_name(i) for i in (7, 8, 9)])
     truncated(folder / "VisualDialog_val2018" / visdial_name(8))

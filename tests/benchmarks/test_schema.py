@@ -29,13 +29,13 @@ def test_broken_json_is_named(tmp_path, content):
         read_json(path)
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path):
+def test_bytes_that_are_not_text_are_named(tmp_path):
     (tmp_path / "x.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(BadDataError, match=r"x\.json: not UTF-8"):
         read_json(tmp_path / "x.json")
 
 
-def test_a_truth_value_is_no_integer():
+def test_a_bool_is_not_an_integer():
     assert require({"a": 1}, "a", int, "x") == 1 and require({"a": True}, "a", bool, "x") is True
     with pytest.raises(BadDataError, match="x: the field 'a' is bool, expected int or str"):
         require({"a": True}, "a", (int, str), "x")

@@ -27,10 +27,10 @@ def test_every_variant_of_the_step_computes_the_same(small):
     loss, expected = step.gradients(step.REFERENCE, model, batch)
     assert set(expected) == {"W_i2t.weight", "W_i2t.bias", "W_t2m.weight", "W_t2m.bias"}
     for variant in step.VARIANTS:
-        other, found = step.gradients(variant, model, batch)
+        other, grads = step.gradients(variant, model, batch)
         assert other == pytest.approx(loss, abs=1e-5), variant
         for name, gradient in expected.items():
-            assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), (
+            assert torch.allclose(grads[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), (
                 variant,
                 name,
             )
@@ -57,7 +57,7 @@ def test_the_retrieval_pass_of_the_reference_computes_its_next_token_loss(small,
     inputs = step.padded(batch, model.config.n_visual_tokens)
     step.ReferenceStep(model)(inputs)
     assert len(seen) == 2
-    ids, mask = batch["ret_input_ids"], batch["ret_attention_mask"]
+    ids, mask = batch["contexts"]["input_ids"], batch["contexts"]["attention_mask"]
     logits = model.language_model(inputs_embeds=model.input_embeddings(ids), attention_mask=mask).logits
     words = ids.masked_fill((mask == 0) | (ids == model.config.ret_token_id), -100)
     assert float(seen[1].detach()) == pytest.approx(float(plain(logits, words).detach()), rel=1e-4)
@@ -70,8 +70,8 @@ def test_the_step_and_embedding_parts_write_json_and_the_page(small, tmp_path, m
     monkeypatch.setattr(embedding, "VIT_L", tower | {"patch_size": 32})
     monkeypatch.setattr(embedding, "PHOTOS", 4)
     main(["--part", "step", "--part", "embedding", "--rounds", "2", "--output", str(tmp_path)])
-    found = json.loads((tmp_path / "step-speed.json").read_text())
-    (shape,) = found["shapes"]
+    measured = json.loads((tmp_path / "step-speed.json").read_text())
+    (shape,) = measured["shapes"]
     assert shape["ratios"][step.REFERENCE] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert all(r["low"] <= r["median"] <= r["high"] for r in shape["ratios"].values())
     photos = json.loads((tmp_path / "embedding-speed.json").read_text())["decoding"]
@@ -92,7 +92,7 @@ def test_profiles_count_the_time_of_every_operator(small, tmp_path, monkeypatch)
     assert "| `aten::addmm` |" in page(tmp_path).read_text()
 
 
-def test_ways_are_timed_once_a_round_and_compared_within_it():
+def test_ways_are_timed_once_per_round_and_compared_within_it():
     calls = {"a": 0, "b": 0}
 
     def way(name):
@@ -101,8 +101,8 @@ def test_ways_are_timed_once_a_round_and_compared_within_it():
 
         return call
 
-    found = interleaved({"a": way("a"), "b": way("b")}, 5, repeats={"b": 3})
-    assert calls == {"a": 1 + 5, "b": 1 + 15} and len(found["a"]["seconds"]) == 5
+    measured = interleaved({"a": way("a"), "b": way("b")}, 5, repeats={"b": 3})
+    assert calls == {"a": 1 + 5, "b": 1 + 15} and len(measured["a"]["seconds"]) == 5
     made = {"x": {"seconds": [2.0, 9.0, 4.0]}, "y": {"seconds": [1.0, 3.0, 4.0]}}
     assert ratio(made, "x", "y") == {"median": 2.0, "low": 1.0, "high": 3.0}
 
@@ -110,11 +110,11 @@ def test_ways_are_timed_once_a_round_and_compared_within_it():
 def test_the_gpu_script_works_at_small_shapes_anywhere(tmp_path):
     from benchmarks.speed import gpu
 
-    found = gpu.main(["--small", "--device", "cpu", "--batch", "8", "--steps", "2", "--output", str(tmp_path)])
+    result = gpu.main(["--small", "--device", "cpu", "--batch", "8", "--steps", "2", "--output", str(tmp_path)])
     assert json.loads((tmp_path / "gpu-speed.json").read_text())["ways"].keys() == gpu.WAYS.keys()
-    assert found["losses"]["uncached"] == pytest.approx(found["losses"]["padded"], rel=1e-4)
-    assert all(way["samples_per_second"] > 0 for way in found["ways"].values())
+    assert result["losses"]["uncached"] == pytest.approx(result["losses"]["padded"], rel=1e-4)
+    assert all(way["samples_per_second"] > 0 for way in result["ways"].values())
     model = gpu.make_model(True, torch.device("cpu"), torch.float32)
     with pytest.raises(AssertionError, match="CLIP cached gives the loss"):
         batch = gpu.make_batch(model, 4, 0)
-        gpu.check(model, batch | {"image_features": batch["image_features"] + 1}, 1e-4)
+        gpu.check(model, batch | {"images": batch["images"] | {"features": batch["images"]["features"] + 1}}, 1e-4)

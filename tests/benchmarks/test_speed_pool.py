@@ -1,4 +1,4 @@
-"""The measurement of search runs on a small pool and tells what it measured."""
+"""The measurement of search runs on a small pool and reports its results."""
 
 import json
 

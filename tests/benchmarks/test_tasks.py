@@ -1,4 +1,4 @@
-"""The tasks on hand-made embeddings, whose right figures follow from the page; and every protocol on tiny models."""
+"""The tasks on embeddings written by hand, with figures computed by hand; and every protocol on tiny models."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def text(words):
     return {"type": "text", "text": words, "image_id": None}
 
 
-def shown(name):
+def image_element(name):
     return {"type": "image", "text": None, "image_id": name}
 
 
@@ -60,66 +60,66 @@ class Table(System):
 POOL = {"text_ids": ["t1", "t2", "t3"], "image_ids": ["i1", "i2"]}
 DATA = Dialogues(
     [
-        # The best text is right, then the right image comes before the second text.
-        dialogue("both right", "q1", POOL, ["t1"], ["i1"]),
-        # The best text is right; the second best is a text, so no image is shown although the best image is right.
-        dialogue("image not shown", "q2", POOL, ["t2"], ["i2"]),
-        # A text-only reply for which an image is shown, and the text is wrong.
-        dialogue("image unasked", "q3", POOL, ["t3"]),
-        # Only an image is right; the wrong one is shown.
+        # The best text is gold, and the gold image scores above the second text.
+        dialogue("both gold", "q1", POOL, ["t1"], ["i1"]),
+        # The best text is gold; the second best is a text, so no image is retrieved although the best one is gold.
+        dialogue("no image", "q2", POOL, ["t2"], ["i2"]),
+        # A text-only reply for which an image is retrieved, and the text is wrong.
+        dialogue("unwanted image", "q3", POOL, ["t3"]),
+        # The gold reply has images alone; the wrong one is retrieved.
         dialogue("wrong image", "q4", POOL, [], ["i1", "i2"]),
     ],
     {"t1": "T1", "t2": "T2", "t3": "T3"},
     {"i1": "I1", "i2": "I2"},
 )
-# One axis a candidate; a query's coordinates are then its scores.
+# One axis per candidate, so that a query's coordinates are its scores.
 SYSTEM = Table({
     "T1": [1, 0, 0, 0, 0], "T2": [0, 1, 0, 0, 0], "T3": [0, 0, 1, 0, 0], "I1": [0, 0, 0, 1, 0], "I2": [0, 0, 0, 0, 1],
     "q1": [9, 1, 1, 8, 2], "q2": [8, 9, 1, 1, 7], "q3": [9, 1, 2, 1, 8], "q4": [9, 1, 1, 2, 8],
 })  # fmt: skip
-# T1 with I1 are alike to this CLIP, T1 with I2 are opposite, and T2 with I2 are at a right angle.
+# By this CLIP, T1 and I1 are parallel, T1 and I2 opposite, T2 and I2 orthogonal.
 CLIP = Table({"T1": [1, 0], "T2": [0, 1], "T3": [1, 1], "I1": [1, 0], "I2": [-1, 0]})
 
 
 def protocol(task, **settings):
-    found = protocols(task, miniature=True)[0]
-    return dataclasses.replace(found, settings=found.settings | settings)
+    first = protocols(task, miniature=True)[0]
+    return dataclasses.replace(first, settings=first.settings | settings)
 
 
-def test_a_reply_is_scored_as_section_3_4_says():
-    found = {k: m.value for k, m in response.run(SYSTEM, DATA, protocol("mmdialog"), CLIP).items()}
-    assert found["image retrieval rate"] == pytest.approx(2 / 3)  # q1 and q4 of q1, q2, q4
-    assert found["image retrieval rate on text-only turns"] == 1  # q3
-    assert found["image R@1"] == pytest.approx(1 / 3)  # q1; q4's first gold image is i1, i2 was shown
-    assert found["text R@1"] == pytest.approx(2 / 3)  # q1, q2 of q1, q2, q3
-    assert found["overall R@1"] == pytest.approx((1 + 2) / (3 + 3))
-    assert found["CLIP-Sim"] == pytest.approx((1 - 1 - 1) / 3)  # q1: T1 I1; q3: T1 I2; q4: T1 I2
+def test_a_reply_is_scored_as_in_section_3_4():
+    measures = {k: m.value for k, m in response.run(SYSTEM, DATA, protocol("mmdialog"), CLIP).items()}
+    assert measures["image retrieval rate"] == pytest.approx(2 / 3)  # q1 and q4 of q1, q2, q4
+    assert measures["image retrieval rate on text-only turns"] == 1  # q3
+    assert measures["image R@1"] == pytest.approx(1 / 3)  # q1; q4's first gold image is i1, i2 was retrieved
+    assert measures["text R@1"] == pytest.approx(2 / 3)  # q1, q2 of q1, q2, q3
+    assert measures["overall R@1"] == pytest.approx((1 + 2) / (3 + 3))
+    assert measures["CLIP-Sim"] == pytest.approx((1 - 1 - 1) / 3)  # q1: T1 I1; q3: T1 I2; q4: T1 I2
 
 
-def test_a_system_that_decides_itself_shows_what_it_decides():
+def test_a_system_may_decide_itself_which_replies_have_an_image():
     class Decides(Table):
         def image_replies(self, dialogues):
-            # What is sought where no image is shown is never read; q2 seeks i1 in the place of i2.
+            # Queries of replies without an image are not used; q2's retrieves i1 instead of i2.
             return ImageReplies(torch.tensor([False, True, False, False]), self.rows["q1"].repeat(4, 1))
 
     decides = Decides({})
     decides.rows = SYSTEM.rows
-    found = {k: m.value for k, m in response.run(decides, DATA, protocol("mmdialog"), CLIP).items()}
-    assert found["image retrieval rate"] == pytest.approx(1 / 3) and found["image R@1"] == 0
-    assert found["text R@1"] == pytest.approx(2 / 3)  # texts are ranked by the dialogue's own embedding
-    assert found["image retrieval rate on text-only turns"] == 0
-    assert found["CLIP-Sim"] == pytest.approx(0)  # q2: T2 I1
+    measures = {k: m.value for k, m in response.run(decides, DATA, protocol("mmdialog"), CLIP).items()}
+    assert measures["image retrieval rate"] == pytest.approx(1 / 3) and measures["image R@1"] == 0
+    assert measures["text R@1"] == pytest.approx(2 / 3)  # texts are ranked by the dialogue's own embedding
+    assert measures["image retrieval rate on text-only turns"] == 0
+    assert measures["CLIP-Sim"] == pytest.approx(0)  # q2: T2 I1
 
-    decides.rows = SYSTEM.rows | {"q1": SYSTEM.rows["q2"]}  # now i2, which is right
+    decides.rows = SYSTEM.rows | {"q1": SYSTEM.rows["q2"]}  # now i2, which is gold
     assert response.run(decides, DATA, protocol("mmdialog"), CLIP)["image R@1"].value == pytest.approx(1 / 3)
 
 
-def test_any_image_of_a_turn_counts_where_the_protocol_says_so():
-    found = response.run(SYSTEM, DATA, protocol("mmdialog", first_image=False), CLIP)
-    assert found["image R@1"].value == pytest.approx(2 / 3)  # q4's second gold image is the one shown
+def test_any_image_of_a_turn_may_count_by_the_protocol():
+    measures = response.run(SYSTEM, DATA, protocol("mmdialog", first_image=False), CLIP)
+    assert measures["image R@1"].value == pytest.approx(2 / 3)  # the image retrieved for q4 is its second gold one
 
 
-def test_texts_may_be_ranked_by_other_than_embedding():
+def test_texts_may_be_ranked_without_embeddings():
     class Prefers(Table):
         def text_scores(self, contexts, texts):
             return torch.tensor([[0.0, 0.0, 1.0]]).repeat(len(contexts), 1)
@@ -129,7 +129,7 @@ def test_texts_may_be_ranked_by_other_than_embedding():
     assert response.run(prefers, DATA, protocol("mmdialog"), CLIP)["text R@1"].value == pytest.approx(1 / 3)  # q3
 
 
-def test_a_bias_towards_images_shows_more_of_them():
+def test_a_bias_towards_images_retrieves_more_of_them():
     p = protocol("mmdialog")
     embedded = response.embed(SYSTEM, DATA, [context_of(d, DATA.images) for d in DATA.dialogues])
     clip = response.clip_embeddings(CLIP, DATA, embedded)
@@ -140,20 +140,20 @@ def test_a_bias_towards_images_shows_more_of_them():
     assert rates == pytest.approx([0, 2 / 3, 1])
 
 
-def test_pools_of_their_own_are_ranked_apart():
+def test_separate_pools_are_ranked_separately():
     few = {"text_ids": ["t1", "t3"], "image_ids": ["i1"]}
     data = Dialogues([dialogue("a", "q2", few, ["t1"], ["i1"]), DATA.dialogues[1]], DATA.texts, DATA.images)
-    found = response.run(SYSTEM, data, protocol("mmdialog"), CLIP)
-    assert found["text R@1"].values.tolist() == [1, 1]  # without t2 in its pool, q2's best text is t1
+    measures = response.run(SYSTEM, data, protocol("mmdialog"), CLIP)
+    assert measures["text R@1"].values.tolist() == [1, 1]  # without t2 in its pool, q2's best text is t1
     assert image.run(SYSTEM, data, protocol("mmdialog_image"))["R@1"].values.tolist() == [1, 1]
 
 
-SEEN = Dialogues(
+VISDIAL = Dialogues(
     [dialogue("d1", "q1", pool := {"text_ids": [], "image_ids": ["i1", "i2"]}, images=["i1"]),
      dialogue("d2", "q2", pool, images=["i2"])],
     {}, {"i1": "I1", "i2": "I2"},
 )  # fmt: skip
-# Images per dialogue: q1 takes I1 (right), q2 takes I1 (wrong). Dialogues per image: I1 takes q2 (wrong), I2 takes q2.
+# Images per dialogue: q1 takes I1 (gold), q2 takes I1 (wrong). Dialogues per image: I1 takes q2 (wrong), I2 takes q2.
 DIRECTED = Table({"I1": [1, 0], "I2": [0, 1], "q1": [1, 0.1], "q2": [1.2, 1]})
 
 
@@ -163,12 +163,12 @@ def test_the_direction_of_ranking_matters():
         dataclasses.replace(p, settings=p.settings | {"squash": None}) for p in protocols("visdial", True)
     )
     assert (forward["direction"], compat["direction"]) == ("image per dialogue", "dialogue per image")
-    assert image.run(DIRECTED, SEEN, forward)["R@1"].values.tolist() == [1, 0]
-    assert image.run(DIRECTED, SEEN, compat)["R@1"].values.tolist() == [0, 1]
+    assert image.run(DIRECTED, VISDIAL, forward)["R@1"].values.tolist() == [1, 0]
+    assert image.run(DIRECTED, VISDIAL, compat)["R@1"].values.tolist() == [0, 1]
 
 
 def test_ranking_dialogues_per_image_needs_one_pool():
-    apart = Dialogues([{**d, "pool": dict(d["pool"])} for d in SEEN.dialogues], {}, SEEN.images)
+    apart = Dialogues([{**d, "pool": dict(d["pool"])} for d in VISDIAL.dialogues], {}, VISDIAL.images)
     compat = protocols("visdial", True)[1]
     with pytest.raises(ValueError, match="one shared pool"):
         image.run(DIRECTED, apart, dataclasses.replace(compat, settings=compat.settings | {"squash": None}))
@@ -179,21 +179,21 @@ def test_squashed_images_lose_their_shape():
     assert [i.size for i in few[0:2]] == [(8, 8), (8, 8)] and len(few) == 2
 
 
-def test_images_that_a_context_shows_rank_last_where_the_protocol_says_so():
+def test_images_of_a_context_may_rank_last_by_the_protocol():
     first, second = (
-        {**d, "turns": [{"speaker": "A", "elements": [text(q), shown(i)]}]}
-        for d, q, i in zip(SEEN.dialogues, ("q1", "q2"), ("i2", "i1"), strict=True)
+        {**d, "turns": [{"speaker": "A", "elements": [text(q), image_element(i)]}]}
+        for d, q, i in zip(VISDIAL.dialogues, ("q1", "q2"), ("i2", "i1"), strict=True)
     )
-    # q2's best image is I1, which its context shows; once more with the gold one shown, and with none of the pool.
-    gold = {**second, "turns": [{"speaker": "A", "elements": [text("q2"), shown("i2")]}]}
-    other = {**second, "turns": [{"speaker": "A", "elements": [text("q2"), shown("i3")]}]}
-    data = Dialogues([first, second, gold, other], {}, SEEN.images | {"i3": "I3"})
+    # q2's best image is I1, which is in its context; again with the gold one there, and with one outside the pool.
+    gold = {**second, "turns": [{"speaker": "A", "elements": [text("q2"), image_element("i2")]}]}
+    other = {**second, "turns": [{"speaker": "A", "elements": [text("q2"), image_element("i3")]}]}
+    data = Dialogues([first, second, gold, other], {}, VISDIAL.images | {"i3": "I3"})
     compat = next(p for p in protocols("vist") if p.variant == "fromage-compat")
     plain = dataclasses.replace(compat, settings=compat.settings | {"squash": None, "seen_images": "ranked"})
     last = dataclasses.replace(plain, settings=plain.settings | {"seen_images": "last"})
     assert image.run(DIRECTED, data, plain)["R@1"].values.tolist() == [1, 0, 0, 0]
     assert image.run(DIRECTED, data, last)["R@1"].values.tolist() == [1, 1, 0, 0]
-    assert image.run(DIRECTED, data, last)["R@5"].values.tolist() == [1, 1, 1, 1]  # last, not gone
+    assert image.run(DIRECTED, data, last)["R@5"].values.tolist() == [1, 1, 1, 1]  # last, not removed
 
 
 def test_relevances_count_for_the_next_round_where_the_protocol_has_that_defect():
@@ -224,12 +224,12 @@ def test_relevances_count_for_the_next_round_where_the_protocol_has_that_defect(
 
 TURNS = {
     "dialogue_id": "x", "target_turn": 3,
-    "turns": [{"speaker": "I", "elements": [shown("i1")]}, {"speaker": "Q", "elements": [text("is it old")]},
+    "turns": [{"speaker": "I", "elements": [image_element("i1")]}, {"speaker": "Q", "elements": [text("is it old")]},
               {"speaker": "A", "elements": [text("no")]}, {"speaker": "Q", "elements": [text("the target")]}],
 }  # fmt: skip
 
 
-def test_contexts_are_written_as_the_protocol_says():
+def test_contexts_are_serialised_by_the_protocol():
     templates = {"I": "{image}", "Q": "Q: {text}?", "A": "A: {text}", "join": "\n", "end": "\nA:"}
     (message,) = context_of(TURNS, {"i1": "PICTURE"}, templates)
     assert message["content"] == [
@@ -245,30 +245,30 @@ def test_contexts_are_written_as_the_protocol_says():
         context_of(TURNS, {"i1": "PICTURE"}, {"I": "", "Q": "{text}"})
 
 
-def test_contexts_squash_their_images_when_they_are_asked_for():
+def test_contexts_squash_their_images_when_read():
     data = Dialogues([TURNS], {}, {"i1": Image.new("RGB", (40, 10))})
     contexts = Contexts(data, "turns", squash=8)
     assert len(contexts) == 1 and contexts[:1][0][0]["content"][0]["image"].size == (8, 8)
     assert Contexts(data, "turns")[0] == context_of(TURNS, data.images)
 
 
-def test_a_turn_of_images_alone_may_be_joined_by_other_means():
+def test_a_turn_of_images_alone_may_have_its_own_separator():
     templates = {"I": "{image}", "Q": "{text}?", "A": "{text}", "image_join": "", "join": "|", "end": "!"}
     (message,) = context_of(TURNS, {"i1": "PICTURE"}, templates)
     assert [part.get("text") for part in message["content"]] == [None, "is it old?|no!"]
 
 
 def test_fromages_serialisation_of_visdial():
-    found = protocols("visdial")[1]
-    (message,) = context_of(TURNS | {"turns": TURNS["turns"][1:], "target_turn": 2}, {}, found["serialisation"])
+    corrected = protocols("visdial")[1]
+    (message,) = context_of(TURNS | {"turns": TURNS["turns"][1:], "target_turn": 2}, {}, corrected["serialisation"])
     assert message["content"] == [{"type": "text", "text": "Q: is it old? A: no."}]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_protocol_file_is_complete(task):
     for miniature in (False, True):
-        found = protocols(task, miniature)
-        assert found and all(p.version >= 1 and p.about and p.miniature == miniature for p in found)
+        variants = protocols(task, miniature)
+        assert variants and all(p.version >= 1 and p.about and p.miniature == miniature for p in variants)
     columns, rows = paper(task)
     assert all(len(values) == len(columns) for values in rows.values())
 
@@ -294,8 +294,8 @@ def every_kind(tiny_images):
     """A handful of items of each kind of task."""
     pool = {"text_ids": ["t1", "t2", "t3"], "image_ids": list(tiny_images)}
     texts = {"t1": "a panda", "t2": "bamboo, of course", "t3": "no"}
-    turns = [{"speaker": "Q", "elements": [text("what is it?"), shown("i0")]}, {"speaker": "A", "elements": [text("a cat")]},
-             {"speaker": "Q", "elements": [text("and where?")]}]  # fmt: skip
+    turns = [{"speaker": "Q", "elements": [text("what is it?"), image_element("i0")]},
+             {"speaker": "A", "elements": [text("a cat")]}, {"speaker": "Q", "elements": [text("and where?")]}]  # fmt: skip
     items = [{"dialogue_id": str(i), "turns": turns, "target_turn": 3, "pool": pool, "relevance": [0.0, 1.0, 0.5],
               "gold": {"text_ids": ["t1"], "image_ids": [f"i{i}"]}} for i in range(3)]  # fmt: skip
     questions = [{"question_id": str(i), "image_id": "i1", "question": "what?", "answers": ["a panda"] * 9 + ["no"],
@@ -324,7 +324,7 @@ def test_every_protocol_runs_on_every_kind_of_system(tiny, task):
         assert all(f"| {s.name} |" in table for s in systems) and p.variant in table
 
 
-def test_questions_without_answers_are_said(tiny):
+def test_questions_without_answers_are_refused(tiny):
     _, questions = every_kind({"i1": picture(1)})
     bare = Questions([q | {"answers": []} for q in questions.questions], questions.images)
     with pytest.raises(BadDataError, match="have no answers"):
@@ -333,9 +333,9 @@ def test_questions_without_answers_are_said(tiny):
 
 def test_no_gold_at_all_is_not_a_number():
     data = Dialogues([dialogue("a", "q1", POOL)], DATA.texts, DATA.images)
-    found = response.run(SYSTEM, data, protocol("mmdialog"), CLIP)
-    assert all(math.isnan(found[name].value) for name in ("image R@1", "text R@1", "overall R@1"))
-    assert found["text R@1"].summary() == {"value": None, "low": None, "high": None, "n": 0}
+    measures = response.run(SYSTEM, data, protocol("mmdialog"), CLIP)
+    assert all(math.isnan(measures[name].value) for name in ("image R@1", "text R@1", "overall R@1"))
+    assert measures["text R@1"].summary() == {"value": None, "low": None, "high": None, "n": 0}
 
 
 def test_a_task_that_does_not_apply_is_none(tiny):
@@ -348,12 +348,12 @@ def test_a_task_that_does_not_apply_is_none(tiny):
     assert evaluate(UniMuR(tiny()), dialogues, by_likelihood)["R@1"].n == 3
 
 
-def test_an_operation_that_a_device_lacks_is_no_task_that_does_not_apply():
+def test_an_operation_that_a_device_lacks_is_an_error():
     class Broken(System):
         def embed_dialogues(self, dialogues, **kwargs):
             raise NotImplementedError("the operator is not implemented for this device")
 
     ranking = protocols("visdial", True)[0]
-    assert evaluate(System(), SEEN, ranking) is None
+    assert evaluate(System(), VISDIAL, ranking) is None
     with pytest.raises(NotImplementedError, match="this device"):
-        evaluate(Broken(), SEEN, ranking)
+        evaluate(Broken(), VISDIAL, ranking)

@@ -92,11 +92,13 @@ def test_the_losses_are_those_of_the_maps_by_hand(canonical):
         e, v = (F.normalize(x, dim=-1) for x in (outputs.ret_embeds, outputs.image_embeds))
         logits, own = e @ v.T / 0.07, torch.arange(3)
         expected = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
-        texts = model.encode_clip_texts(batch["clip_input_ids"], batch["clip_attention_mask"])
+        texts = model.encode_clip_texts(batch["targets"]["input_ids"], batch["targets"]["attention_mask"])
         targets = F.normalize(model.W_x2m(F.normalize(texts, dim=-1)), dim=-1)
     torch.testing.assert_close(outputs.loss_vm, expected)
     torch.testing.assert_close(outputs.loss_tm, (outputs.ret_embeds - targets).square().mean())
-    torch.testing.assert_close(outputs.image_embeds, model.W_v2m(model.encode_images(batch["pixel_values"])[0]))
+    torch.testing.assert_close(
+        outputs.image_embeds, model.W_v2m(model.encode_images(batch["images"]["pixel_values"])[0])
+    )
 
 
 def test_another_width_gives_new_maps(canonical):

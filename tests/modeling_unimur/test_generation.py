@@ -163,7 +163,7 @@ def test_what_retrieve_cannot_draw_is_refused(drawer, fresh):
     for arguments, message in (
         ({"generate": "maybe"}, "generate='maybe'"),
         ({"generate": "auto"}, "draw_below"),
-        ({"generate": "always", "stepz": 3}, "stepz: no argument"),
+        ({"generate": "always", "stepz": 3}, "no argument stepz"),
         ({"steps": 3}, "generate is 'never'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -173,9 +173,7 @@ def test_what_retrieve_cannot_draw_is_refused(drawer, fresh):
 def test_loss_reaches_tokens_and_mapper_alone(drawer):
     inputs = drawer.processor.contexts(["one caption", "another, longer caption"])
     target = torch.randn(2, 12, 32)
-    output = drawer(
-        ret_input_ids=inputs["input_ids"], ret_attention_mask=inputs["attention_mask"], drawing_targets=target
-    )
+    output = drawer(contexts=dict(inputs), drawing_targets=target)
     output.loss.backward()
     assert output.loss_vm is None and torch.equal(output.loss, drawer.config.lambda3 * output.loss_draw)
     moved = {name for name, p in drawer.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}

@@ -86,11 +86,13 @@ def test_chunked_cross_entropy_is_the_plain_one(bias):
 def test_a_captions_last_token_is_not_read(fresh):
     model = fresh()
     batch = batch_of(model, pack=True)
-    assert int((batch["packing"]["segments"] > 0).sum()) == int(batch["attention_mask"].sum()) - len(CAPTIONS)
-    last = batch["attention_mask"].sum(1) - 1
-    changed = batch["input_ids"].clone()
+    captions = batch["captions"]
+    assert int((captions["packing"]["segments"] > 0).sum()) == int(captions["attention_mask"].sum()) - len(CAPTIONS)
+    last = captions["attention_mask"].sum(1) - 1
+    changed = captions["input_ids"].clone()
     changed[torch.arange(len(CAPTIONS)), last] = 7
-    assert torch.equal(model(**(batch | {"input_ids": changed})).loss_cap, model(**batch).loss_cap)
+    other = batch | {"captions": captions | {"input_ids": changed}}
+    assert torch.equal(model(**other).loss_cap, model(**batch).loss_cap)
 
 
 def test_the_logits_of_a_batch_never_exist_at_once(fresh, monkeypatch):
@@ -117,7 +119,7 @@ def test_the_logits_of_a_batch_never_exist_at_once(fresh, monkeypatch):
 def test_with_ret_frozen_the_retrieval_pass_of_pairs_has_no_backward(fresh):
     model = fresh()
     batch = model.processor.pairs([picture(0)], ["a"])
-    states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"])
+    states = model.ret_states(batch["contexts"]["input_ids"], batch["contexts"]["attention_mask"])
     assert not states.requires_grad
 
 

@@ -58,13 +58,16 @@ def test_caption_loss_is_the_llms_own_loss_behind_a_visual_prefix(tiny, kind):
     model = tiny(kind)
     batch = model.processor.pairs([picture(1), picture(2)], ["a dog", "a panda in a hat"])
     with torch.no_grad():
-        features = model.encode_images(batch["pixel_values"])[0]
-        embeds = model.input_embeddings(batch["input_ids"], features)
+        features = model.encode_images(batch["images"]["pixel_values"])[0]
+        captions = batch["captions"]
+        embeds = model.input_embeddings(captions["input_ids"], features)
         logits = model.language_model(
-            inputs_embeds=embeds, attention_mask=batch["attention_mask"],
-            position_ids=(batch["attention_mask"].cumsum(-1) - 1).clamp(min=0),
+            inputs_embeds=embeds, attention_mask=captions["attention_mask"],
+            position_ids=(captions["attention_mask"].cumsum(-1) - 1).clamp(min=0),
         ).logits  # fmt: skip
-        expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+        expected = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), captions["labels"][:, 1:].flatten(), ignore_index=-100
+        )
         assert torch.allclose(model(**batch).loss_cap, expected, atol=1e-5)
 
 
@@ -167,18 +170,17 @@ def test_switches_of_table_4(fresh):
 def test_cached_features_give_the_same_losses(tiny):
     model = tiny()
     batch = model.processor.pairs([picture(i) for i in range(3)], ["a", "b", "c"])
-    features, embeds = model.encode_images(batch["pixel_values"])
-    cached = {k: v for k, v in batch.items() if k != "pixel_values"} | {
-        "image_features": features,
-        "image_embeds": embeds,
-    }
+    features, embeds = model.encode_images(batch["images"]["pixel_values"])
+    cached = batch | {"images": {"features": features, "embeds": embeds}}
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, model(**cached).loss)
 
 
 def test_forward_without_inputs_says_what_it_needs(tiny):
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="give captions, contexts"):
         tiny()()
+    with pytest.raises(ValueError, match="contexts need their targets"):
+        tiny()(contexts=tiny().processor.pairs(None, ["a"])["contexts"])
 
 
 def test_nan_weights_are_named(fresh):

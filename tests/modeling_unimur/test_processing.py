@@ -104,10 +104,10 @@ def test_caption_batch():
     processor = make_processor(n_visual_tokens=1)
     batch = processor.pairs([picture(1), picture(2)], ["ab", "c"])
     t = processor.tokenizer.convert_tokens_to_ids
-    assert batch["input_ids"][0].tolist() == [2, processor.image_token_id, t("a"), t("b"), 2]
-    assert batch["labels"].tolist() == [[-100, -100, t("a"), t("b"), 2], [-100, -100, t("c"), 2, -100]]
-    assert batch["target_indices"].tolist() == batch["image_indices"].tolist() == [0, 1]
-    assert batch["ret_image_indices"].tolist() == []
+    assert batch["captions"]["input_ids"][0].tolist() == [2, processor.image_token_id, t("a"), t("b"), 2]
+    assert batch["captions"]["labels"].tolist() == [[-100, -100, t("a"), t("b"), 2], [-100, -100, t("c"), 2, -100]]
+    assert batch["targets"]["image_indices"].tolist() == batch["captions"]["image_indices"].tolist() == [0, 1]
+    assert batch["contexts"]["image_indices"].tolist() == []
 
 
 def test_interleaved_batch():
@@ -116,13 +116,16 @@ def test_interleaved_batch():
     other = {"caption": (1, "c"), "context": [["c"]], "image": None, "text": "d"}
     batch = processor.documents([item, other], [picture(1), picture(2)])
     t = processor.tokenizer.convert_tokens_to_ids
-    assert batch["labels"].tolist() == [[-100, -100, t("c"), 2]]
+    assert batch["captions"]["labels"].tolist() == [[-100, -100, t("c"), 2]]
     image, ret = processor.image_token_id, processor.ret_token_id
-    assert batch["ret_input_ids"].tolist() == [[2, t("a"), image, t("Ċ"), t("b"), ret], [2, t("c"), ret, 1, 1, 1]]
-    assert "labels" not in processor.documents([item], [picture(1), picture(2)])
-    assert batch["image_indices"].tolist() == batch["ret_image_indices"].tolist() == [1]
-    assert batch["image_rows"].tolist() == [0] and batch["target_indices"].tolist() == [0]
-    assert batch["text_rows"].tolist() == [1] and len(batch["clip_input_ids"]) == 1
+    assert batch["contexts"]["input_ids"].tolist() == [
+        [2, t("a"), image, t("Ċ"), t("b"), ret],
+        [2, t("c"), ret, 1, 1, 1],
+    ]
+    assert "captions" not in processor.documents([item], [picture(1), picture(2)])
+    assert batch["captions"]["image_indices"].tolist() == batch["contexts"]["image_indices"].tolist() == [1]
+    assert batch["targets"]["image_rows"].tolist() == batch["targets"]["image_indices"].tolist() == [0]
+    assert batch["targets"]["text_rows"].tolist() == [1] and len(batch["targets"]["input_ids"]) == 1
 
 
 def test_a_text_is_a_dialogue_of_one_turn(caplog):

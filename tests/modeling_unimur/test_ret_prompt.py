@@ -34,12 +34,11 @@ def test_it_stands_before_ret_in_contexts_texts_and_training():
     batch = processor.documents(
         [{"caption": (0, "c"), "context": [["ab"], [0]], "image": 0, "text": "c"}], [picture(1)], pack=True
     )
-    row = batch["ret_input_ids"][0].tolist()
-    assert row[-len(end) :] == end and len(batch["ret_packing"]["unpack"][0]) == len(row)
-    assert (
-        processor.ret_token_id not in batch["input_ids"]
-    )  # a caption to be told has no [RET], and no words before it
-    assert batch["input_ids"].shape[1] == 1 + 2 + 1 + 1
+    row = batch["contexts"]["input_ids"][0].tolist()
+    assert row[-len(end) :] == end and len(batch["contexts"]["packing"]["unpack"][0]) == len(row)
+    ids = batch["captions"]["input_ids"]
+    assert processor.ret_token_id not in ids  # a caption to be predicted has no [RET], and no words before it
+    assert ids.shape[1] == 1 + 2 + 1 + 1
     for read in (processor.contexts, processor.texts):
         assert read(["ab"], end_with_ret=False)["input_ids"][0].tolist() == [2, *ids_of(processor, "ab")]
 

@@ -26,8 +26,8 @@ def test_broken_pairs_are_dropped_and_counted():
     batch = collate(rows)
     assert batch["skipped"] == {"empty": 1, "empty_caption": 3, "undecodable": 1, "missing": 2}
     assert type(batch["skipped"]) is dict and batch["n_seen"] == 9
-    assert len(batch["pixel_values"]) == len(batch["ret_input_ids"]) == 2
-    assert batch["target_indices"].tolist() == [0, 1]
+    assert len(batch["images"]["pixel_values"]) == len(batch["contexts"]["input_ids"]) == 2
+    assert batch["targets"]["image_indices"].tolist() == [0, 1]
     with pytest.raises(
         TooManyBadPairsError, match=r"all 2 pairs(.|\n)*empty: '1': (.|\n)*empty_caption: '2': no caption"
     ):
@@ -40,8 +40,9 @@ def test_a_batch_without_a_usable_pair_repeats_the_last_good_one(caplog):
     batch = collate([row("2", b""), row("3", captions=[" "])])
     assert "all 2 pairs of a batch are broken" in caplog.text and "once more" in caplog.text
     assert batch["skipped"] == {"empty": 1, "empty_caption": 1} and batch["n_seen"] == 2
-    assert batch["ret_input_ids"].tolist() == good["ret_input_ids"][1:].tolist()
-    assert torch.equal(batch["pixel_values"], good["pixel_values"][1:]) and batch["target_indices"].tolist() == [0]
+    assert batch["contexts"]["input_ids"].tolist() == good["contexts"]["input_ids"][1:].tolist()
+    assert torch.equal(batch["images"]["pixel_values"], good["images"]["pixel_values"][1:])
+    assert batch["targets"]["image_indices"].tolist() == [0]
 
 
 def test_the_first_few_of_each_reason_are_named(caplog):
@@ -89,7 +90,7 @@ def test_captions_are_drawn_per_epoch_and_reproducibly():
     def drawn(epoch, seed=0, kind="random"):
         collate = PairCollator(processor, caption=kind, seed=seed)
         collate.epoch = epoch
-        return collate(rows)["clip_input_ids"][:, 1].tolist()
+        return collate(rows)["targets"]["input_ids"][:, 1].tolist()
 
     assert drawn(0) == drawn(0) != drawn(1) and drawn(0) != drawn(0, seed=1)
     assert len(set(drawn(0))) > 4
@@ -124,15 +125,18 @@ def test_documents_and_pairs_in_one_batch():
     made = documents(images)
     processor = make_processor(n_visual_tokens=1)
     batch = PairCollator(processor)([row("p"), made[0], made[1]])
-    assert len(batch["pixel_values"]) == 3  # the pair's, the document's shown and target
-    assert torch.allclose(batch["pixel_values"][1], processor.pixels([picture(1)])[0])  # sorted: shown before target
-    assert batch["image_indices"].tolist() == [0] and batch["ret_image_indices"].tolist() == [1]
-    assert batch["image_rows"].tolist() == [0, 1] and batch["target_indices"].tolist() == [0, 2]
-    assert batch["text_rows"].tolist() == [0, 1, 2]
+    assert len(batch["images"]["pixel_values"]) == 3  # the pair's, the document's shown and target
+    assert torch.allclose(
+        batch["images"]["pixel_values"][1], processor.pixels([picture(1)])[0]
+    )  # sorted: shown before target
+    assert batch["captions"]["image_indices"].tolist() == [0]
+    assert batch["contexts"]["image_indices"].tolist() == [1]
+    rows = {name: batch["targets"][name].tolist() for name in ("image_rows", "image_indices", "text_rows")}
+    assert rows == {"image_rows": [0, 1], "image_indices": [0, 2], "text_rows": [0, 1, 2]}
     dialogue = [{"content": ["see", {"type": "image", "image": picture(1)}]}, "more!"]
     context = processor.contexts([dialogue])["input_ids"][0]
-    assert batch["ret_input_ids"][1, : len(context)].tolist() == context.tolist()
-    assert len(batch["labels"]) == 1  # only the pair has a caption
+    assert batch["contexts"]["input_ids"][1, : len(context)].tolist() == context.tolist()
+    assert len(batch["captions"]["labels"]) == 1  # only the pair has a caption
 
 
 def test_documents_with_unknown_ids_are_refused():
@@ -155,7 +159,7 @@ def test_cached_features_replace_images(fresh):
     assert np.allclose(cached["image_features"][:], features, atol=1e-6)
     collate = PairCollator(model.processor)
     batch, plain = collate(list(cached)), collate([images[0], images[2]])
-    assert "pixel_values" not in batch and torch.allclose(batch["image_embeds"], embeds, atol=1e-6)
+    assert "pixel_values" not in batch["images"] and torch.allclose(batch["images"]["embeds"], embeds, atol=1e-6)
     kept = ("skipped", "n_seen")
     with torch.no_grad():
         losses = [model(**{k: v for k, v in b.items() if k not in kept}).loss for b in (batch, plain)]

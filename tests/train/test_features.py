@@ -76,8 +76,8 @@ def test_losses_from_the_cache_are_those_of_the_plain_batch(fresh, photos, tmp_p
             collate.epoch = epoch
             a = collate([plain[i] for i in picked])
             b = collate([cached[i - (i > 4)] for i in picked])
-            assert "pixel_values" not in b and "clip_input_ids" not in b
-            assert ("ret_input_ids" in b) == model.config.train_ret_embedding
+            assert "pixel_values" not in b["images"] and "input_ids" not in b["targets"]
+            assert ("input_ids" in b["contexts"]) == model.config.train_ret_embedding
             torch.testing.assert_close(losses(model, b), losses(model, a), rtol=1e-5, atol=1e-6)
 
 

@@ -30,7 +30,8 @@ def test_noise_moves_the_states_in_training_alone(tmp_path):
     batch.pop("skipped"), batch.pop("n_seen")
     with torch.no_grad():
         plain = model.train()(**batch).ret_embeds
-        states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"])
+        contexts = batch["contexts"]
+        states = model.ret_states(contexts["input_ids"], contexts["attention_mask"])
         trainer_of(model, tmp_path, state_noise=0.5)
         torch.manual_seed(0)
         noisy = model.train()(**batch).ret_embeds

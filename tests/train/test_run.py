@@ -201,10 +201,13 @@ def test_the_miniature_honours_the_towers_that_are_named(folder, monkeypatch, gi
     assert threads == ([] if "text_model" in given else [1])  # a larger LLM gains by every core
 
 
-def test_a_config_without_positions_is_named():
+def test_a_config_without_positions_is_named(tmp_path):
     from transformers import BloomConfig
 
-    from train.run import positions
+    from modeling_unimur import UniMuRProcessor
 
-    with pytest.raises(ValueError, match=r"this bloom names no max_position_embeddings"):
-        positions(BloomConfig())
+    text, clip = make_towers(tmp_path)
+    BloomConfig(hidden_size=32, n_layer=1, n_head=2).save_pretrained(text)
+    with pytest.raises(ValueError, match=r"names no positions.*give max_length"):
+        UniMuRProcessor.from_pretrained_towers(text, clip)
+    assert UniMuRProcessor.from_pretrained_towers(text, clip, max_length=64).max_length == 64

@@ -90,7 +90,7 @@ def test_one_batch_is_overfitted_through_w_i2t_alone(tmp_path):
     with torch.no_grad():
         end = model(**_inputs(model, rows))
         swapped = _inputs(model, rows)
-        swapped["image_indices"] = swapped["image_indices"].flip(0)
+        swapped["captions"]["image_indices"] = swapped["captions"]["image_indices"].flip(0)
         wrong = model(**swapped).loss_cap
     assert end.loss_cap < 0.4 * start and torch.equal(model.W_t2m.weight, before)
     assert wrong > 2 * end.loss_cap  # it reads the image, not only a learnt constant

@@ -1,4 +1,4 @@
-"""CLIP-Sim: do the text and the image of one reply belong together?"""
+"""CLIP-Sim: how well the text and the image of one reply match."""
 
 import datasets
 import evaluate
@@ -6,7 +6,7 @@ import numpy as np
 
 DESCRIPTION = """
 CLIP-Sim of multimodal response retrieval: the mean cosine between the CLIP embeddings of the text and of the image that
-were returned together. The embeddings are made beforehand; a reply without an image is not a row.
+were returned together. The embeddings are the input; a reply without an image is not a row.
 """
 
 CITATION = """
@@ -38,7 +38,7 @@ Examples:
 
 def cosine_per_item(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
     """
-    Cosine of each text with the image beside it, in float64.
+    Cosine of each text with the image of its row, in float64.
 
     Args:
         texts, images: `(n, q)`, of any length but zero.
@@ -58,7 +58,7 @@ def cosine_per_item(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
         rows = rows if len(rows) else rows.reshape(0, 0)
         if rows.ndim != 2:
             raise ValueError(f"{name} embeddings of shape {rows.shape}: expected (n, q)")
-        # The largest entry goes out first, so that no square overflows or vanishes.
+        # Divided by the largest entry first, so that no square overflows or vanishes.
         largest = np.abs(rows).max(1, initial=0, keepdims=True)
         bad = ~np.isfinite(largest[:, 0]) | (largest[:, 0] == 0)
         if bad.any():
@@ -88,5 +88,5 @@ class ClipSim(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        found = cosine_per_item(predictions, references)
-        return {"clip_sim": float(found.mean()) if len(found) else float("nan"), "n": len(found)}
+        cosines = cosine_per_item(predictions, references)
+        return {"clip_sim": float(cosines.mean()) if len(cosines) else float("nan"), "n": len(cosines)}

@@ -1,4 +1,4 @@
-"""How often an image is shown, on the turns that have one and on those that have none."""
+"""How often an image is retrieved, on turns whose gold reply has one and on text-only turns."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ import evaluate
 import numpy as np
 
 DESCRIPTION = """
-Image retrieval rate of multimodal response retrieval: of the turns whose true reply has an image, the share for which an
-image is shown, whichever it is. Showing always would score 1, so the same share over the text-only turns stands beside
-it, where it should be low.
+Image retrieval rate of multimodal response retrieval: of the turns whose gold reply has an image, the share for which any
+image is retrieved. Retrieving one always would score 1, so the same share over the text-only turns is given too; it
+should be low.
 """
 
 CITATION = """
@@ -25,9 +25,9 @@ CITATION = """
 
 INPUTS = """
 Args:
-    predictions: for each turn whether an image is shown (bool; or the probability that it is, such as 0.5 where an image
-        and a text tie for the place).
-    references: for each turn whether the true reply has an image (bool).
+    predictions: for each turn whether an image is retrieved (bool; or the probability, such as 0.5 where an image and a
+        text tie).
+    references: for each turn whether the gold reply has an image (bool).
 
 Returns:
     `image_retrieval_rate` over the turns with an image and `on_text_only_turns` over the others, in 0..1 (nan where there
@@ -41,29 +41,29 @@ Examples:
 """
 
 
-def shown_per_item(shown: Sequence[float], has_image: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+def image_rate_per_item(with_image: Sequence[float], has_image: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
     """
-    Splits what was shown by what the reply has.
+    Splits `with_image` by whether the gold reply has an image.
 
     Args:
-        shown: `(n,)` bool, or the probability in 0..1 that an image is shown.
-        has_image: `(n,)` bool.
+        with_image: `(n,)` bool, whether an image is retrieved, or its probability in 0..1.
+        has_image: `(n,)` bool, whether the gold reply has an image.
 
     Returns:
-        Two `(n,)` float64: `shown` on the turns with an image, and on the text-only turns; nan on the other turns.
+        Two `(n,)` float64: `with_image` on the turns with an image, and on the text-only turns; nan on the other turns.
 
     Raises:
         ValueError: shapes differ, or a value outside 0..1.
     """
-    shown, has_image = np.asarray(shown, dtype=np.float64), np.asarray(has_image, dtype=bool)
-    if shown.ndim != 1 or shown.shape != has_image.shape:
+    with_image, has_image = np.asarray(with_image, dtype=np.float64), np.asarray(has_image, dtype=bool)
+    if with_image.ndim != 1 or with_image.shape != has_image.shape:
         raise ValueError(
-            f"shapes {shown.shape} of shown, {has_image.shape} of has_image: expected one value a turn each"
+            f"shapes {with_image.shape} of with_image, {has_image.shape} of has_image: expected one value per turn"
         )
-    bad = ~((shown >= 0) & (shown <= 1))
+    bad = ~((with_image >= 0) & (with_image <= 1))
     if bad.any():
-        raise ValueError(f"turn {bad.argmax()}: shown is {shown[bad][0]}, expected a bool or a probability")
-    return np.where(has_image, shown, np.nan), np.where(has_image, np.nan, shown)
+        raise ValueError(f"turn {bad.argmax()}: with_image is {with_image[bad][0]}, expected a bool or a probability")
+    return np.where(has_image, with_image, np.nan), np.where(has_image, np.nan, with_image)
 
 
 class ImageRetrievalRate(evaluate.Metric):
@@ -80,10 +80,10 @@ class ImageRetrievalRate(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        groups = [values[~np.isnan(values)] for values in shown_per_item(predictions, references)]
-        with_image, text_only = (float(g.mean()) if len(g) else float("nan") for g in groups)
+        groups = [values[~np.isnan(values)] for values in image_rate_per_item(predictions, references)]
+        image_turns, text_only = (float(g.mean()) if len(g) else float("nan") for g in groups)
         return {
-            "image_retrieval_rate": with_image,
+            "image_retrieval_rate": image_turns,
             "on_text_only_turns": text_only,
             "image_turns": len(groups[0]),
             "text_only_turns": len(groups[1]),

@@ -1,4 +1,4 @@
-"""Recall at k with ties in no one's favour: the chance that a right candidate is among the first k."""
+"""Recall at k with ties in random order: the probability that a gold candidate is among the first k."""
 
 import itertools
 import operator
@@ -9,12 +9,12 @@ import datasets
 import evaluate
 import numpy as np
 
-# Numbers compared at once: bounds the memory beside the scores themselves.
+# Numbers compared at once: bounds the memory on top of the scores themselves.
 BLOCK = 2**22
 
 DESCRIPTION = """
-Recall at k of a ranking, as retrieval papers report it: the share of the queries for which at least one right candidate
-is among the first k ("hit of any right one"; not the share of the right ones that was found). Candidates of equal score
+Recall at k of a ranking, as retrieval papers report it: the share of the queries for which at least one gold candidate
+is among the first k (a hit of any of them; not the share of them that is retrieved). Candidates of equal score
 are taken in random order, and each query counts with the exact probability of a hit.
 """
 
@@ -32,11 +32,11 @@ CITATION = """
 INPUTS = """
 Args:
     predictions: for each query the scores of its candidates (list of float, higher is better; lengths may differ).
-    references: for each query the indices of its right candidates (list of int; any number, also none).
+    references: for each query the indices of its gold candidates (list of int; any number, also none).
     ks: the cut-offs, 1, 5 and 10 unless given.
 
 Returns:
-    `R@k` for each k, in 0..1, the mean over the queries that have a right candidate (nan where no query has);
+    `R@k` for each k, in 0..1, the mean over the queries that have a gold candidate (nan where no query has);
     `n`, how many these are; `without_answer`, how many queries had none and were left out.
 
 Examples:
@@ -48,67 +48,67 @@ Examples:
 
 
 def hit_rate_per_item(
-    scores: np.ndarray | Sequence[Any], right: Sequence[Sequence[int]], ks: Sequence[int] = (1, 5, 10)
+    scores: np.ndarray | Sequence[Any], gold: Sequence[Sequence[int]], ks: Sequence[int] = (1, 5, 10)
 ) -> np.ndarray:
     """
-    The probability that at least one right candidate is among the first k, ties in random order.
+    The probability that at least one gold candidate is among the first k, ties in random order.
 
-    Let `a` candidates score above the best right one, `t` tie with it (itself among them), `r` of these right, and
-    `j = k - a` places be left for the tie. A random order fills them with wrong ones only with the hypergeometric
-    probability `C(t - r, j) / C(t, j)`; the value is one less that.
+    Let `a` candidates score above the best gold one, `t` have its score (itself included), `r` of these gold, and
+    `j = k - a` places be left for the tie. A random order fills them with others only with the hypergeometric
+    probability `C(t - r, j) / C(t, j)`; the value is one minus that.
 
     Args:
         scores: `(n, m)` real, higher is better; or `n` rows of any lengths. Infinities are scores like others.
-        right: for each query the indices of the right candidates, `0 <= index < m`; listed twice counts once.
+        gold: for each query the indices of the gold candidates, `0 <= index < m`; a duplicate counts once.
         ks: cut-offs, at least 1.
 
     Returns:
-        `(n, len(ks))` float64; nan for a query without a right candidate.
+        `(n, len(ks))` float64; nan for a query without a gold candidate.
 
     Raises:
         ValueError: a NaN score, an index outside the candidates, lengths that differ, or k < 1.
     """
-    if len(scores) != len(right):
-        raise ValueError(f"{len(scores)} rows of scores for {len(right)} lists of right candidates: expected one each")
+    if len(scores) != len(gold):
+        raise ValueError(f"{len(scores)} rows of scores for {len(gold)} lists of gold candidates: expected one each")
     if any(operator.index(k) < 1 for k in ks):
         raise ValueError(f"ks {list(ks)}: a cut-off is at least 1")
     lengths = np.array([len(row) for row in scores], dtype=np.int64)
-    found = np.full((len(scores), len(ks)), np.nan)
+    hits = np.full((len(scores), len(ks)), np.nan)
     for m in np.unique(lengths):
         same = np.flatnonzero(lengths == m)
         step = max(1, BLOCK // max(m, 1))
         for start in range(0, len(same), step):
             rows = same[start : start + step]
             block = scores[rows] if isinstance(scores, np.ndarray) else np.stack([np.asarray(scores[i]) for i in rows])
-            found[rows] = _hit_rates(block, [right[i] for i in rows], rows, np.asarray(ks))
-    return found
+            hits[rows] = _hit_rates(block, [gold[i] for i in rows], rows, np.asarray(ks))
+    return hits
 
 
-def _hit_rates(scores: np.ndarray, right: list[Sequence[int]], queries: np.ndarray, ks: np.ndarray) -> np.ndarray:
+def _hit_rates(scores: np.ndarray, gold: list[Sequence[int]], queries: np.ndarray, ks: np.ndarray) -> np.ndarray:
     """`(rows, m)` scores -> `(rows, len(ks))`; `queries` are the rows' numbers, for messages."""
     if np.isnan(scores).any():
         raise ValueError(f"query {queries[np.isnan(scores).any(1).argmax()]}: a score is NaN; a rank needs numbers")
     n, m = scores.shape
-    pairs = [(i, index) for i, indices in enumerate(right) for index in {operator.index(index) for index in indices}]
+    pairs = [(i, index) for i, indices in enumerate(gold) for index in {operator.index(index) for index in indices}]
     for i, index in pairs:
         if not 0 <= index < m:
-            raise ValueError(f"query {queries[i]}: right candidate {index}, but it has candidates 0 to {m - 1}")
+            raise ValueError(f"query {queries[i]}: gold candidate {index}, but it has candidates 0 to {m - 1}")
     if not pairs:
         return np.full((n, len(ks)), np.nan)
     row, column = np.array(pairs).T
     values = scores[row, column]
     has = np.bincount(row, minlength=n) > 0
-    # Each query's best right score: the last of its pairs in order of score.
+    # Each query's best gold score: the last of its pairs in order of score.
     order = np.argsort(values, kind="stable")
     best = np.zeros(n, dtype=scores.dtype)
     best[row[order]] = values[order]
 
     above = (scores > best[:, None]).sum(1)
     tied = (scores == best[:, None]).sum(1)
-    tied_right = np.bincount(row, weights=values == best[row], minlength=n).astype(np.int64)
+    tied_gold = np.bincount(row, weights=values == best[row], minlength=n).astype(np.int64)
     places = np.clip(ks[None, :] - above[:, None], 0, tied[:, None])
     # C(t - r, j) / C(t, j) is the same with r and j exchanged, and the shorter product of the two has min(r, j) factors.
-    shorter, longer = np.minimum(places, tied_right[:, None]), np.maximum(places, tied_right[:, None])
+    shorter, longer = np.minimum(places, tied_gold[:, None]), np.maximum(places, tied_gold[:, None])
     missed = np.ones((n, len(ks)))
     for i in range(shorter.max()):
         left = np.maximum(tied[:, None] - i, 1)
@@ -149,8 +149,8 @@ class RecallAtK(evaluate.Metric):
         return info
 
     def _compute(self, predictions, references, ks=(1, 5, 10)):
-        found = hit_rate_per_item(_rows(predictions), _rows(references), ks)
-        scored = ~np.isnan(found).any(1)
-        means = found[scored].mean(0) if scored.any() else np.full(len(ks), np.nan)
+        hits = hit_rate_per_item(_rows(predictions), _rows(references), ks)
+        scored = ~np.isnan(hits).any(1)
+        means = hits[scored].mean(0) if scored.any() else np.full(len(ks), np.nan)
         result = {f"R@{k}": float(mean) for k, mean in zip(ks, means, strict=True)}
         return result | {"n": int(scored.sum()), "without_answer": int((~scored).sum())}

@@ -1,4 +1,4 @@
-"""VisDial's ranking of answer options: R@k, MRR, mean rank and NDCG, ties in no one's favour."""
+"""VisDial's ranking of answer options: R@k, MRR, mean rank and NDCG, with ties in random order."""
 
 import operator
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ Args:
 
 Returns:
     `R@1`, `R@5`, `R@10`, `MRR`, in 0..1, and `mean rank`, from 1, over all questions; `NDCG`, in 0..1, over the questions
-    with a relevance above zero (nan where there are none of the kind); `n`, how many questions; `with_relevance`, how many
+    with a relevance above zero (nan where there are no such questions); `n`, how many questions; `with_relevance`, how many
     counted for NDCG; `relevance_all_zero`, how many were left out of NDCG because every relevance is zero.
 
 Examples:
@@ -66,29 +66,29 @@ def visdial_per_item(
         published code divides by zero there).
 
     Raises:
-        ValueError: a NaN score, an answer outside the options, or relevances that are negative, not finite or not one an
+        ValueError: a NaN score, an answer outside the options, or relevances that are negative, not finite or not one per
             option.
     """
     scores = np.asarray(scores)
     if scores.ndim != 1 or np.isnan(scores).any():
-        raise ValueError(f"scores of shape {scores.shape}: expected one number an option, and none of them NaN")
+        raise ValueError(f"scores of shape {scores.shape}: expected one number per option, none of them NaN")
     answer = operator.index(answer)
     if not 0 <= answer < len(scores):
         raise ValueError(f"answer {answer}, but there are options 0 to {len(scores) - 1}")
     above, tied = int((scores > scores[answer]).sum()), int((scores == scores[answer]).sum())
-    found = {f"R@{k}": min(max((k - above) / tied, 0.0), 1.0) for k in KS}
-    found["MRR"] = float((1 / (above + np.arange(1, tied + 1))).mean())
-    found["mean rank"] = above + (tied + 1) / 2
-    found["NDCG"] = float("nan")
+    values = {f"R@{k}": min(max((k - above) / tied, 0.0), 1.0) for k in KS}
+    values["MRR"] = float((1 / (above + np.arange(1, tied + 1))).mean())
+    values["mean rank"] = above + (tied + 1) / 2
+    values["NDCG"] = float("nan")
     if relevance is not None and len(relevance):
-        found["NDCG"] = _ndcg(scores, np.asarray(relevance, dtype=np.float64))
-    return found
+        values["NDCG"] = _ndcg(scores, np.asarray(relevance, dtype=np.float64))
+    return values
 
 
 def _ndcg(scores: np.ndarray, relevance: np.ndarray) -> float:
     if relevance.shape != scores.shape or not (np.isfinite(relevance) & (relevance >= 0)).all():
         raise ValueError(
-            f"relevances of shape {relevance.shape} for {len(scores)} options: expected one an option, finite, at least 0"
+            f"relevances of shape {relevance.shape} for {len(scores)} options: expected one per option, finite, at least 0"
         )
     k = np.count_nonzero(relevance)
     if not k:

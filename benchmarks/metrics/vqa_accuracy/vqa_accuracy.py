@@ -50,7 +50,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
 # Meant to spare a full stop after a digit too, but the published pattern only looks at what follows.
 FULL_STOP = re.compile(r"\.(?!\d)")
-# The published call passes a flag of the value 32 where the number of replacements goes.
+# The published call passes a flag of value 32 as the number of replacements.
 MOST_FULL_STOPS = 32
 ARTICLES = {"a", "an", "the"}
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
@@ -69,7 +69,7 @@ CONTRACTED = """
 """
 CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word for word in CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the wrong way round in the published table
+} | {"somebody'd": "somebodyd"}  # reversed in the published table
 
 
 def normalise_answer(answer: str) -> str:
@@ -77,9 +77,9 @@ def normalise_answer(answer: str) -> str:
     The published normalisation, quirks included.
 
     1. A punctuation mark (not the apostrophe, colon or full stop) is removed everywhere if, anywhere in the answer, it
-       stands beside a space, or if a comma stands between two digits; else it becomes a space.
+       is next to a space, or if a comma is between two digits; else it becomes a space.
     2. A full stop is removed unless a digit follows, at most 32 of them.
-    3. Lower case; number words up to ten become digits, and "none" 0; articles go; contractions get their apostrophe.
+    3. Lower case; number words up to ten become digits, and "none" 0; articles are removed; contractions get their apostrophe.
     """
     comma = DIGITS_AROUND_COMMA.search(answer) is not None
     text = answer
@@ -96,10 +96,10 @@ def vqa_accuracy_per_item(answer: str, humans: Sequence[str]) -> float:
     Mean over leaving one human out of `min(1, matches among the rest / 3)`.
 
     Newlines and tabs become spaces and the ends are stripped, always. The rest of the normalisation is skipped where all
-    humans say the same, as published: there "Yes" does not match "yes".
+    humans give the same answer, as published: there "Yes" does not match "yes".
 
     Returns:
-        In 0..1; nan without humans. A single human leaves no one to match, hence 0; `h` humans give at most
+        In 0..1; nan without humans. With a single human there is nobody left to match, hence 0; `h` humans give at most
         `min(1, (h - 1) / 3)`.
 
     Raises:
@@ -134,16 +134,16 @@ class VQAAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, answer_types=None):
-        found = np.array([vqa_accuracy_per_item(*item) for item in zip(predictions, references, strict=True)])
-        scored = ~np.isnan(found)
-        result = _mean(found[scored], "") | {"without_answers": int((~scored).sum())}
+        values = np.array([vqa_accuracy_per_item(*item) for item in zip(predictions, references, strict=True)])
+        scored = ~np.isnan(values)
+        result = _mean(values[scored], "") | {"without_answers": int((~scored).sum())}
         if answer_types is None:
             return result
-        if len(answer_types) != len(found):
-            raise ValueError(f"{len(answer_types)} answer_types for {len(found)} questions: expected one each")
+        if len(answer_types) != len(values):
+            raise ValueError(f"{len(answer_types)} answer_types for {len(values)} questions: expected one each")
         kinds = np.array(answer_types, dtype=str)
         for kind in sorted(set(kinds.tolist())):
-            result |= _mean(found[scored & (kinds == kind)], f" ({kind})")
+            result |= _mean(values[scored & (kinds == kind)], f" ({kind})")
         return result
 
 
