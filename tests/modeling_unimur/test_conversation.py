@@ -121,11 +121,11 @@ def test_it_retrieves_as_the_model_does(tiny):
 def test_bad_turns_are_refused_and_leave_the_conversation_as_it_was(tiny):
     model = tiny()
     talk = model.conversation()
-    with pytest.raises(ValueError, match="nothing was said"):
+    with pytest.raises(ValueError, match="has no turn yet"):
         talk.embed()
     talk.say("hello")
     before = talk.embed()
-    for turn, told in (("", "empty text"), (b"no image", "not an image"), ("x" * 200, "exceeds the LLM's 128")):
-        with pytest.raises(ValueError, match=told):
+    for turn, message in (("", "empty text"), (b"no image", "not an image"), ("x" * 200, "exceeds the LLM's 128")):
+        with pytest.raises(ValueError, match=message):
             talk.say(turn)
     assert len(talk.turns) == 1 and torch.allclose(talk.embed(), before, atol=1e-6)
