@@ -4,7 +4,7 @@ warnings do not reach Python.
 
 ITU-T T.81, Annex B: the file is a row of segments; in the compressed data of a scan a byte FF is followed by 00, or is a
 marker: of a restart, of the next segment, or of the end. What stays within these rules (other values of the same code
-words) cannot be told from a picture.
+words) looks like any picture.
 """
 
 import re
@@ -27,14 +27,14 @@ def jpeg_damage(data: bytes) -> str | None:
     """
     at, restarts = 2, False
     while True:
-        found = _MARKER.search(data, at)
-        if found is None:
+        marker = _MARKER.search(data, at)
+        if marker is None:
             return "it ends before its end marker"
-        code, at = found[1][0], found.end()
+        code, at = marker[1][0], marker.end()
         if code == _EOI:
             return None
         if code in _RESTARTS or code in (0x01, _SOI):
-            continue  # between segments these say nothing
+            continue  # between segments these mean nothing
         length = int.from_bytes(data[at : at + 2], "big")
         if length < 2 or at + length > len(data):
             return "it ends within a segment"
@@ -50,13 +50,13 @@ def jpeg_damage(data: bytes) -> str | None:
 def _scan(data: bytes, at: int, restarts: bool) -> tuple[int, str | None]:
     """Where the compressed data that begin at `at` end, and what is wrong with them."""
     expected = 0
-    for found in _MARKER.finditer(data, at):
-        code = found[1][0]
+    for marker in _MARKER.finditer(data, at):
+        code = marker[1][0]
         if code in _BETWEEN_SCANS:
-            return found.start(), None
+            return marker.start(), None
         if code not in _RESTARTS:
-            return found.start(), f"a marker {code:02X} within compressed data, at byte {found.start()}"
+            return marker.start(), f"a marker {code:02X} within compressed data, at byte {marker.start()}"
         if not restarts or code - _RESTARTS.start != expected:
-            return found.start(), f"a restart marker out of order, at byte {found.start()}"
+            return marker.start(), f"a restart marker out of order, at byte {marker.start()}"
         expected = (expected + 1) % len(_RESTARTS)
     return len(data), "it ends before its end marker"

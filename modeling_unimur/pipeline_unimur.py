@@ -29,10 +29,11 @@ class MultimodalRetrievalPipeline(Pipeline):
         ValueError: a bad dialogue, a pool of another model, or no pool.
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    # The base class leaves these `None`, which mypy takes for their type.
+    _load_processor = True  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | None = None, **kwargs: Any):
         if processor is not None:
@@ -70,10 +71,11 @@ class MultimodalRetrievalPipeline(Pipeline):
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> Any:
         return {"embeddings": self._unimur.embed_inputs("dialogues", input_tensors)}
 
-    def postprocess(self, model_outputs: Any, pool: CandidatePool | None = None, **search: Any) -> list[dict]:
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[dict]:
+        pool = postprocess_parameters.pop("pool", None)
         pool = self._pool(None) if pool is None else pool
         pool.check_made_by(self._unimur.fingerprint)
-        return [as_dict(reply) for reply in pool.search(model_outputs["embeddings"], **search)]
+        return [as_dict(reply) for reply in pool.search(model_outputs["embeddings"], **postprocess_parameters)]
 
     def _pool(self, pool: Any) -> CandidatePool:
         if pool is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from .dialogues_unimur import Turn, check_characters, parse_dialogue
@@ -43,6 +43,8 @@ class UniMuRProcessor(ProcessorMixin):
         ValueError: `clip_tokenizer` is not CLIP's, which is what a checkpoint without that subfolder gives, or
             `ret_prompt` leaves no position for a text.
     """
+
+    clip_tokenizer: PreTrainedTokenizerBase  # which the base class sets
 
     def __init__(
         self,

@@ -2,8 +2,7 @@
 
 import json
 import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from .display_unimur import LARGE, figure, gallery, shortened
 from .images_unimur import BadImageError, decode_image, located
 from .inputs_unimur import check_count
+from .pool_ids import id_strings
 
 MODALITIES = ("image", "text")
 LISTED = 10  # candidates that a notebook lists
@@ -63,6 +63,7 @@ class Candidate:
         stored: a text, or a picture as the pool keeps it; see `item`.
         score: what it was ranked by.
         rank: from 1.
+        source: the path or the name that an image was given by, `None` where there was none.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Candidate:
     stored: str | Undecoded
     score: float
     rank: int
+    source: str | None = None
 
     @property
     def item(self) -> str | Image.Image:
@@ -107,13 +109,14 @@ class Retrieval:
 
     @property
     def text(self) -> str | None:
-        """What is said."""
+        """The words of the reply."""
         return None if self.best_text is None else str(self.best_text.item)
 
     @property
     def image(self) -> Image.Image | None:
         """
-        What is shown, an RGB `PIL.Image`, decoded when it is first asked for; `best_image is None` asks without that.
+        The picture of the reply, an RGB `PIL.Image`, decoded when it is first asked for; whether there is one, `best_image`
+        says without that.
 
         Raises:
             BadImageError: the picture is missing or broken; `reason` says how.
@@ -126,10 +129,10 @@ class Retrieval:
         return f"Retrieval({', '.join([*parts, f'{len(self.candidates)} candidates'])})"
 
     def _repr_html_(self) -> str:
-        shown = [_figure(self.best_image, LARGE)] if self.best_image is not None else []
+        own = [_figure(self.best_image, LARGE)] if self.best_image is not None else []
         rest = [_figure(candidate) for candidate in self.candidates[:LISTED]]
         more = f", of which {LISTED} are listed" if len(self.candidates) > LISTED else ""
-        return gallery(self.text or "", shown) + gallery(f"{len(self.candidates)} candidates{more}:", rest)
+        return gallery(self.text or "", own) + gallery(f"{len(self.candidates)} candidates{more}:", rest)
 
     def show(self) -> None:
         """The reply in a notebook; elsewhere its words are printed and its picture opens in the system's viewer."""
@@ -183,53 +186,22 @@ class Hit(NamedTuple):
     kind: str
 
 
-def check_search(size: int, top_k: int, modality: str | None, exclude: Any = (), image_bias: float = 0.0) -> list[str]:
-    """The ids that `exclude` names. Refuses with a `ValueError` what no pool can search."""
+def check_search(size: int, top_k: int, modality: str | None, exclude: Any = (), image_bias: float = 0.0) -> None:
+    """Refuses with a `ValueError` what no pool can search."""
     if not size:
         raise ValueError("the pool is empty: build it with images, texts or both")
     if not isinstance(modality, str | None) or modality not in (None, *MODALITIES):
         raise ValueError(f"modality={modality!r} is not 'image', 'text' or None")
     check_count("top_k", top_k)
+    id_strings("exclude", exclude)
     try:
         bias = math.nan if isinstance(image_bias, str | bytes) else float(image_bias)
     except (TypeError, ValueError, OverflowError):
         bias = math.nan
     if not abs(bias) < 2.0**127:  # half of what float32 holds, in which scores are; NaN compares as false
         raise ValueError(
-            f"image_bias={image_bias!r} must be a number, finite in float32: modality='image' or 'text' searches one kind"
+            f"image_bias={image_bias!r} must be finite in float32: modality='image' or 'text' searches one kind only"
         )
-    return as_ids("exclude", exclude)
-
-
-def as_ids(name: str, ids: Any) -> list[str]:
-    """
-    Ids as pools keep them, strings; a whole number becomes its digits.
-
-    Args:
-        name: of the argument, for messages.
-        ids: any iterable (list, array, column, set, generator) of strings and whole numbers.
-
-    Raises:
-        ValueError: one string, no iterable, or an id of another type.
-    """
-    if isinstance(ids, str | bytes):
-        raise ValueError(f"{name}={ids!r} is one string: give a list of ids")
-    try:
-        given = list(ids)
-    except TypeError as error:
-        raise ValueError(f"{name}={ids!r} is no list: give a list of ids") from error
-    return [_as_id(f"{name}[{i}]", value) for i, value in enumerate(given)]
-
-
-def _as_id(name: str, value: Any) -> str:
-    if isinstance(value, str):
-        return str(value)  # numpy's strings too
-    try:
-        if not isinstance(value, bool):
-            return str(operator.index(value))
-    except TypeError:
-        pass
-    raise ValueError(f"{name}={value!r} is no id: ids are strings or whole numbers")
 
 
 def candidate_ids(modality: str, count: int, ids: Any, start: int) -> list[str]:
@@ -237,7 +209,7 @@ def candidate_ids(modality: str, count: int, ids: Any, start: int) -> list[str]:
     The ids of `count` new candidates, numbered by their rows from `start` on unless given. Raises `ValueError` where
     there is not one for each, or one is no id.
     """
-    ids = [f"{modality}-{start + i}" for i in range(count)] if ids is None else as_ids(f"{modality}_ids", ids)
+    ids = [f"{modality}-{start + i}" for i in range(count)] if ids is None else id_strings(f"{modality}_ids", ids)
     if len(ids) != count:
         raise ValueError(
             f"{len(ids)} {modality} ids and {count} {modality}s do not match: give one id for each, or none"
@@ -253,15 +225,15 @@ def differences(made_by: dict[str, Any], fingerprint: dict[str, Any]) -> str:
 
 
 def replies(
-    ranked: Sequence[Sequence[Hit]], top_k: int, fetch: Callable[[Iterable[Any]], dict[Any, tuple[str, Any]]]
+    ranked: Sequence[Sequence[Hit]], top_k: int, fetch: Callable[[Iterable[Any]], Mapping[Any, tuple[Any, ...]]]
 ) -> list[Retrieval]:
     """
     Args:
         ranked: per query its hits, the best first: at least `top_k` where there are so many, the best text and the two
             best of each modality searched.
         top_k: how many candidates a reply lists.
-        fetch: keys -> key: (id, item), the item a text or an [`Undecoded`] picture. Called once, with each key of a
-            candidate that a reply holds.
+        fetch: keys -> key: (id, item, source, …), the item a text or an [`Undecoded`] picture, the source left out where
+            there is none. Called once, with each key of a candidate that a reply holds.
 
     Raises:
         ValueError: a query has no hit.
@@ -276,8 +248,8 @@ def replies(
     items = fetch({hits[i].key for hits, mine in zip(ranked, places, strict=True) for i in mine})
 
     def candidate(hits: Sequence[Hit], place: int) -> Candidate:
-        id_, item = items[hits[place].key]
-        return Candidate(id_, hits[place].kind, item, hits[place].score, place + 1)
+        id_, item, *rest = items[hits[place].key]
+        return Candidate(id_, hits[place].kind, item, hits[place].score, place + 1, rest[0] if rest else None)
 
     return [
         Retrieval(

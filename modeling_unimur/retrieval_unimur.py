@@ -1,7 +1,7 @@
 """Section 3.4: embeddings of dialogues, images and texts, pools of candidates, and replies out of them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from transformers.utils import logging
 from .conversation_unimur import Conversation
 from .images_unimur import located
 from .inputs_unimur import KINDS, as_dialogues, as_items, batches, check_count, check_pool, kind_of, warn_of_turns
+from .pool_ids import id_strings
 from .pool_unimur import CandidatePool, Retrieval
-from .replies_unimur import as_ids, candidate_ids
+from .replies_unimur import candidate_ids
 from .towers_unimur import non_finite_tensors
 
 if TYPE_CHECKING:
@@ -223,11 +224,11 @@ class RetrievalMixin:
 
     def unify_mixed(self, features: Mapping[str, Any]) -> torch.Tensor:
         """Embeddings `(n, q)` float32, not normalised, of what `prepare_mixed` made of n inputs."""
-        found = {
+        groups = {
             kind: {name.split(".", 1)[1]: value for name, value in features.items() if name.startswith(f"{kind}.")}
             for kind in KINDS
         }
-        parts = [(inputs.pop("rows"), self.unify(kind, inputs)) for kind, inputs in found.items() if inputs]
+        parts = [(inputs.pop("rows"), self.unify(kind, inputs)) for kind, inputs in groups.items() if inputs]
         embeds = torch.cat([embeds for _, embeds in parts])
         return embeds[torch.cat([rows for rows, _ in parts]).argsort()]
 
@@ -242,7 +243,7 @@ class RetrievalMixin:
         weights that hold NaN or infinity where the embeddings do.
         """
         if not bool(torch.isfinite(embeds).all()):
-            names = non_finite_tensors(self) or ["none: the input overflows the towers' dtype"]
+            names = non_finite_tensors(cast(torch.nn.Module, self)) or ["none: the input overflows the towers' dtype"]
             raise ValueError(f"the embeddings hold NaN or infinity; weights that do: {', '.join(names[:5])}")
         return F.normalize(embeds.float(), dim=-1).cpu()
 
@@ -345,7 +346,7 @@ class RetrievalMixin:
             pool: what `build_pool` made, or another pool of this model.
             top_k: how many candidates to return.
             modality: `"image"` or `"text"` to search one kind only.
-            exclude: ids not to return, such as those already shown.
+            exclude: ids not to return, such as those of earlier replies.
             calibrate, image_bias: see [`CandidatePool.search`].
             batch_size: dialogues embedded at once.
 
@@ -358,7 +359,7 @@ class RetrievalMixin:
         """
         check_pool(pool)
         pool.check_made_by(self.fingerprint)
-        ids = as_ids("exclude", exclude)
+        ids = id_strings("exclude", exclude)
         check_count("top_k", top_k)  # before anything is embedded
         dialogues, single = as_dialogues(dialogue)
         queries = self._rows("dialogues", dialogues, batch_size, False)

@@ -81,12 +81,12 @@ class UniMuREncoder(InputModule):
     @classmethod
     def load(
         cls, model_name_or_path: str, subfolder: str = "", token: bool | str | None = None, cache_folder: str | None = None,
-        revision: str | None = None, local_files_only: bool = False, trust_remote_code: bool = False,
-        model_kwargs: dict[str, Any] | None = None, **kwargs: Any,
+        revision: str | None = None, local_files_only: bool = False, init_defaults: dict[str, Any] | None = None,
+        trust_remote_code: bool = False, model_kwargs: dict[str, Any] | None = None, **kwargs: Any,
     ) -> "UniMuREncoder":  # fmt: skip
         """
         Loads the UniMuR of a folder or a Hub repository; `model_kwargs` are those of `from_pretrained`, and take fields of
-        the config too.
+        the config too. `init_defaults` are for modules that sentence-transformers builds itself.
 
         Raises:
             ValueError: another backend than torch, or arguments for a processor or a config of their own.

@@ -34,7 +34,7 @@ def same(theirs, ours):
     assert np.abs(np.asarray(theirs) - ours.numpy()).max() < 1e-5
 
 
-def shown(image, text=None):
+def turn_of(image, text=None):
     parts = [{"type": "image", "image": image}] + ([{"type": "text", "text": text}] if text else [])
     return [{"role": "user", "content": parts}]
 
@@ -43,20 +43,20 @@ def test_each_kind_of_input_is_what_embed_gives(encoder, model):
     one, two = picture(1), picture(2)
     same(encoder.encode(["a", "a panda in a hat"]), model.embed_texts(["a", "a panda in a hat"]))
     same(encoder.encode([one, two]), model.embed_images([one, two]))
-    same(encoder.encode([{"image": one, "text": "look"}]), model.embed_dialogues([shown(one, "look")]))
+    same(encoder.encode([{"image": one, "text": "look"}]), model.embed_dialogues([turn_of(one, "look")]))
     same(
         encoder.encode([{"text": "a"}, {"image": two}]),
         torch.cat([model.embed_texts(["a"]), model.embed_images([two])]),
     )
-    chats = [[{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], shown(one, "and?")]
+    chats = [[{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], turn_of(one, "and?")]
     same(encoder.encode(chats), model.embed_dialogues(chats))
     same(encoder.encode(chats[0]), model.embed_dialogues([chats[0]])[0])  # one conversation is one input
 
 
 def test_mixed_inputs_keep_their_order(encoder, model):
     one = picture(3)
-    mixed = ["first", one, shown(one, "hm"), "fourth"]
-    ours = [model.embed_texts(["first"]), model.embed_images([one]), model.embed_dialogues([shown(one, "hm")]),
+    mixed = ["first", one, turn_of(one, "hm"), "fourth"]
+    ours = [model.embed_texts(["first"]), model.embed_images([one]), model.embed_dialogues([turn_of(one, "hm")]),
             model.embed_texts(["fourth"])]  # fmt: skip
     same(encoder.encode(mixed), torch.cat(ours))
 
