@@ -19,14 +19,9 @@ from train.run import main as train
 
 from .baselines.clip import ClipBaseline
 from .gallery import draw_gallery
-<<<<<<< HEAD
 from .miniature import Split, load_split, measure_columns, table
-from .spread import place, published
-=======
-from .load import UniMuR
-from .miniature import Split, load_split, measure, table
 from .output import stage, write_json
->>>>>>> words
+from .spread import place, published
 from .tasks.contexts import context_of
 
 OUTPUT = Path("runs/miniature")
@@ -44,18 +39,7 @@ def main() -> None:
     seconds: dict[str, float] = {}
     torch.set_num_threads(1)
 
-<<<<<<< HEAD
-    @contextmanager
-    def stage(name: str):
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
-
-    with stage("world and towers"):
-=======
     with stage("world and towers", seconds):
->>>>>>> words
         (output / "towers" / "made.json").unlink(missing_ok=True)  # the demo makes everything again
         world = prepare(output, arguments.seed)
     config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={arguments.seed}", f"--miniature={output}"]
@@ -70,18 +54,8 @@ def main() -> None:
         split = load_split(arguments.split)
         model = UniMuRModel.from_pretrained(trained["checkpoint"])
         clip = ClipBaseline(model)
-<<<<<<< HEAD
         columns = measure_columns(model, UniMuRModel.from_pretrained(pairs_only["checkpoint"]), clip, split)
-    with stage("pool, replies and gallery"):
-=======
-        columns = {
-            "UniMuR": measure(UniMuR(model), clip, split),
-            "pairs only": measure(UniMuR(UniMuRModel.from_pretrained(pairs_only["checkpoint"])), clip, split),
-            "CLIP alone": measure(clip, clip, split),
-            "chance": measure(Chance(), clip, split),
-        }
     with stage("pool, replies and gallery", seconds):
->>>>>>> words
         write_photos(split, output / "photos")
         # What the page, the pipeline and the endpoint search by default.
         model.save_pretrained(trained["checkpoint"], pool=packed(model, split), golden=True)

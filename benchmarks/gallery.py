@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Conversations drawn as people see them: bubbles, the retrieved reply, and the gold one where it differs."""
-=======
-"""Dialogues drawn with the retrieved reply beside the gold one."""
->>>>>>> words
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,16 +15,12 @@ from PIL import Image
 
 from modeling_unimur import Retrieval
 
-<<<<<<< HEAD
 # In pixels.
 CARD, GAP, MARGIN, PAD = 420, 28, 18, 11
 LINE, PICTURE = 17, 132  # a line of speech, and a picture's side
 FONT = 11.0  # points at 100 dots an inch
 PAPER, FIRST, SECOND, OURS = "#ffffff", "#eef0f3", "#dcebfb", "#e3f3e6"
 INK, QUIET, GOOD, BAD = "#1f2328", "#6b7280", "#1a7f37", "#b42318"
-=======
-CORRECT, WRONG, PLAIN = "#1a7f37", "#c62828", "#8a8a8a"
->>>>>>> words
 
 
 def draw_gallery(
@@ -39,19 +31,14 @@ def draw_gallery(
     columns: int = 3,
 ) -> None:
     """
-<<<<<<< HEAD
     Writes a picture of conversations side by side, each a card: the turns before the reply, then what was retrieved.
-=======
-    Writes a picture with a row per dialogue: its context, the retrieved reply, the gold reply.
->>>>>>> words
 
     Args:
-        rows: dialogues of [`benchmarks.schema`], and what was retrieved for them.
-        texts, images: the tables their ids refer to.
+        rows: dialogues of the one schema and what was retrieved for them.
+        texts, images: the tables their ids point into.
         path: of the PNG.
         columns: cards beside each other.
 
-<<<<<<< HEAD
     The retrieved words and picture are marked where they are the gold ones; where they are not, the gold ones follow.
     """
     cards = [_card(dialogue, reply, texts, images) for dialogue, reply in rows]
@@ -73,35 +60,6 @@ def draw_gallery(
                 block.draw(axis, left, top)
         top += tall + GAP
     figure.savefig(path, dpi=100)
-=======
-    A retrieved text or image is green where it is the gold one and red where it is not.
-    """
-    figure, axes = plt.subplots(len(rows), 3, figsize=(15, 2.15 * len(rows) + 0.6), width_ratios=(1.25, 1, 1))
-    for title, axis in zip(("dialogue", "retrieved", "gold"), axes[0], strict=True):
-        axis.set_title(title, fontsize=13, fontweight="bold", pad=14)
-    for (dialogue, reply), (context_axis, reply_axis, gold_axis) in zip(rows, axes, strict=True):
-        context = dialogue["turns"][: dialogue["target_turn"]]
-        lines = [f"{t['speaker']}: " + "".join(e["text"] or "[image]" for e in t["elements"]) for t in context]
-        context_images = [images[e["image_id"]] for t in context for e in t["elements"] if e["type"] == "image"]
-        _panel(
-            context_axis,
-            "\n".join(textwrap.fill(line, 50, subsequent_indent="    ") for line in lines),
-            context_images[:1],
-            PLAIN,
-            PLAIN,
-        )
-        gold_texts = [texts[i] for i in dialogue["gold"]["text_ids"]]
-        gold_images = [images[i] for i in dialogue["gold"]["image_ids"][:1]]
-        same = bool(gold_images) and reply.image is not None and reply.image.tobytes() == gold_images[0].tobytes()
-        reply_images = [] if reply.image is None else [reply.image]
-        # Without a gold text there is nothing to compare the reply's text with.
-        text_colour = PLAIN if not gold_texts else CORRECT if reply.text in gold_texts else WRONG
-        image_colour = CORRECT if same else WRONG
-        _panel(reply_axis, textwrap.fill(reply.text or "", 38), reply_images, text_colour, image_colour)
-        _panel(gold_axis, textwrap.fill(" / ".join(gold_texts), 38), gold_images, PLAIN, PLAIN)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
->>>>>>> words
     plt.close(figure)
 
 
