@@ -13,6 +13,7 @@ from transformers.utils import cached_file, logging
 
 from .card_unimur import model_card
 from .golden_unimur import GOLDEN, compare_golden, save_golden
+from .pool_files import has_index
 from .pool_unimur import CandidatePool
 
 logger = logging.get_logger(__name__)
@@ -169,7 +170,7 @@ class HubMixin:
 
     def _save_requirements(self, folder: Path) -> None:
         """What an endpoint's container installs: the package's own requirements, and those of the pool and the LoRA."""
-        extras = {"faiss-cpu": (folder / POOL / "index.json").is_file(), "peft": self.config.text_adapter}
+        extras = {"faiss-cpu": has_index(folder / POOL), "peft": self.config.text_adapter}
         try:
             stated = importlib.metadata.requires("modeling-unimur")
         except importlib.metadata.PackageNotFoundError:

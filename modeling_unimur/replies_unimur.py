@@ -1,7 +1,7 @@
 """The reply of Section 3.4 out of ranked hits, whatever pool they come from."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -42,7 +42,8 @@ class _Item:
 @dataclass(frozen=True)
 class Candidate:
     """
-    A retrieved candidate: `item` is a text or an RGB `PIL.Image`; `rank` counts from 1; `score` is what it was ranked by.
+    A retrieved candidate: `item` is a text or an RGB `PIL.Image`; `rank` counts from 1; `score` is what it was ranked by;
+    `source` is the path that an image was given by or, once its pool was saved, the file's name.
 
     A picture is decoded when `item` is first asked for: then one that is missing or broken raises a [`BadImageError`].
     """
@@ -52,6 +53,7 @@ class Candidate:
     item: str | Image.Image = _Item()
     score: float
     rank: int
+    source: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,6 @@ def check_search(
         )
 
 
-def candidate_ids(modality: str, count: int, ids: Sequence[Any] | None, start: int) -> list[str]:
-    """The ids of `count` new candidates, numbered by their rows from `start` on unless given; refuses another number."""
-    ids = [f"{modality}-{start + i}" for i in range(count)] if ids is None else [str(i) for i in ids]
-    if len(ids) != count:
-        raise ValueError(
-            f"{len(ids)} {modality} ids and {count} {modality}s do not match: give one id for each, or none"
-        )
-    return ids
-
-
 def differences(made_by: dict[str, Any], fingerprint: dict[str, Any]) -> str:
     """What differs between the fingerprint of a pool and a model's, in words; empty where nothing does."""
     return ", ".join(
@@ -110,15 +102,15 @@ def differences(made_by: dict[str, Any], fingerprint: dict[str, Any]) -> str:
 
 
 def replies(
-    ranked: Sequence[Sequence[Hit]], top_k: int, fetch: Callable[[Iterable[Any]], dict[Any, tuple[str, Any]]]
+    ranked: Sequence[Sequence[Hit]], top_k: int, fetch: Callable[[Iterable[Any]], Mapping[Any, tuple[Any, ...]]]
 ) -> list[Retrieval]:
     """
     Args:
         ranked: per query its hits, the best first: at least `top_k` where there are so many, the best text and the two
             best of each modality searched.
         top_k: how many candidates a reply lists.
-        fetch: keys -> key: (id, item), the item a text, a picture or an [`Undecoded`] one. Called once, with each key
-            that a reply shows.
+        fetch: keys -> key: (id, item, source, ...), the item a text, a picture or an [`Undecoded`] one. Called once,
+            with each key that a reply shows.
 
     Raises:
         ValueError: a query has no hit.
@@ -145,7 +137,7 @@ def replies(
             None if text is None else items[hits[text].key][1],
             None if image is None else picture(hits[image].key),
             [
-                Candidate(items[hit.key][0], hit.kind, items[hit.key][1], hit.score, rank)
+                Candidate(items[hit.key][0], hit.kind, items[hit.key][1], hit.score, rank, items[hit.key][2])
                 for rank, hit in enumerate(hits[:top_k], 1)
             ],
         )

@@ -11,7 +11,6 @@ from transformers import BatchFeature
 from .conversation_unimur import Conversation
 from .dialogues_unimur import is_batch
 from .pool_unimur import CandidatePool, Retrieval
-from .replies_unimur import candidate_ids
 from .towers_unimur import non_finite_tensors
 
 
@@ -131,8 +130,8 @@ class RetrievalMixin:
         if not len(images) and not len(texts):
             raise ValueError("no candidates: give images, texts or both")
         # Before anything is embedded, which may take hours.
-        image_ids = candidate_ids("image", len(images), image_ids, len(pool))
-        text_ids = candidate_ids("text", len(texts), text_ids, len(pool) + len(images))
+        image_ids = pool.new_ids("image", images, image_ids)
+        text_ids = pool.new_ids("text", texts, text_ids, len(pool) + len(images))
         pool.check_ids([*image_ids, *text_ids])
         arguments = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
         if len(images):

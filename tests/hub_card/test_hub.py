@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hub_card.check import hidden, python_blocks
 from modeling_unimur import UniMuRModel
-from modeling_unimur.sharing_unimur import MODEL
+from modeling_unimur.pool_files import MODEL
 from tests.conftest import picture
 from tests.hub import loopback_hub
 from tests.tiny import make_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_unimur import CandidatePool
-from modeling_unimur.milvus_unimur import MilvusPool
+from modeling_unimur.pool_milvus import MilvusPool
 from tests.conftest import picture
 
 pytest.importorskip("pymilvus")
@@ -42,7 +42,7 @@ def same(mine, other):
 
 
 def test_it_answers_as_the_pool_on_disk(pool, uri, monkeypatch):
-    monkeypatch.setattr("modeling_unimur.milvus_unimur.BATCH", 16)
+    monkeypatch.setattr("modeling_unimur.pool_milvus.BATCH", 16)
     milvus, queries = pool.to_milvus(uri, show_progress_bar=False), unit(20, 3)
     assert len(milvus) == 70 and "70 candidates" in repr(milvus)
     for arguments in (
@@ -72,13 +72,13 @@ def test_the_best_text_is_the_reply_however_many_images_are_nearer(uri):
 
 def test_statistics_are_estimated_from_a_spread_sample(pool, uri, monkeypatch):
     milvus = pool.to_milvus(uri, show_progress_bar=False)
-    monkeypatch.setattr("modeling_unimur.milvus_unimur.SAMPLE", 15)
-    mean, _ = milvus._statistics["image"]
+    monkeypatch.setattr("modeling_unimur.pool_milvus.SAMPLE", 15)
+    mean, _ = milvus.statistics("image")
     assert torch.allclose(torch.from_numpy(mean).float(), unit(30, 1)[::2].mean(0), atol=1e-5)
 
 
 def test_an_interrupted_copy_goes_on_and_nothing_is_replaced(pool, uri, monkeypatch):
-    monkeypatch.setattr("modeling_unimur.milvus_unimur.BATCH", 16)
+    monkeypatch.setattr("modeling_unimur.pool_milvus.BATCH", 16)
     milvus = MilvusPool.create(uri, "p", MADE_BY)
     insert, calls = milvus.client.insert, []
 
@@ -89,17 +89,19 @@ def test_an_interrupted_copy_goes_on_and_nothing_is_replaced(pool, uri, monkeypa
         return insert(*a)
 
     monkeypatch.setattr(milvus.client, "insert", failing)
-    with pytest.raises(ConnectionError):
+    with pytest.raises(
+        ConnectionError, match=r"lost after 32 of 70 candidates were inserted \(lost\).*skip_existing=True .* from"
+    ):
         milvus.add(pool, show_progress_bar=False)
     assert len(milvus) == 32
-    with pytest.raises(ValueError, match=r"'image-0' stands in the collection 'p' already.*skip_existing"):
+    with pytest.raises(ValueError, match=r"duplicate id 'image-0'.*skip_existing"):
         milvus.add(pool, show_progress_bar=False)
     milvus.add(pool, skip_existing=True, show_progress_bar=False)
     same(milvus.search(unit(5)), pool.search(unit(5)))
 
 
 def test_large_images_lie_beside_the_database(uri, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_unimur.milvus_unimur.IMAGE_BYTES", 100)
+    monkeypatch.setattr("modeling_unimur.pool_milvus.IMAGE_BYTES", 100)
     buffer = io.BytesIO()
     picture(1, (64, 64)).save(buffer, "BMP")
     (tmp_path / "b.png").write_bytes(buffer.getvalue())
@@ -124,7 +126,7 @@ def test_the_model_builds_extends_and_retrieves(tiny, fresh, uri, monkeypatch):
     same([model.retrieve(["look", picture(1)], milvus)], [model.retrieve(["look", picture(1)], pool)])
     with monkeypatch.context() as patched:
         patched.setattr(model, "prepare", lambda *_: pytest.fail("embedded"))
-        with pytest.raises(ValueError, match="'image-0' stands in the collection 'p' already"):
+        with pytest.raises(ValueError, match="duplicate id 'image-0'"):
             model.extend_pool(milvus, texts=["b"], text_ids=["image-0"])
     other = fresh("opt", seed=1)
     with pytest.raises(ValueError, match=r"these differ: towers"):
@@ -141,7 +143,7 @@ def test_bad_requests_are_named(pool, uri, monkeypatch):
         MilvusPool.create(uri, "p", MADE_BY)
     with pytest.raises(ValueError, match=r"no collection 'q'.*create"):
         MilvusPool(uri, "q")
-    with pytest.raises(ValueError, match="'a' stands twice"):
+    with pytest.raises(ValueError, match="duplicate id 'a'"):
         milvus.append("text", ["a", "b"], unit(2), ["a", "a"])
     with pytest.raises(ValueError, match="more than 512 bytes"):
         milvus.append("text", ["a"], unit(1), ["é" * 300])
