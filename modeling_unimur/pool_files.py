@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ class Saving:
         before; a pool that was there is whole until then.
         """
         about.write(self.made / METADATA)
-        state_files(self.made, [file.name for file in about.rows], pool_features(about.made_by["dimension"]))
+        state_files(self.made, [file.name for file in about.rows], int(about.made_by["dimension"]))
         last = (METADATA, STATE, INFO)
         for path in sorted(self.made.iterdir()):
             if path.name not in last:
@@ -218,32 +219,39 @@ def adopt(folder: Path, names: Sequence[str], made_by: dict[str, Any]) -> None:
     Makes Arrow files of rows that lie in a folder its pool, without changing them; where they are that already, the pool
     stays as it is, with its index.
     """
+    rows = [ArrowFile.of(folder / name) for name in names]
     with suppress(FileNotFoundError, ValueError):
         about = Description.read(folder)
-        sizes = [(name, (folder / name).stat().st_size) for name in names]
-        if about.made_by == made_by and [(file.name, file.digest.size) for file in about.rows] == sizes:
+        if about.made_by == made_by and about.rows == rows:
             return
     with Saving(folder) as saving:
-        saving.publish(Description(made_by, [ArrowFile.of(folder / name) for name in names]))
+        saving.publish(Description(made_by, rows))
 
 
-def state_files(folder: Path, names: Sequence[str], features: "datasets.Features") -> None:
+def state_files(folder: Path, names: Sequence[str], dimension: int) -> None:
     """Writes what makes Arrow files a saved dataset for `datasets.load_from_disk`."""
-    empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
-    with tempfile.TemporaryDirectory() as made:  # datasets says itself what its description holds
-        quiet = datasets.are_progress_bars_disabled()
-        datasets.disable_progress_bars()
-        try:
-            empty.save_to_disk(made, num_shards=1)
-        finally:
-            if not quiet:
-                datasets.enable_progress_bars()
-        state = json.loads((Path(made) / STATE).read_text())
-        info = (Path(made) / INFO).read_text()
+    empty, info = _empty_dataset(dimension)
+    state = json.loads(empty)
     state["_data_files"] = [{"filename": name} for name in names]
     state["_fingerprint"] = hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:DIGITS]
     (folder / INFO).write_text(info)
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+@cache
+def _empty_dataset(dimension: int) -> tuple[str, str]:
+    """What datasets itself writes beside no rows: its state and its description."""
+    features = pool_features(dimension)
+    empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+    quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as made:
+            empty.save_to_disk(made, num_shards=1)
+            return (Path(made) / STATE).read_text(), (Path(made) / INFO).read_text()
+    finally:
+        if not quiet:
+            datasets.enable_progress_bars()
 
 
 def _sync(path: Path) -> None:
