@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -249,13 +250,13 @@ class MilvusPool(Pool):
         of: tuple[int, int],
     ) -> None:  # fmt: skip
         """Inserts candidates as rows from `start` on; `of`: how many are in already, and will be."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for kind, id_, item, vector in zip(kinds, ids, items, vectors, strict=True):
             if len(id_.encode()) > ID_BYTES:
                 raise ValueError(f"the id {id_[:40]!r}... has more than {ID_BYTES} bytes: Milvus takes shorter ones")
-            row = dict.fromkeys(CONTENT, "") | (self._text(id_, item) if kind == "text" else self._image(id_, item))
-            row = {name: row[name] or None for name in self._content} if len(self._content) < len(CONTENT) else row
-            rows.append(row | {"id": id_, "modality": kind, "row": start + len(rows), "embedding": vector})
+            given = self._text(id_, item) if kind == "text" else self._image(id_, item)
+            row: dict[str, Any] = {"id": id_, "modality": kind, "row": start + len(rows), "embedding": vector}
+            rows.append(row | {name: given.get(name, "") for name in self._content})
         if not rows:
             return
         try:
@@ -336,18 +337,12 @@ class MilvusPool(Pool):
             parts.append(f"id not in {json.dumps(list(exclude), ensure_ascii=False)}")
         ranked: list[list[Hit]] = []
         for start in range(0, len(queries), BATCH):
-            asked = queries[start : start + BATCH].tolist()
-            answers = self._asked(
-                lambda asked=asked: self.client.search(
-                    self.collection,
-                    asked,
-                    limit=k,
-                    filter=" and ".join(parts),
-                    search_params={"params": self.search_params},
-                    output_fields=["id", "modality", "row"],
-                )
+            search = partial(
+                self.client.search, self.collection, queries[start : start + BATCH].tolist(), limit=k,
+                filter=" and ".join(parts), search_params={"params": self.search_params},
+                output_fields=["id", "modality", "row"],
             )  # fmt: skip
-            for hits in answers:
+            for hits in self._asked(search):
                 entities = [(hit["distance"], hit["entity"]) for hit in hits]
                 ranked.append([Hit(score, (e["row"], e["id"]), e["modality"]) for score, e in entities])
         return ranked
