@@ -162,6 +162,23 @@ def image_reference(image: Any) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
+def image_file_bytes(path: str | os.PathLike) -> bytes:
+    """
+    The encoded bytes of an image file, of which the header alone is looked at: what `decode_image` would refuse by its
+    format, bytes, pixels or shape raises a [`BadImageError`] here, too.
+    """
+    name = os.fspath(path)
+    data = _read(name, MAX_BYTES)
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            _check_header(image, name, MAX_PIXELS)
+    except BadImageError:
+        raise
+    except Exception as error:  # each of Pillow's readers raises its own kinds
+        raise BadImageError(f"{name!r} is not an image of a format that is read here: it is not copied") from error
+    return data
+
+
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)  # MPO is JPEG's to open; an old Pillow has no AVIF

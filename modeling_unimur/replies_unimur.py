@@ -204,19 +204,6 @@ def check_search(size: int, top_k: int, modality: str | None, exclude: Any = (),
         )
 
 
-def candidate_ids(modality: str, count: int, ids: Any, start: int) -> list[str]:
-    """
-    The ids of `count` new candidates, numbered by their rows from `start` on unless given. Raises `ValueError` where
-    there is not one for each, or one is no id.
-    """
-    ids = [f"{modality}-{start + i}" for i in range(count)] if ids is None else id_strings(f"{modality}_ids", ids)
-    if len(ids) != count:
-        raise ValueError(
-            f"{len(ids)} {modality} ids and {count} {modality}s do not match: give one id for each, or none"
-        )
-    return ids
-
-
 def differences(made_by: dict[str, Any], fingerprint: dict[str, Any]) -> str:
     """What differs between the fingerprint of a pool and a model's, in words; empty where nothing does."""
     return ", ".join(

@@ -16,7 +16,6 @@ from .images_unimur import located
 from .inputs_unimur import KINDS, as_dialogues, as_items, batches, check_count, check_pool, kind_of, warn_of_turns
 from .pool_ids import id_strings
 from .pool_unimur import CandidatePool, Retrieval
-from .replies_unimur import candidate_ids
 
 if TYPE_CHECKING:
     from .configuration_unimur import UniMuRConfig
@@ -324,8 +323,8 @@ class RetrievalMixin:
             raise ValueError("no candidates: give images, texts or both")
         # Before anything is embedded, which may take hours.
         check_count("batch_size", batch_size)
-        image_ids = candidate_ids("image", len(images), image_ids, len(pool))
-        text_ids = candidate_ids("text", len(texts), text_ids, len(pool) + len(images))
+        image_ids = pool.new_ids("image", images, image_ids)
+        text_ids = pool.new_ids("text", texts, text_ids, len(pool) + len(images))
         pool.check_ids([*image_ids, *text_ids])
         if len(images):
             pool = pool.append("image", images, self._rows("images", images, batch_size, show_progress_bar), image_ids)
