@@ -7,8 +7,6 @@ The main job end to end: the miniature is made, UniMuR trained on it, evaluated 
 import argparse
 import json
 import resource
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +20,7 @@ from train.run import main as train
 from .baselines.clip import ClipBaseline
 from .gallery import draw_gallery
 from .miniature import Split, load_split, measure_columns, table
+from .output import stage, write_json
 from .spread import place, published
 from .tasks.contexts import context_of
 
@@ -36,17 +35,11 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where everything goes")
     arguments = parser.parse_args()
-    output, seconds = arguments.output, {}
+    output = arguments.output
+    seconds: dict[str, float] = {}
     torch.set_num_threads(1)
 
-    @contextmanager
-    def stage(name: str):
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
-
-    with stage("world and towers"):
+    with stage("world and towers", seconds):
         (output / "towers" / "made.json").unlink(missing_ok=True)  # the demo makes everything again
         world = prepare(output, arguments.seed)
     config = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={arguments.seed}", f"--miniature={output}"]
@@ -54,24 +47,24 @@ def main() -> None:
         [*config, f"--output_dir={output}"],
         [*config, "--interleaved=false", f"--output_dir={output / 'pairs_only'}"],
     ]
-    with stage("maps, with interleaved documents and on pairs alone"):
+    with stage("maps, with interleaved documents and on pairs alone", seconds):
         both = side_by_side([(train, {"argv": argv}) for argv in variants])
     trained, pairs_only = (done.result for done in both)
-    with stage(f"evaluation on the {arguments.split} split"):
+    with stage(f"evaluation on the {arguments.split} split", seconds):
         split = load_split(arguments.split)
         model = UniMuRModel.from_pretrained(trained["checkpoint"])
         clip = ClipBaseline(model)
         columns = measure_columns(model, UniMuRModel.from_pretrained(pairs_only["checkpoint"]), clip, split)
-    with stage("pool, replies and gallery"):
+    with stage("pool, replies and gallery", seconds):
         write_photos(split, output / "photos")
-        # What the page, the pipeline and the endpoint search where nothing else is given.
+        # What the page, the pipeline and the endpoint search by default.
         model.save_pretrained(trained["checkpoint"], pool=packed(model, split), golden=True)
         rows, texts = replies(model, split), split.responses.texts | split.facts.texts
         draw_gallery(rows, texts, split.images, output / "gallery.png", columns=4)
         # One that shows a picture, one that asks for one, one that needs words alone.
         draw_gallery([rows[i] for i in (2, 6, 9)], texts, split.images, output / "three.png")
 
-    # Every process counts: the two stages whose work is done beside this process, and this process alone.
+    # Every process counts: this one, and those that work beside it in two of the stages.
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = max(own + world.towers_memory, own + sum(done.memory for done in both))
     seconds["total"] = sum(seconds.values())
@@ -80,7 +73,7 @@ def main() -> None:
         "peak_memory_gib": memory, "clip_truncated_dialogues": clip.truncated,
         "checkpoint": trained["checkpoint"],
     }  # fmt: skip
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(output / "results.json", results)
     print(f"\n{arguments.split} split, seed {arguments.seed}; percent, CLIP-Sim a cosine")
     print(table(columns))
     if arguments.split == "test":
@@ -91,17 +84,17 @@ def main() -> None:
 
 
 def replies(model: UniMuRModel, split: Split) -> list[tuple[dict, Retrieval]]:
-    """Retrieves for a fixed choice of dialogues, each out of its own kind's pool built as a user builds it."""
-    said, seen, facts = split.responses, split.visdial, split.facts
-    wanting = [d for d in said.dialogues if d["wants_image"]]
+    """Retrieves for a fixed choice of dialogues, each from the pool of its kind, built as a user builds it."""
+    responses, visdial, facts = split.responses, split.visdial, split.facts
+    wanting = [d for d in responses.dialogues if d["wants_image"]]
     chosen = [
         [d for d in facts.dialogues if "panda" in d["dialogue_id"]],
         [d for d in wanting if d["image_informs"]][:4] + [d for d in wanting if not d["image_informs"]][:3]
-        + [d for d in said.dialogues if not d["wants_image"]][:3],
-        seen.dialogues[:2],
+        + [d for d in responses.dialogues if not d["wants_image"]][:3],
+        visdial.dialogues[:2],
     ]  # fmt: skip
     rows = []
-    for dialogues, group in zip(chosen, (facts, said, seen), strict=True):
+    for dialogues, group in zip(chosen, (facts, responses, visdial), strict=True):
         ids = group.dialogues[0]["pool"]
         pool = model.build_pool(
             images=[split.images[i] for i in ids["image_ids"]], texts=[group.texts[i] for i in ids["text_ids"]]

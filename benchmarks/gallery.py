@@ -130,11 +130,10 @@ def _reply(top: float, gold: dict, reply: Retrieval, texts, images) -> list[_Blo
     if gold_texts:
         notes.append("the gold words" if same_text else "other words")
         missed += [] if same_text else gold_texts[:1]
-    if gold_images:
-        notes.append(
-            "a drawn picture" if drawn
-            else "the gold picture" if same_image else "another picture" if reply.image else "no picture"
-        )  # fmt: skip
+    if drawn:
+        notes.append("a drawn picture")
+    elif gold_images:
+        notes.append("the gold picture" if same_image else "another picture" if reply.image else "no picture")
     elif reply.image is not None:
         notes.append("a picture where none was due")
     good = (same_text or not gold_texts) and (same_image or (not gold_images and reply.image is None))

@@ -4,8 +4,8 @@ from transformers import AutoModel, AutoProcessor
 
 from .configuration_unimur import UniMuRConfig
 from .conversation_unimur import Conversation
-from .milvus_unimur import MilvusPool
 from .modeling_unimur import UniMuRModel, UniMuROutput
+from .pool_milvus import MilvusPool
 from .pool_unimur import Candidate, CandidatePool, Retrieval
 from .processing_unimur import UniMuRProcessor
 

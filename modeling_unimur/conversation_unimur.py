@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from .dialogues_unimur import Turn, parse_dialogue
+from .inputs_unimur import check_pool
 from .pool_unimur import CandidatePool, Retrieval
 
 logger = logging.get_logger(__name__)
@@ -17,14 +18,14 @@ class Conversation:
     Made by `model.conversation()`. Its embedding is that of the whole dialogue (`embed_dialogues([turns])`), to rounding.
 
     Where the LLM's positions run out the oldest turns are left out, as many as halve the dialogue, so that the rest is
-    computed anew only now and then; a warning says how many. Keys and values are kept for at most that many positions.
+    computed again only now and then; a warning says how many. Keys and values are kept for at most that many positions.
 
     Attributes:
         turns: the turns still remembered, oldest first.
         evicted (`int`): how many have been left out.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: Any):
         self.model = model
         self.turns: list[Turn] = []
         self.evicted = 0
@@ -62,13 +63,13 @@ class Conversation:
     @torch.no_grad()
     def embed(self) -> torch.Tensor:
         """
-        The unified embedding `(q,)` float32 on CPU, L2-normalised, of what was said so far.
+        The unified embedding `(q,)` float32 on CPU, L2-normalised, of the turns so far.
 
         Raises:
-            ValueError: nothing was said, or the embedding holds NaN or infinity.
+            ValueError: there is no turn yet, or the embedding holds NaN or infinity.
         """
         if not self.turns:
-            raise ValueError("nothing was said yet: call say() first")
+            raise ValueError("the conversation has no turn yet: call say() first")
         model, config, ending = self.model, self.model.config, self.model.processor.ending
         ids = self._fit()
         # Tokens may merge across the end of a turn, so what is kept is what the ids have in common.
@@ -81,8 +82,8 @@ class Conversation:
         if known < cache.get_seq_length():
             cache.crop(known - cache.get_seq_length())
         rest = torch.tensor([[*ids[known:], *ending]], device=model.device)
-        shown = ids[:known].count(config.image_token_id) // config.n_visual_tokens
-        embeds = model.input_embeddings(rest, torch.cat(self._features)[shown:])
+        images = ids[:known].count(config.image_token_id) // config.n_visual_tokens
+        embeds = model.input_embeddings(rest, torch.cat(self._features)[images:])
         hidden = model.language_model.base_model(
             inputs_embeds=embeds, past_key_values=cache, use_cache=True,
             attention_mask=torch.ones(1, known + rest.shape[1], dtype=torch.long, device=model.device),
@@ -95,6 +96,7 @@ class Conversation:
 
     def retrieve(self, pool: CandidatePool, **search: Any) -> Retrieval:
         """The reply out of a pool; `search` as [`RetrievalMixin.retrieve`] takes it. The reply is not added: say it."""
+        check_pool(pool)
         pool.check_made_by(self.model.fingerprint)
         return pool.search(self.embed()[None], **search)[0]
 

@@ -1,12 +1,12 @@
 """What a user may write as a dialogue, brought into one form: a list of turns, each a list of texts and images."""
 
-from os import PathLike
+import os
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from .images_unimur import SUFFIXES, is_image
 
-Element = str | Image.Image | PathLike | bytes
+Element = Any  # a str, or an image as `is_image` knows it
 Turn = list[Element]
 
 
@@ -17,33 +17,33 @@ def parse_dialogue(dialogue: Any) -> list[Turn]:
     Args:
         dialogue: one of
             - a string (one turn);
-            - an image: `PIL.Image.Image`, `pathlib.Path` or encoded `bytes` (one turn);
+            - an image as [`is_image`] knows it: `PIL.Image.Image`, `pathlib.Path`, encoded `bytes`, … (one turn);
             - a list mixing strings and images, each a turn of its own;
             - chat messages: `[{"role": "user", "content": "…" | [{"type": "text", "text": "…"},
-              {"type": "image", "image": …}]}]`, each message a turn. Roles are not spelt out to the LLM.
+              {"type": "image", "image": …}]}]`, each message a turn, or one message. Roles are not spelt out to the LLM.
 
     Returns:
         Turns of elements; an image stays as it was given, undecoded.
 
     Raises:
-        ValueError: an empty dialogue or turn, an unknown form, half a character; the message names the turn.
+        ValueError: an empty dialogue or turn, an unknown form, half a character, or a bare string that names an image
+            file (in a message a part's type says what it is); the message names the turn.
     """
-    if isinstance(dialogue, str) or _is_image(dialogue):
+    if isinstance(dialogue, str) or is_image(dialogue) or is_message(dialogue):
         dialogue = [dialogue]
     if not isinstance(dialogue, list | tuple):
         raise ValueError(
-            f"a dialogue is a string, a list of strings and images, or chat messages; got {type(dialogue).__name__}"
+            "a dialogue is a string, an image, a list of strings and images, or chat messages; got "
+            f"{type(dialogue).__name__}"
         )
     if not dialogue:
         raise ValueError("the dialogue is empty: it needs at least one text or image")
     return [_parse_turn(turn, position) for position, turn in enumerate(dialogue)]
 
 
-def is_batch(dialogues: Any) -> bool:
-    """Whether a value is many dialogues (a list of lists) rather than one dialogue."""
-    return (
-        isinstance(dialogues, list | tuple) and bool(dialogues) and all(isinstance(d, list | tuple) for d in dialogues)
-    )
+def is_message(value: Any) -> bool:
+    """Whether a value is a chat message."""
+    return isinstance(value, dict) and "content" in value
 
 
 def check_characters(text: str, name: str) -> None:
@@ -57,7 +57,7 @@ def check_characters(text: str, name: str) -> None:
 
 
 def _parse_turn(turn: Any, position: int) -> Turn:
-    if isinstance(turn, dict) and "content" in turn:
+    if is_message(turn):
         content = turn["content"]
         content = [content] if isinstance(content, str) else content
         if not isinstance(content, list | tuple) or not content:
@@ -65,17 +65,28 @@ def _parse_turn(turn: Any, position: int) -> Turn:
         elements = [_parse_part(part, position) for part in content]
     else:
         elements = [turn]
+        if isinstance(turn, str):
+            _check_words(turn, position)
     for element in elements:
         if isinstance(element, str):
             if not element.strip():
                 raise ValueError(f"turn {position} is an empty text")
             check_characters(element, f"turn {position}")
-        elif not _is_image(element):
+        elif not is_image(element):
             raise ValueError(
-                f"turn {position}: expected a string, an image (PIL.Image, pathlib.Path or bytes) or a chat message "
-                f"with 'content', got {type(element).__name__}"
+                f"turn {position}: expected a string, an image (PIL.Image, pathlib.Path, bytes or uint8 array) or a chat "
+                f"message with 'content', got {type(element).__name__}"
             )
     return elements
+
+
+def _check_words(text: str, position: int) -> None:
+    """Refuses words that name an image file which is there: almost surely the picture is meant."""
+    if os.path.splitext(text)[1].lower() in SUFFIXES and "\n" not in text and os.path.isfile(text):
+        raise ValueError(
+            f"turn {position}, {text!r}, names an image file, but a string is words: pathlib.Path({text!r}) shows the "
+            "picture; as words it has to be a message, {'role': 'user', 'content': …}"
+        )
 
 
 def _parse_part(part: Any, position: int) -> Element:
@@ -101,7 +112,3 @@ def _as_image(image: Any, position: int) -> Element:
             raise ValueError(f"turn {position}: {image[:60]!r} is a URL; open it yourself and pass the image")
         return Path(image)
     return image
-
-
-def _is_image(value: Any) -> bool:
-    return isinstance(value, Image.Image | PathLike | bytes)

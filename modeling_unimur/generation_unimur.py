@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from .configuration_unimur import UniMuRConfig
-from .dialogues_unimur import is_batch
+from .inputs_unimur import as_dialogues, batches
 from .losses_unimur import global_mean
 from .processing_unimur import UniMuRProcessor
 from .replies_unimur import Retrieval
@@ -243,12 +242,12 @@ class DrawingMixin:
                 the model stays usable.
             ImportError, OSError: see `pipeline`.
         """
-        many = is_batch(dialogue)
+        dialogues, single = as_dialogues(dialogue)
         drawn = self.draw_each(
-            dialogue if many else [dialogue], seed=seed, steps=steps, guidance=guidance, size=size, batch_size=batch_size,
+            dialogues, seed=seed, steps=steps, guidance=guidance, size=size, batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         )  # fmt: skip
-        return drawn if many else drawn[0]
+        return drawn[0] if single else drawn
 
     def draw_each(
         self, dialogues: Sequence[Any], *, seed: int = 0, steps: int | None = None, guidance: float | None = None,
@@ -260,8 +259,8 @@ class DrawingMixin:
         check_drawing(steps, guidance, size, batch_size, seed)
         pipeline = self.pipeline.to(self.device)
         drawn: list[Image.Image] = []
-        for start in tqdm(range(0, len(dialogues), batch_size), "drawing", disable=not show_progress_bar):
-            chosen = dialogues[start : start + batch_size]
+        count = -(-len(dialogues) // batch_size)
+        for _, chosen in tqdm(batches(dialogues, batch_size), "drawing", count, disable=not show_progress_bar):
             inputs = self.processor.contexts(chosen, reserve=self.config.n_drawing_tokens - 1)
             seeds = [
                 dialogue_seed(seed, ids[mask.bool()].tolist())
@@ -397,17 +396,14 @@ def check_when(generate: str, drawing: Mapping[str, Any], config: UniMuRConfig) 
         )
 
 
-def replace_images(
-    model: Any, dialogues: Sequence[Any], replies: Sequence[Retrieval], places: list[int], drawing: dict[str, Any]
+def with_drawn(
+    model: Any, dialogues: Sequence[Any], replies: Sequence[Retrieval], places: list[int], drawing: Mapping[str, Any]
 ) -> list[Retrieval]:
-    """The replies, those at `places` with a picture drawn by `model.draw_each(..., **drawing)` in the place of their image."""
+    """The replies, those at `places` with a picture drawn by `model.draw_each(..., **drawing)` as their image."""
     if not places:
         return list(replies)
     drawn = dict(zip(places, model.draw_each([dialogues[i] for i in places], **drawing), strict=True))
-    return [
-        replace(reply, image=drawn[i], image_source="drawn") if i in drawn else reply
-        for i, reply in enumerate(replies)
-    ]
+    return [reply.with_drawn(drawn[i]) if i in drawn else reply for i, reply in enumerate(replies)]
 
 
 def dialogue_seed(seed: int, ids: Sequence[int]) -> int:

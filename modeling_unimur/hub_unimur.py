@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
+from .pool_files import has_index
 from .pool_unimur import CandidatePool
 
 logger = logging.get_logger(__name__)
@@ -160,7 +161,7 @@ def _read_weights(file: Path) -> None:
 
 def _save_requirements(folder: Path, source: Mapping[str, Any], lora: bool) -> None:
     """What an endpoint's container installs: the package's own requirements, and those of the pool and the LoRA."""
-    extras = {"faiss-cpu": (folder / POOL / "index.json").is_file(), "peft": lora}
+    extras = {"faiss-cpu": has_index(folder / POOL), "peft": lora}
     try:
         stated = importlib.metadata.requires("modeling-unimur") or []
     except importlib.metadata.PackageNotFoundError:

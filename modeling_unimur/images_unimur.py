@@ -3,19 +3,37 @@
 import io
 import os
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .jpeg_unimur import jpeg_damage
+
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 * 2**20
 # CLIP's preprocessing enlarges the shorter side to its own size, and the longer one in proportion, before it crops.
 MAX_ASPECT_RATIO = 100
 # Pillow knows many more; among them EPS, which it hands to Ghostscript to run, and ICO, which it decodes on opening.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "DIB", "JPEG2000", "PPM", "TIFF")
+# AVIF is read from Pillow 11.3 on, HEIF where the package pillow-heif has registered itself.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "BMP", "DIB", "JPEG2000", "PPM", "TIFF")
+# Endings that name an image file, lower case: what a folder is searched for.
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".webp", ".avif", ".heic", ".heif", ".bmp"}
+    | {".dib", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"}
+)
+# What begins a file -> its format, and what reads it where Pillow does not.
+ISO_BRANDS = {
+    b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC",
+    b"msf1": "HEIC", b"avif": "AVIF", b"avis": "AVIF",
+}  # fmt: skip
+REMEDIES = {
+    "HEIC": "pip install pillow-heif, call pillow_heif.register_heif_opener() once, or convert it to PNG or JPEG",
+    "AVIF": "pip install -U 'pillow>=11.3', or convert it to PNG or JPEG",
+    "JPEG XL": "convert it to PNG or JPEG",
+    "SVG": "it is a drawing without pixels: render it to PNG",
+}
 
 
 class BadImageError(ValueError):
@@ -29,17 +47,24 @@ class BadImageError(ValueError):
         return str(self.args[0])
 
 
+def located(error: ValueError, where: str) -> ValueError:
+    """An error with `where: ` in front of its message; of a [`BadImageError`] with its reason."""
+    message = f"{where}: {error}"
+    return BadImageError(message, error.reason) if isinstance(error, BadImageError) else ValueError(message)
+
+
 def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
     """
     Decodes an image of one of `FORMATS`, bounded in bytes, pixels and shape before anything is decoded: its longer side
     is at most `MAX_ASPECT_RATIO` times its shorter one.
 
     Transparency is composed on white, 16-bit grey is scaled rather than clipped, EXIF orientation is applied, and of
-    an animation the first frame is taken.
+    an animation the first frame is taken. Damage within a file is refused where its format shows it: in a PNG by the
+    checksums, in a JPEG by its markers ([`jpeg_damage`]), in all by what their decoders report.
 
     Args:
-        source: a path, encoded `bytes` (`bytearray`, `memoryview`), a `PIL.Image.Image`, or datasets' undecoded
-            `{"bytes", "path"}`.
+        source: a path, encoded `bytes` (`bytearray`, `memoryview`), a `PIL.Image.Image`, pixels as a numpy array `(h, w)`
+            or `(h, w, 1 | 3 | 4)` uint8, or datasets' undecoded `{"bytes", "path"}`.
         max_pixels: width times height allowed.
         max_bytes: encoded size allowed.
 
@@ -48,7 +73,8 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
 
     Raises:
         BadImageError: `reason` is one of `missing` (`None` included), `unreadable`, `empty`, `too_many_bytes`,
-            `too_many_pixels`, `too_narrow`, `undecodable`, `truncated`.
+            `too_many_pixels`, `too_narrow`, `unsupported` (a known format that nothing installed reads), `undecodable`,
+            `truncated`, `damaged`.
         ValueError: `source` is a URL, or of a type that is no image.
     """
     name = "the given image"
@@ -64,11 +90,15 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
         if not source:
             raise BadImageError(f"{name!r} is empty: expected an encoded image", "empty")
         _check_bytes(len(source), name, max_bytes)
+    elif isinstance(source, np.ndarray):
+        source = _from_array(source)
     elif not isinstance(source, Image.Image):
-        raise ValueError(f"expected a path, bytes or PIL.Image, got {type(source).__name__}")
+        raise ValueError(f"expected a path, bytes, PIL.Image or uint8 array, got {type(source).__name__}")
     try:
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=_formats())
         _check_header(image, name, max_pixels)
+        if not isinstance(source, Image.Image):
+            _check_whole(image, source, name)
         image.load()
         return _to_rgb(image)
     except BadImageError:
@@ -76,15 +106,43 @@ def decode_image(source: Any, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError(f"{name!r} is too large to decode ({error}): reduce it", "too_many_pixels") from error
     except UnidentifiedImageError as error:
-        raise BadImageError(
-            f"{name!r} is not an image of a format that is read here ({', '.join(FORMATS)}): convert it to PNG or JPEG"
-        ) from error
+        raise _unidentified(source, name) from error
     except Exception as error:  # each of Pillow's decoders raises its own kinds on broken data
         reason = "truncated" if "truncated" in str(error) else "undecodable"
         what = re.sub(r" <_io\.BytesIO.*>", "", str(error)) or type(error).__name__
         raise BadImageError(
             f"{name!r} is not an image that can be decoded ({what}): replace it or leave it out", reason
         ) from error
+
+
+def is_image(value: Any) -> bool:
+    """Whether [`decode_image`] takes a value of this type, a `str` aside, which in most places is words."""
+    if isinstance(value, dict):
+        return bool(value) and set(value) <= {"bytes", "path"}
+    if isinstance(value, np.ndarray):
+        return value.dtype == np.uint8 and value.ndim in (2, 3)
+    return isinstance(value, Image.Image | os.PathLike | bytes | bytearray | memoryview)
+
+
+def image_files(folder: str | os.PathLike) -> list[Path]:
+    """
+    The image files of a folder and of its sub-folders, by their endings (`SUFFIXES`), sorted by path. Hidden files and
+    folders are left out; a link to a folder is not followed.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    root = Path(folder)
+    files = sorted(
+        Path(parent) / name
+        for parent, _, names in os.walk(root)
+        for name in names
+        if os.path.splitext(name)[1].lower() in SUFFIXES
+        and not any(part.startswith(".") for part in (*Path(parent).relative_to(root).parts, name))
+    )
+    if not files:
+        raise ValueError(f"the folder {os.fspath(folder)!r} holds no image file ({', '.join(sorted(SUFFIXES))})")
+    return files
 
 
 def image_reference(image: Any) -> dict[str, Any]:
@@ -104,10 +162,37 @@ def image_reference(image: Any) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-@cache
+def image_file_bytes(path: str | os.PathLike) -> bytes:
+    """
+    The encoded bytes of an image file, of which the header alone is looked at: what `decode_image` would refuse by its
+    format, bytes, pixels or shape raises a [`BadImageError`] here, too.
+    """
+    name = os.fspath(path)
+    data = _read(name, MAX_BYTES)
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            _check_header(image, name, MAX_PIXELS)
+    except BadImageError:
+        raise
+    except Exception as error:  # each of Pillow's readers raises its own kinds
+        raise BadImageError(f"{name!r} is not an image of a format that is read here: it is not copied") from error
+    return data
+
+
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)  # MPO is JPEG's to open; an old Pillow has no AVIF
+
+
+def _from_array(values: np.ndarray) -> Image.Image:
+    if values.dtype != np.uint8 or not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (1, 3, 4))):
+        raise ValueError(
+            f"an image as an array is uint8, (h, w) or (h, w, 1 | 3 | 4); got {values.dtype} {values.shape}: scale its "
+            "values to 0..255 and put the channels last"
+        )
+    if not values.size:
+        raise BadImageError(f"the given image is an array of shape {values.shape}: it has no pixels", "empty")
+    return Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values)
 
 
 def _read(name: str, max_bytes: int) -> bytes:
@@ -153,6 +238,39 @@ def _check_header(image: Image.Image, name: str, max_pixels: int) -> None:
             f"{name!r} is {width}x{height}, one side more than {MAX_ASPECT_RATIO} times the other: crop it first",
             "too_narrow",
         )
+
+
+def _check_whole(image: Image.Image, data: bytes | bytearray | memoryview, name: str) -> None:
+    """Refuses an encoded file that is damaged where its decoder would go on with grey or with noise."""
+    if image.format == "PNG":
+        try:
+            Image.open(io.BytesIO(data), formats=("PNG",)).verify()  # the checksums, which load() does not read
+        except Exception as error:
+            reason = "truncated" if "truncated" in str(error) else "damaged"
+            raise BadImageError(f"{name!r} is a damaged PNG ({error}): replace it or leave it out", reason) from error
+    elif image.format in ("JPEG", "MPO"):
+        damage = jpeg_damage(bytes(data))
+        if damage is not None:
+            reason = "truncated" if "ends" in damage else "damaged"
+            raise BadImageError(f"{name!r} is a damaged JPEG ({damage}): replace it or leave it out", reason)
+
+
+def _unidentified(source: Any, name: str) -> BadImageError:
+    kind = _known_format(bytes(source[:256])) if isinstance(source, bytes | bytearray | memoryview) else None
+    if kind is not None:
+        return BadImageError(f"{name!r} is {kind}, which is not read here: {REMEDIES[kind]}", "unsupported")
+    return BadImageError(
+        f"{name!r} is not an image of a format that is read here ({', '.join(FORMATS)}): convert it to PNG or JPEG"
+    )
+
+
+def _known_format(start: bytes) -> str | None:
+    """The format, of `REMEDIES`, whose files begin so."""
+    if start[4:8] == b"ftyp":
+        return ISO_BRANDS.get(start[8:12])
+    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL"
+    return "SVG" if b"<svg" in start else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 from transformers import Pipeline, PreTrainedModel, ProcessorMixin
 
-from .dialogues_unimur import is_batch
+from .inputs_unimur import as_dialogues, batches, check_count, check_pool
 from .pool_unimur import CandidatePool, Retrieval
 
 SEARCH = ("top_k", "modality", "exclude", "calibrate", "image_bias")
@@ -21,7 +21,7 @@ class MultimodalRetrievalPipeline(Pipeline):
             the pool packed beside the model.
         top_k, modality, exclude, calibrate, image_bias: as `retrieve` takes them.
 
-    A call takes one dialogue, or a list of dialogues that are each a list, and returns a dict or a list of them: `text`
+    A call takes one dialogue or many, as `retrieve` does, and returns a dict or a list of them: `text`
     (`str` or `None`), `image` (`PIL.Image` or `None`), `candidates` (dicts of `id`, `modality`, `score`, `rank` and
     `text` or `image`).
 
@@ -29,62 +29,65 @@ class MultimodalRetrievalPipeline(Pipeline):
         ValueError: a bad dialogue, a pool of another model, or no pool.
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    # The base class leaves these `None`, which mypy takes for their type.
+    _load_processor = True  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | None = None, **kwargs: Any):
         if processor is not None:
-            model.processor = processor
+            cast(Any, model).processor = processor
         super().__init__(model, processor=processor, **kwargs)
+        self._unimur = cast(Any, model)  # the base class knows no model's verbs
 
-    def __call__(self, dialogues: Any, batch_size: int | None = None, **kwargs: Any) -> dict | list[dict]:
+    def __call__(  # type: ignore[override]  # the base class names its inputs otherwise in each of its own tasks too
+        self, dialogues: Any, batch_size: int | None = None, **kwargs: Any
+    ) -> dict | list[dict]:
         """
         Args:
-            dialogues: one dialogue, or a list of dialogues that are each a list.
+            dialogues: one dialogue, or many, as `retrieve` takes them: a list of dialogues that are each a list, or a
+                column, a `KeyDataset`, an array or a generator of dialogues.
             batch_size: dialogues embedded at once, 32 by default.
             kwargs: those of the class.
         """
-        many = is_batch(dialogues)
-        rows = list(dialogues) if many else [dialogues]
-        size = batch_size or self._batch_size or 32
+        rows, single = as_dialogues(dialogues)
+        given = self._batch_size if batch_size is None else batch_size
+        size = 32 if given is None else check_count("batch_size", given)
         # A batch is one item of transformers' loop: its own collation knows texts and tensors, not dialogues.
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        found = [reply for batch in batches for reply in super(MultimodalRetrievalPipeline, self).__call__(
-            _Batch(batch), batch_size=1, **kwargs)]  # fmt: skip
-        return found if many else found[0]
+        answers = [reply for start, batch in batches(rows, size) for reply in super(MultimodalRetrievalPipeline, self)
+                   .__call__(_Batch(batch, start), batch_size=1, **kwargs)]  # fmt: skip
+        return answers[0] if single else answers
 
     def _sanitize_parameters(self, pool: Any = None, **kwargs: Any) -> tuple[dict, dict, dict]:
         unknown = sorted(set(kwargs) - set(SEARCH))
         if unknown:
             raise ValueError(f"unknown arguments {', '.join(unknown)}; a search takes {', '.join(('pool', *SEARCH))}")
-        found = {} if pool is None else {"pool": self._pool(pool)}
-        return {}, {}, kwargs | found
+        return {}, {}, kwargs | ({} if pool is None else {"pool": self._pool(pool)})
 
-    def preprocess(self, batch: "_Batch") -> dict[str, Any]:
-        return self.model.prepare("dialogues", batch.dialogues)
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
+        return self._unimur.prepare("dialogues", input_.dialogues, input_.first)
 
-    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
-        return {"embeddings": self.model.embed_inputs("dialogues", model_inputs)}
+    def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> Any:
+        return {"embeddings": self._unimur.embed_inputs("dialogues", input_tensors)}
 
-    def postprocess(
-        self, model_outputs: dict[str, Any], pool: CandidatePool | None = None, **search: Any
-    ) -> list[dict]:
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[dict]:
+        pool = postprocess_parameters.pop("pool", None)
         pool = self._pool(None) if pool is None else pool
-        pool.check_made_by(self.model.fingerprint)
-        return [as_dict(reply) for reply in pool.search(model_outputs["embeddings"], **search)]
+        pool.check_made_by(self._unimur.fingerprint)
+        return [as_dict(reply) for reply in pool.search(model_outputs["embeddings"], **postprocess_parameters)]
 
     def _pool(self, pool: Any) -> CandidatePool:
         if pool is None:
-            return self.model.packed_pool
+            return self._unimur.packed_pool
         if isinstance(pool, str | PathLike):
             return CandidatePool.load_from_disk(pool)
         if isinstance(pool, dict):
             unknown = sorted(set(pool) - {"images", "texts"})
             if unknown:
                 raise ValueError(f"a pool is given as 'images' and 'texts', not {', '.join(unknown)}")
-            return self.model.build_pool(**pool, show_progress_bar=False)
+            return self._unimur.build_pool(**pool, show_progress_bar=False)
+        check_pool(pool)
         return pool
 
 
@@ -98,7 +101,10 @@ def as_dict(reply: Retrieval) -> dict[str, Any]:
 
 
 class _Batch:
-    """Dialogues that transformers' loop must take as one item: of a list it would make one item each."""
+    """
+    Dialogues that transformers' loop must take as one item: of a list it would make one item each; `first` is the number
+    of the first.
+    """
 
-    def __init__(self, dialogues: Sequence[Any]):
-        self.dialogues = dialogues
+    def __init__(self, dialogues: Sequence[Any], first: int):
+        self.dialogues, self.first = dialogues, first

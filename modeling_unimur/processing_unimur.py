@@ -7,12 +7,14 @@ from functools import cached_property
 from typing import Any, TypedDict
 
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from .batch_unimur import Batch, Captions, Contexts, Targets
 from .dialogues_unimur import Turn, check_characters, parse_dialogue
-from .images_unimur import decode_image
+from .images_unimur import decode_image, located
+from .inputs_unimur import as_items, check_count
 from .packing_unimur import plan_packing
 from .towers_unimur import load_processors
 
@@ -46,6 +48,8 @@ class UniMuRProcessor(ProcessorMixin):
             `ret_prompt` leaves no position for a text.
     """
 
+    clip_tokenizer: PreTrainedTokenizerBase  # which the base class sets
+
     def __init__(
         self,
         image_processor,
@@ -78,11 +82,7 @@ class UniMuRProcessor(ProcessorMixin):
         self._separator = "\n"
         check_characters(ret_prompt, "ret_prompt")
         self._ending = [*(self._tokenize(ret_prompt) if ret_prompt else []), self.ret_token_id]
-        if len(self._prefix) + len(self._ending) >= max_length:
-            raise ValueError(
-                f"ret_prompt {ret_prompt!r} and [RET] are {len(self._ending)} tokens, which leave no room for a text among "
-                f"the LLM's {max_length} positions: shorten it"
-            )
+        self.set_max_length(max_length)
 
     @classmethod
     def from_pretrained_towers(
@@ -118,6 +118,23 @@ class UniMuRProcessor(ProcessorMixin):
             )
         return values, rest
 
+    def set_max_length(self, max_length: int) -> None:
+        """
+        Gives a dialogue another number of positions. A pool made under another is refused, for its texts may have been cut
+        elsewhere.
+
+        Raises:
+            ValueError: no whole number, or `ret_prompt` and `[RET]` leave no position for a text.
+        """
+        max_length = check_count("max_length", max_length)
+        if len(self._prefix) + len(self._ending) >= max_length:
+            raise ValueError(
+                f"ret_prompt {self.ret_prompt!r} and [RET] are {len(self._ending)} tokens, which leave no room for a text "
+                f"among the LLM's {max_length} positions: shorten it"
+            )
+        self.max_length = max_length
+        vars(self).pop("fingerprint", None)  # which names it
+
     # What a model reads
 
     @property
@@ -125,7 +142,9 @@ class UniMuRProcessor(ProcessorMixin):
         """The ids that end every context and text to be embedded: those of `ret_prompt`, then `[RET]`."""
         return list(self._ending)
 
-    def contexts(self, dialogues: Sequence[Any], *, end_with_ret: bool = True, reserve: int = 0) -> BatchFeature:
+    def contexts(
+        self, dialogues: Sequence[Any], *, end_with_ret: bool = True, reserve: int = 0, first: int = 0
+    ) -> BatchFeature:
         """
         Dialogues ending in `ret_prompt` and `[RET]`.
 
@@ -133,6 +152,7 @@ class UniMuRProcessor(ProcessorMixin):
             dialogues: each as [`parse_dialogue`] takes it.
             end_with_ret: `False` leaves both away, for the LLM to go on from there.
             reserve: positions to keep free for what is to follow.
+            first: the number by which messages call the first dialogue.
 
         Returns:
             `input_ids`, `attention_mask` `(n, length)` int64, right-padded; where there are images also
@@ -144,22 +164,22 @@ class UniMuRProcessor(ProcessorMixin):
         A dialogue beyond `max_length` loses its oldest turns, then the oldest parts of what remains; a warning says how
         many. `ret_prompt` and `[RET]` always stay.
         """
-        if not dialogues:
-            raise ValueError("no dialogues given")
-        images: list = []
+        if not len(dialogues):
+            raise ValueError("no dialogues given: give at least one")
+        images: list[Image.Image] = []
         rows = []
         end = self.ending if end_with_ret else []
-        for item, dialogue in enumerate(dialogues):
+        for item, dialogue in enumerate(dialogues, first):
             try:
                 turns = parse_dialogue(dialogue)
                 row, kept = self._serialise(turns, end=end, item=item, reserve=reserve)
                 images += [self.decode(image) for image in kept]
             except ValueError as error:
-                raise ValueError(f"dialogue {item}: {error}") from error
+                raise located(error, f"dialogue {item}") from error
             rows.append(row)
         batch = self._pad(rows)
         if images:
-            batch["pixel_values"] = self.pixels(images)
+            batch["pixel_values"] = self.preprocess(images)
             batch["image_indices"] = torch.arange(len(images))
         return BatchFeature(batch)
 
@@ -170,25 +190,29 @@ class UniMuRProcessor(ProcessorMixin):
             ids += [self.image_token_id] * self.n_visual_tokens if isinstance(unit, list) else [unit]
         return ids
 
-    def texts(self, texts: Sequence[str], *, end_with_ret: bool = True) -> BatchFeature:
-        """Candidate texts for the LLM: `input_ids`, `attention_mask` `(n, length)`; with `[RET]` at the end or without."""
-        self._check_texts(texts)
+    def texts(self, texts: Sequence[str], *, end_with_ret: bool = True, first: int = 0) -> BatchFeature:
+        """
+        Candidate texts for the LLM: `input_ids`, `attention_mask` `(n, length)`; with `[RET]` at the end or without.
+        Messages count the texts from `first` on. Raises `ValueError` naming a bad text.
+        """
+        self._check_texts(texts, first)
         end = self.ending if end_with_ret else []
         room = self.max_length - len(self._prefix) - len(end)
         # Tokenised in one call, which a pool's many texts feel; one that is too long goes the way of dialogues.
         rows = self._tokenize(list(texts))
         return BatchFeature(self._pad([
             [*self._prefix, *row, *end] if len(row) <= room else self._serialise([[text]], end=end, item=i)[0]
-            for i, (row, text) in enumerate(zip(rows, texts, strict=True))
+            for i, (row, text) in enumerate(zip(rows, texts, strict=True), first)
         ]))  # fmt: skip
 
-    def clip_texts(self, texts: Sequence[str]) -> BatchFeature:
+    def clip_texts(self, texts: Sequence[str], *, first: int = 0) -> BatchFeature:
         """
         Texts for CLIP's text encoder: `clip_input_ids`, `clip_attention_mask` `(n, length)`.
 
-        Texts beyond CLIP's positions keep their beginning; a warning counts them.
+        Texts beyond CLIP's positions keep their beginning; a warning counts them. Messages count from `first` on. Raises
+        `ValueError` naming a bad text.
         """
-        self._check_texts(texts)
+        self._check_texts(texts, first)
         limit = self.clip_text_length or min(self.clip_tokenizer.model_max_length, 77)
         words = self.clip_tokenizer(list(texts), truncation=False, split_special_tokens=True, verbose=False)
         rows = words["input_ids"]
@@ -201,17 +225,26 @@ class UniMuRProcessor(ProcessorMixin):
         batch = _pad(rows, self.clip_tokenizer.pad_token_id, self.clip_text_length, left)
         return BatchFeature({"clip_input_ids": batch["input_ids"], "clip_attention_mask": batch["attention_mask"]})
 
-    def pixels(self, images: Sequence[Any]) -> torch.Tensor:
-        """CLIP's preprocessing of images: `(n, 3, h, w)` float32. Raises `ValueError` naming a bad image."""
+    def pixels(self, images: Sequence[Any], *, first: int = 0) -> torch.Tensor:
+        """
+        CLIP's preprocessing of images, each as [`decode_image`] takes it: `(n, 3, h, w)` float32. Messages count from
+        `first` on. Raises `ValueError` naming a bad image.
+        """
+        if not len(images):
+            raise ValueError("no images given: give at least one")
         decoded = []
-        for item, image in enumerate(images):
+        for item, image in enumerate(images, first):
             try:
                 decoded.append(self.decode(image))
             except ValueError as error:
-                raise type(error)(*_prefixed(error, f"image {item}: ")) from error
-        return self.image_processor(decoded, return_tensors="pt")["pixel_values"]
+                raise located(error, f"image {item}") from error
+        return self.preprocess(decoded)
 
-    def decode(self, image: Any):
+    def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """CLIP's preprocessing of n images that `decode` gave: `(n, 3, h, w)` float32."""
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def decode(self, image: Any) -> Image.Image:
         """One untrusted image as an RGB `PIL.Image`, within `max_image_pixels`."""
         return decode_image(image, max_pixels=self.max_image_pixels)
 
@@ -288,18 +321,22 @@ class UniMuRProcessor(ProcessorMixin):
             part["input_ids"], part["attention_mask"] = texts["clip_input_ids"], texts["clip_attention_mask"]
         return part
 
-    def __call__(self, dialogues: Any = None, images: Any = None, texts: Any = None, **kwargs) -> BatchFeature:
-        """Tensors of exactly one of `dialogues` (a list), candidate `images` or candidate `texts`."""
-        given = [
-            name
-            for name, value in (("dialogues", dialogues), ("images", images), ("texts", texts))
-            if value is not None
-        ]
+    def __call__(self, dialogues: Any = None, images: Any = None, texts: Any = None, **kwargs: Any) -> BatchFeature:
+        """
+        Tensors of exactly one of `dialogues`, candidate `images` or candidate `texts`, one or many: see [`as_items`].
+
+        Raises:
+            ValueError: none or several of them, nothing in them, an unknown argument, or a bad item.
+        """
+        values = {"dialogues": dialogues, "images": images, "texts": texts}
+        given = [name for name, value in values.items() if value is not None]
         if len(given) != 1 or kwargs:
             raise ValueError(f"give exactly one of dialogues, images or texts, got {given + list(kwargs)}")
-        if dialogues is not None:
-            return self.contexts(dialogues)
-        return self.texts(texts) if images is None else BatchFeature({"pixel_values": self.pixels(images)})
+        (kind,) = given
+        items, _ = as_items(kind, values[kind])
+        if kind == "dialogues":
+            return self.contexts(items)
+        return self.texts(items) if kind == "texts" else BatchFeature({"pixel_values": self.pixels(items)})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -326,7 +363,7 @@ class UniMuRProcessor(ProcessorMixin):
             raise ValueError(f"{reserve} reserved positions leave no room among the LLM's {self.max_length}")
         units = self._units(turns)
         if _length(units) > room:
-            # The fewest oldest turns whose loss makes the rest fit, found by bisection: tokens only grow with turns.
+            # The fewest oldest turns whose loss makes the rest fit, by bisection: tokens only grow with turns.
             low, high = 1, len(turns) - 1
             while low < high:
                 middle = (low + high) // 2
@@ -372,7 +409,7 @@ class UniMuRProcessor(ProcessorMixin):
         return units
 
     def _tokenize(self, text: str | list[str]) -> list:
-        # Not verbose: what exceeds the LLM's positions is left out, and said, here.
+        # Not verbose: what exceeds the LLM's positions is left out here, with a warning.
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def _pad(self, rows: list[list[int]]) -> "_Padded":
@@ -380,10 +417,12 @@ class UniMuRProcessor(ProcessorMixin):
         return _pad(rows, self.tokenizer.pad_token_id or 0)
 
     @staticmethod
-    def _check_texts(texts: Sequence[str]) -> None:
+    def _check_texts(texts: Sequence[str], first: int) -> None:
         if isinstance(texts, str):
             raise ValueError("expected a list of texts, got one string")
-        for item, text in enumerate(texts):
+        if not len(texts):
+            raise ValueError("no texts given: give at least one")
+        for item, text in enumerate(texts, first):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text {item} is {'empty' if isinstance(text, str) else type(text).__name__}")
             check_characters(text, f"text {item}")
@@ -418,7 +457,3 @@ def _pad(rows: list[list[int]], value: int, length: int | None = None, left: boo
     mask = [[0] * len(pad) + [1] * len(row) if left else [1] * len(row) + [0] * len(pad)
             for row, pad in zip(rows, fill, strict=True)]  # fmt: skip
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-def _prefixed(error: ValueError, prefix: str) -> tuple:
-    return (prefix + str(error.args[0]), *error.args[1:]) if error.args else (prefix,)

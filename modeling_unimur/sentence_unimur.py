@@ -7,7 +7,6 @@ In its own file, which nothing else of the package imports, so that plain users 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from sentence_transformers.base.modules import InputModule
 from transformers import AutoModel
@@ -49,31 +48,11 @@ class UniMuREncoder(InputModule):
         Raises:
             ValueError: an input of no known form, or a prompt for an image, which has no words to put it before.
         """
-        groups: dict[str, tuple[list[int], list[Any]]] = {}
-        for row, item in enumerate(inputs):
-            kind, item = _kind(item, task, row)
-            if prompt and kind == "images":
-                raise ValueError(f"input {row} is an image, which takes no prompt; got {prompt!r}")
-            if prompt:
-                item = prompt + item if kind == "texts" else [prompt, *item]
-            rows, items = groups.setdefault(kind, ([], []))
-            rows.append(row)
-            items.append(item)
-        features: dict[str, Any] = {"n": len(inputs)}
-        for kind, (rows, items) in groups.items():
-            features[f"{kind}.rows"] = torch.tensor(rows)
-            features |= {f"{kind}.{name}": value for name, value in self.model.prepare(kind, items).items()}
-        return features
+        return dict(self.model.prepare_mixed(inputs, query=task == "query", prompt=prompt))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` `(n, q)`."""
-        embeddings = torch.empty(features["n"], self.get_embedding_dimension(), device=self.model.device)
-        for kind in ("dialogues", "images", "texts"):
-            inputs = {name.split(".", 1)[1]: v for name, v in features.items() if name.startswith(f"{kind}.")}
-            if inputs:
-                rows = inputs.pop("rows").to(embeddings.device)
-                embeddings = embeddings.index_copy(0, rows, F.normalize(self.model.encode(kind, inputs), dim=-1))
-        return features | {"sentence_embedding": embeddings}
+        return features | {"sentence_embedding": F.normalize(self.model.unify_mixed(features), dim=-1)}
 
     def get_embedding_dimension(self) -> int:
         """q."""
@@ -85,8 +64,15 @@ class UniMuREncoder(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Positions of the LLM; longer dialogues lose their oldest turns, with a warning."""
+        """
+        Positions of the LLM that a dialogue may take; longer ones lose their oldest turns, with a warning. A pool made
+        under another is refused.
+        """
         return self.model.processor.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.model.processor.set_max_length(value)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Saves the whole UniMuR, as safetensors whatever `safe_serialization` says."""
@@ -95,40 +81,23 @@ class UniMuREncoder(InputModule):
     @classmethod
     def load(
         cls, model_name_or_path: str, subfolder: str = "", token: bool | str | None = None, cache_folder: str | None = None,
-        revision: str | None = None, local_files_only: bool = False, trust_remote_code: bool = False,
-        model_kwargs: dict[str, Any] | None = None, **kwargs: Any,
+        revision: str | None = None, local_files_only: bool = False, init_defaults: dict[str, Any] | None = None,
+        trust_remote_code: bool = False, model_kwargs: dict[str, Any] | None = None, **kwargs: Any,
     ) -> "UniMuREncoder":  # fmt: skip
-        """Loads the UniMuR of a folder or a Hub repository; `model_kwargs` are those of `from_pretrained`."""
+        """
+        Loads the UniMuR of a folder or a Hub repository; `model_kwargs` are those of `from_pretrained`, and take fields of
+        the config too. `init_defaults` are for modules that sentence-transformers builds itself.
+
+        Raises:
+            ValueError: another backend than torch, or arguments for a processor or a config of their own.
+        """
+        if kwargs.get("backend", "torch") != "torch":
+            raise ValueError(f"backend={kwargs['backend']!r}: UniMuR runs on torch alone; leave backend out")
+        for name in ("processor_kwargs", "config_kwargs"):
+            if kwargs.get(name):
+                raise ValueError(f"{name}={kwargs[name]!r} is not read: give fields of the config as model_kwargs")
         model = AutoModel.from_pretrained(
             model_name_or_path, token=token, cache_dir=cache_folder, revision=revision, subfolder=subfolder,
             local_files_only=local_files_only, trust_remote_code=trust_remote_code, **(model_kwargs or {}),
         )  # fmt: skip
         return cls(model)
-
-
-def _kind(item: Any, task: str | None, row: int) -> tuple[str, Any]:
-    """What an input is embedded as: `"dialogues"`, `"images"` or `"texts"`, and the input in that form."""
-    if isinstance(item, dict) and "content" in item:
-        return "dialogues", [item]
-    if isinstance(item, dict):
-        unknown = sorted(set(item) - {"image", "text"})
-        given = [_listed(item[name]) for name in ("image", "text") if item.get(name) is not None]
-        if unknown or not given:
-            raise ValueError(f"input {row} is a dict of {sorted(item)}; expected 'image', 'text' or both")
-        if len(given) == 1 and len(given[0]) == 1:
-            return _kind(given[0][0], task, row)
-        return "dialogues", [{"role": "user", "content": [_part(value) for values in given for value in values]}]
-    if isinstance(item, list | tuple):
-        return "dialogues", item
-    if task == "query":
-        return "dialogues", [item]
-    return ("texts" if isinstance(item, str) else "images"), item
-
-
-def _part(element: Any) -> dict[str, Any]:
-    kind = "text" if isinstance(element, str) else "image"
-    return {"type": kind, kind: element}
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]

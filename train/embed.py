@@ -29,7 +29,8 @@ from transformers import HfArgumentParser
 
 from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.images_unimur import BadImageError, decode_image
-from modeling_unimur.storage_unimur import EXTRAS, pool_features, write_arrow, write_state
+from modeling_unimur.pool_arrow import write_arrow
+from modeling_unimur.pool_files import EXTRAS, adopt
 from train.collate import SkipCounter
 from train.data import IMAGE_ENDINGS
 from train.extract import content_hash, image_hints, values_hash
@@ -133,7 +134,9 @@ def main(argv: list[str] | None = None) -> CandidatePool | None:
         if sum(skips.counts.values()) > allowed:
             skips.check(args.max_bad_share)
     accelerator.wait_for_everyone()
-    pool = assemble(folder, shards, made_by) if accelerator.is_main_process else None
+    # What keeps the paths of its images reads them wherever they lie: they are those that this run was given.
+    images = Path(folder.resolve().anchor) if args.keep_images == "path" else None
+    pool = assemble(folder, shards, made_by, images) if accelerator.is_main_process else None
     accelerator.end_training()
     return pool
 
@@ -318,13 +321,14 @@ def count(skips: SkipCounter, manifest: dict[str, Any], shard: Shard) -> None:
     skips.update({r: reasons.count(r) for r in set(reasons)}, shard.stop - shard.start, examples)
 
 
-def assemble(folder: Path, shards: Sequence[Shard], made_by: dict[str, Any]) -> CandidatePool:
-    """Makes the shards the pool, without reading them."""
+def assemble(
+    folder: Path, shards: Sequence[Shard], made_by: dict[str, Any], image_folder: Path | None = None
+) -> CandidatePool:
+    """Makes the shards the pool, as they lie. `image_folder`: as of [`CandidatePool.load_from_disk`]."""
     manifests = [json.loads((folder / MANIFESTS / f"{shard.name}.json").read_text()) for shard in shards]
     names = [m["file"] for m in manifests if m["rows"]]
-    write_state(folder, names, pool_features(made_by["dimension"]))
-    write_json(folder / "pool.json", made_by)
-    pool, skips = CandidatePool.load_from_disk(folder), SkipCounter()
+    adopt(folder, names, made_by)
+    pool, skips = CandidatePool.load_from_disk(folder, image_folder=image_folder), SkipCounter()
     for manifest, shard in zip(manifests, shards, strict=True):
         count(skips, manifest, shard)
     print(f"{folder}: {pool!r}; {skips}{skips.details()}".replace("pairs", "candidates"))

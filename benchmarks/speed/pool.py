@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.output import write_json
 from modeling_unimur import CandidatePool, UniMuRModel
-from modeling_unimur.exact_unimur import CHUNK
+from modeling_unimur.pool_exact import CHUNK
 from train.miniature.prepare import encode
 from train.miniature.world import captions, draw, every_scene
 from train.run import main as train

@@ -98,7 +98,7 @@ def test_the_oldest_turns_go_when_positions_run_out(tiny, caplog):
     try:
         for turn in range(30):
             talk.say(picture(turn) if turn % 5 == 0 else f"turn number {turn}")
-            found = talk.embed()
+            embedding = talk.embed()
             assert talk._cache.get_seq_length() < model.processor.max_length
     finally:
         logger.removeHandler(caplog.handler)
@@ -107,25 +107,25 @@ def test_the_oldest_turns_go_when_positions_run_out(tiny, caplog):
     kept = [{"role": "user", "content": [
         {"type": "text", "text": e} if isinstance(e, str) else {"type": "image", "image": e} for e in turn]}
         for turn in talk.turns]  # fmt: skip
-    assert torch.allclose(found, model.embed_dialogues([kept])[0], atol=1e-5)
+    assert torch.allclose(embedding, model.embed_dialogues([kept])[0], atol=1e-5)
 
 
 def test_it_retrieves_as_the_model_does(tiny):
     model = tiny()
     pool = model.build_pool(images=[picture(5)], texts=["a", "b"], show_progress_bar=False)
     talk = model.conversation().say("hello").say(picture(1))
-    found, whole = talk.retrieve(pool, top_k=3), model.retrieve(["hello", picture(1)], pool, top_k=3)
-    assert [c.id for c in found.candidates] == [c.id for c in whole.candidates]
+    reply, whole = talk.retrieve(pool, top_k=3), model.retrieve(["hello", picture(1)], pool, top_k=3)
+    assert [c.id for c in reply.candidates] == [c.id for c in whole.candidates]
 
 
 def test_bad_turns_are_refused_and_leave_the_conversation_as_it_was(tiny):
     model = tiny()
     talk = model.conversation()
-    with pytest.raises(ValueError, match="nothing was said"):
+    with pytest.raises(ValueError, match="has no turn yet"):
         talk.embed()
     talk.say("hello")
     before = talk.embed()
-    for turn, told in (("", "empty text"), (b"no image", "not an image"), ("x" * 200, "exceeds the LLM's 128")):
-        with pytest.raises(ValueError, match=told):
+    for turn, message in (("", "empty text"), (b"no image", "not an image"), ("x" * 200, "exceeds the LLM's 128")):
+        with pytest.raises(ValueError, match=message):
             talk.say(turn)
     assert len(talk.turns) == 1 and torch.allclose(talk.embed(), before, atol=1e-6)

@@ -1,17 +1,19 @@
 """Every image that arrives from outside: decoded to RGB, or refused by a named reason."""
 
+import contextlib
 import io
 import multiprocessing
 import struct
+import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
-from modeling_unimur.images_unimur import BadImageError, decode_image, image_reference
+from modeling_unimur.images_unimur import BadImageError, decode_image, image_files, image_reference
 from tests.conftest import picture
 from tests.tiny import make_processor
 
@@ -150,6 +152,138 @@ def test_broken_bytes_raise_nothing_else():
             except BadImageError:
                 refused += 1
     assert refused > 100
+
+
+def damaged(data, at, value):
+    broken = bytearray(data)
+    broken[at : at + len(value)] = value
+    return bytes(broken)
+
+
+def test_a_jpeg_damaged_within_is_refused():
+    noise = Image.effect_noise((200, 150), 80)
+    for options in ({}, {"progressive": True}, {"restart_marker_rows": 1}):
+        data = encoded(noise, "JPEG", **options)
+        assert decode_image(data + b"\0" * 50).size == (200, 150)  # cameras write behind the end
+        middle = data.index(b"\xff\xda") + 600
+        assert reason(damaged(data, middle, b"\xff\xa0")) == "damaged"  # a marker that cannot be there
+        assert reason(damaged(data, middle, b"\xff\xd3")) == "damaged"  # a restart out of its order
+        assert reason(data[:-2]) == reason(data[: len(data) * 2 // 3]) == "truncated"
+    restarts = encoded(noise, "JPEG", restart_marker_rows=1)
+    first, second = restarts.index(b"\xff\xd0"), restarts.index(b"\xff\xd1")
+    assert reason(restarts[:first] + restarts[second:]) == "damaged"  # a row is lost
+
+
+def test_what_pillow_is_asked_to_pass_over_is_refused_all_the_same(monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    whole = encoded(Image.effect_noise((64, 64), 80), "PNG")
+    assert reason(JPEG[: len(JPEG) // 2]) == "truncated"
+    assert reason(whole[: len(whole) // 2]) in ("truncated", "damaged")
+
+
+def test_a_png_damaged_within_is_refused():
+    data = encoded(Image.effect_noise((64, 64), 80), "PNG")
+    rng = np.random.default_rng(0)
+    for at in rng.integers(50, len(data) - 20, 40):
+        assert reason(damaged(data, at, bytes([data[at] ^ 64]))) in ("damaged", "truncated", "undecodable")
+
+
+def bomb_of_text(kind):
+    """A PNG of a few kilobytes with a text or a colour profile of 60 MB."""
+    info, profile = PngImagePlugin.PngInfo(), None
+    if kind == "zTXt":
+        info.add_text("Comment", "a" * 60_000_000, zip=True)
+    else:
+        profile = b"a" * 60_000_000
+    return encoded(picture(1), "PNG", pnginfo=info, **({"icc_profile": profile} if profile else {}))
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iCCP"])
+def test_bombs_beside_the_pixels_are_bounded(kind):
+    data = bomb_of_text(kind)
+    assert len(data) < 1_000_000
+    tracemalloc.start()
+    with contextlib.suppress(BadImageError):
+        decode_image(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000
+
+
+def test_an_animation_costs_its_first_frame(monkeypatch):
+    frames = [Image.new("RGB", (64, 64), (i, 0, 0)) for i in range(60)]
+    for kind in ("WEBP", "GIF", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=40, **(
+            {"lossless": True} if kind == "WEBP" else {}))  # fmt: skip
+        assert Image.open(io.BytesIO(data)).n_frames == 60
+        with monkeypatch.context() as patched:
+            patched.setattr(type(Image.open(io.BytesIO(data))), "seek", lambda *args: pytest.fail("another frame"))
+            assert decode_image(data).getpixel((5, 5)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"is HEIC, .*pip install pillow-heif"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", r"is HEIC, .*pip install pillow-heif"),
+        (b"\xff\x0a\xfa\x7f", r"is JPEG XL, .*convert it"),
+        (b"<?xml version='1.0'?><svg xmlns='x'></svg>", r"is SVG, .*render it to PNG"),
+    ],
+)
+def test_a_known_format_that_nothing_reads_names_what_would_help(data, message):
+    with pytest.raises(BadImageError, match=message) as caught:
+        decode_image(data)
+    assert caught.value.reason == "unsupported"
+
+
+def test_avif_is_read_or_names_the_pillow_that_would(monkeypatch):
+    if features.check("avif"):
+        data = encoded(picture(1), "AVIF")
+        assert decode_image(data).size == (40, 30)
+    else:
+        data = b"\0\0\0\x1cftypavif\0\0\0\0"
+    monkeypatch.setattr("modeling_unimur.images_unimur.FORMATS", ("JPEG", "PNG"))
+    with pytest.raises(BadImageError, match=r"is AVIF, .*pillow>=11.3"):
+        decode_image(data)
+
+
+def test_heic_is_read_once_a_plugin_is_registered(monkeypatch):
+    """Stands in for pillow-heif, which registers itself under this name."""
+
+    class HeifFile(PngImagePlugin.PngImageFile):
+        format = "HEIF"
+
+    def open_as_png(file, name):
+        return HeifFile(io.BytesIO(encoded(picture(1))))
+
+    monkeypatch.setitem(Image.OPEN, "HEIF", (open_as_png, lambda start: start[4:12] == b"ftypheic"))
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "HEIF"])
+    assert decode_image(b"\0\0\0\x18ftypheic\0\0\0\0").tobytes() == picture(1).tobytes()
+
+
+def test_pixels_as_an_array_are_an_image():
+    colour = np.asarray(picture(1))
+    for values in (colour, np.dstack([colour, np.full(colour.shape[:2], 255, np.uint8)])):
+        assert decode_image(values).tobytes() == picture(1).tobytes()
+    grey = colour[..., 0]
+    assert np.array_equal(np.asarray(decode_image(grey))[..., 2], grey)
+    assert np.array_equal(np.asarray(decode_image(grey[..., None]))[..., 1], grey)
+    assert decode_image(image_reference(colour)).tobytes() == picture(1).tobytes()
+    for values in (colour.astype(np.float32) / 255, colour[None], colour[..., :2], colour.transpose(2, 0, 1)):
+        with pytest.raises(ValueError, match="an image as an array is uint8"):
+            decode_image(values)
+    assert reason(np.zeros((0, 4, 3), np.uint8)) == "empty"
+
+
+def test_the_images_of_a_folder_are_sorted_and_nested(tmp_path):
+    for name in ("b/2.JPG", "a.webp", "b/1.heic", ".x.png", ".cache/y.png", "notes.txt", "noending"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [file.relative_to(tmp_path).as_posix() for file in image_files(tmp_path)] == [
+        "a.webp",
+        "b/1.heic",
+        "b/2.JPG",
+    ]
 
 
 def test_the_reason_survives_a_process_and_another_message():

@@ -111,7 +111,7 @@ def test_saved_loaded_and_appended(tmp_path):
 def test_bad_pools_are_refused():
     with pytest.raises(ValueError, match="empty"):
         CandidatePool.empty(MADE_BY).search(QUERY)
-    with pytest.raises(ValueError, match="'x' stands twice"):
+    with pytest.raises(ValueError, match="duplicate id 'x'"):
         pool_of(texts=(1,)).append("text", ["a", "b"], unit(1, 2), ["x", "x"])
     with pytest.raises(ValueError, match="do not match"):
         pool_of(texts=(1,)).append("text", ["a", "b"], unit(1))
@@ -167,11 +167,9 @@ def test_bad_candidates_are_named(tiny, tmp_path):
         tiny().build_pool([picture(1), tmp_path / "bad.jpg"], show_progress_bar=False)
     with pytest.raises(ValueError, match="text 0 is empty"):
         tiny().build_pool(texts=[""], show_progress_bar=False)
-    with pytest.raises(ValueError, match="expected a list of texts, got generator"):
-        tiny().build_pool(texts=(text for text in "ab"), show_progress_bar=False)
-    with pytest.raises(ValueError, match="expected a list of images, got PosixPath"):
+    with pytest.raises(ValueError, match=r"images is one image .*give a list of images, or a folder"):
         tiny().build_pool(tmp_path / "bad.jpg", show_progress_bar=False)
-    with pytest.raises(ValueError, match="expected a list of texts, got one string"):
+    with pytest.raises(ValueError, match=r"texts is one text .*give a list of texts"):
         tiny().build_pool(texts="ab", show_progress_bar=False)
     with pytest.raises(ValueError, match="is a URL"):
         tiny().build_pool(["https://example.org/a.png"], show_progress_bar=False)
@@ -182,10 +180,10 @@ def test_bad_candidates_are_named(tiny, tmp_path):
     [
         ({"image_ids": ["a"]}, "1 image ids and 2 images do not match"),
         ({"text_ids": ["a", "b"]}, "2 text ids and 1 texts do not match"),
-        ({"image_ids": ["a", "a"]}, "'a' stands twice"),
-        ({"image_ids": ["a", "b"], "text_ids": ["b"]}, "'b' stands twice"),
-        ({"text_ids": ["own"]}, "'own' stands twice"),
-        ({"text_ids": ["image-1"]}, "'image-1' stands twice"),  # the number of the first image
+        ({"image_ids": ["a", "a"]}, "duplicate id 'a'"),
+        ({"image_ids": ["a", "b"], "text_ids": ["b"]}, "duplicate id 'b'"),
+        ({"text_ids": ["own"]}, "duplicate id 'own'"),
+        ({"text_ids": ["image-1"]}, "duplicate id 'image-1'"),  # the number of the first image
         ({"images": None, "image_ids": ["a"]}, "1 image ids and 0 images do not match"),
         ({"texts": None, "text_ids": ["a"]}, "1 text ids and 0 texts do not match"),
     ],

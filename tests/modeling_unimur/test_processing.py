@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_unimur import processing_unimur
-from modeling_unimur.dialogues_unimur import is_batch, parse_dialogue
+from modeling_unimur.dialogues_unimur import parse_dialogue
 from tests.conftest import picture
 from tests.tiny import SENTENCES, clip_tokenizer, image_processor, make_processor, text_tokenizer
 
@@ -158,6 +158,9 @@ def test_long_texts_for_clip_are_cut_and_counted(caplog):
         ([{"role": "user", "content": [{"type": "image", "image": "https://example.org/a.png"}]}], "is a URL"),
         ([3], "turn 0: expected a string, an image"),
         (3.5, "a dialogue is a string"),
+        ({"content": 3}, "turn 0: 'content' must be"),
+        ({"text": "hi"}, "got dict"),
+        ([["hi"]], "turn 0: expected a string, an image .* got list"),
         (["hi", "hello \ud800"], r"turn 1 has half a character, '\\ud800', at 6"),
     ],
 )
@@ -170,10 +173,6 @@ def test_a_bad_dialogue_of_a_batch_is_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"dialogue 1: .*broken\.png"):
         make_processor().contexts(["hi", ["see", tmp_path / "broken.png"]])
-
-
-def test_one_or_many():
-    assert is_batch([["a"], ["b"]]) and not is_batch(["a", "b"]) and not is_batch("a") and not is_batch([])
 
 
 @pytest.mark.parametrize("texts", [["a", ""], ["a", "  "], ["a", None]])
@@ -212,3 +211,53 @@ def test_a_checkpoint_without_clips_tokenizer_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "clip_tokenizer")
     with pytest.raises(ValueError, match="clip_tokenizer/"):
         UniMuRProcessor.from_pretrained(tmp_path)
+
+
+def test_what_the_processor_cannot_read_is_named():
+    processor = make_processor()
+    for arguments, message in (
+        ({"texts": []}, "no texts given"),
+        ({"images": []}, "no images given"),
+        ({"dialogues": []}, "no dialogues given"),
+        ({"images": 0}, "expected a list of images, got int"),
+        ({"texts": 0.0}, "expected a list of texts, got float"),
+        ({"texts": ["a"], "padding": True}, "exactly one"),
+        ({}, "exactly one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(**arguments)
+    assert processor(texts="ab")["input_ids"].tolist() == processor(texts=["ab"])["input_ids"].tolist()
+
+
+def test_an_image_of_a_dialogue_is_decoded_once(monkeypatch, tmp_path):
+    picture(1).save(tmp_path / "a.png")
+    decoded = []
+    real = processing_unimur.decode_image
+    monkeypatch.setattr(
+        processing_unimur, "decode_image", lambda image, **bounds: decoded.append(image) or real(image, **bounds)
+    )
+    make_processor().contexts([["look", tmp_path / "a.png"], [tmp_path / "a.png", picture(2)]])
+    assert len(decoded) == 3
+
+
+def test_words_that_name_an_image_file_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(1).save("a.png")
+    for dialogue in ("a.png", ["look", "a.png"]):
+        with pytest.raises(ValueError, match=r"'a.png', names an image file, .*pathlib.Path\('a.png'\) shows"):
+            parse_dialogue(dialogue)
+    assert parse_dialogue(["b.png"]) == [["b.png"]]  # no such file: words
+    assert parse_dialogue([{"role": "user", "content": "a.png"}]) == [["a.png"]]
+    assert parse_dialogue([{"role": "user", "content": [{"type": "text", "text": "a.png"}]}]) == [["a.png"]]
+
+
+def test_another_length_is_another_preprocessing():
+    processor = make_processor()
+    before = processor.fingerprint
+    processor.set_max_length(10)
+    assert processor.contexts(["a" * 50])["input_ids"].shape[1] == 10 and processor.fingerprint != before
+    processor.set_max_length(128)
+    assert processor.fingerprint == before
+    for length in (0, 2, 2.5, "9", True):
+        with pytest.raises(ValueError, match=r"max_length=|leave no room"):
+            processor.set_max_length(length)

@@ -34,7 +34,7 @@ def same(theirs, ours):
     assert np.abs(np.asarray(theirs) - ours.numpy()).max() < 1e-5
 
 
-def shown(image, text=None):
+def turn_of(image, text=None):
     parts = [{"type": "image", "image": image}] + ([{"type": "text", "text": text}] if text else [])
     return [{"role": "user", "content": parts}]
 
@@ -43,20 +43,20 @@ def test_each_kind_of_input_is_what_embed_gives(encoder, model):
     one, two = picture(1), picture(2)
     same(encoder.encode(["a", "a panda in a hat"]), model.embed_texts(["a", "a panda in a hat"]))
     same(encoder.encode([one, two]), model.embed_images([one, two]))
-    same(encoder.encode([{"image": one, "text": "look"}]), model.embed_dialogues([shown(one, "look")]))
+    same(encoder.encode([{"image": one, "text": "look"}]), model.embed_dialogues([turn_of(one, "look")]))
     same(
         encoder.encode([{"text": "a"}, {"image": two}]),
         torch.cat([model.embed_texts(["a"]), model.embed_images([two])]),
     )
-    chats = [[{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], shown(one, "and?")]
+    chats = [[{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], turn_of(one, "and?")]
     same(encoder.encode(chats), model.embed_dialogues(chats))
     same(encoder.encode(chats[0]), model.embed_dialogues([chats[0]])[0])  # one conversation is one input
 
 
 def test_mixed_inputs_keep_their_order(encoder, model):
     one = picture(3)
-    mixed = ["first", one, shown(one, "hm"), "fourth"]
-    ours = [model.embed_texts(["first"]), model.embed_images([one]), model.embed_dialogues([shown(one, "hm")]),
+    mixed = ["first", one, turn_of(one, "hm"), "fourth"]
+    ours = [model.embed_texts(["first"]), model.embed_images([one]), model.embed_dialogues([turn_of(one, "hm")]),
             model.embed_texts(["fourth"])]  # fmt: skip
     same(encoder.encode(mixed), torch.cat(ours))
 
@@ -122,9 +122,38 @@ def test_saved_by_that_library_and_loaded_by_both(encoder, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("item", "told"),
+    ("item", "message"),
     [({"audio": [0.0]}, "audio"), ({"image": None}, "expected 'image', 'text'"), ("", "empty")],
 )
-def test_bad_inputs_are_named(encoder, item, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_inputs_are_named(encoder, item, message):
+    with pytest.raises(ValueError, match=message):
         encoder.encode([item])
+
+
+def test_the_models_own_encode_gives_the_same(encoder, model):
+    mixed = ["first", picture(3), {"image": picture(1), "text": "look"}, "fourth"]
+    same(encoder.encode(mixed), torch.from_numpy(model.encode(mixed)))
+    same(encoder.encode_query(mixed[:2]), torch.from_numpy(model.encode_query(mixed[:2])))
+    same(encoder.encode("one"), torch.from_numpy(model.encode("one")))
+
+
+def test_the_length_can_be_set(encoder, model):
+    before = encoder.max_seq_length
+    try:
+        encoder.max_seq_length = 12
+        assert encoder.max_seq_length == encoder[0].model.processor.max_length == 12
+        same(encoder.encode_query(["b" * 50]), model.embed_dialogues(["b" * 10]))
+        with pytest.raises(ValueError, match="max_length='long'"):
+            encoder.max_seq_length = "long"
+    finally:
+        encoder.max_seq_length = before
+
+
+def test_what_would_not_be_read_is_refused(folder):
+    for arguments, message in (
+        ({"backend": "onnx"}, "backend='onnx': UniMuR runs on torch alone"),
+        ({"config_kwargs": {"text_candidates": "clip_text"}}, "config_kwargs=.* is not read"),
+        ({"processor_kwargs": {"max_length": 9}}, "processor_kwargs=.* is not read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sentence_transformers.SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **arguments)

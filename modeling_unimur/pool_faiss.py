@@ -1,26 +1,26 @@
-"""Approximate search: one faiss index a modality, whose finds are scored again from the memory-mapped embeddings."""
+"""Approximate search: one faiss index a modality, whose hits are scored again from the memory-mapped embeddings."""
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers.utils import logging
 
-from .exact_unimur import CHUNK, Embeddings, Top
+from .pool_exact import CHUNK, Embeddings, Top
 from .replies_unimur import MODALITIES
 
 logger = logging.get_logger(__name__)
 
-METADATA = "index.json"
 SAMPLE = 65_536  # embeddings that lists and codebooks are trained on, at least
 GOOD_RECALL = 0.95
+TOO_FEW = "should be at least as large as number of clusters"  # faiss
 
 
 class Recipe(NamedTuple):
-    """A faiss index: factory string, search parameters, and how many finds a wanted candidate are scored again."""
+    """A faiss index: factory string, search parameters, and how many hits a wanted candidate are scored again."""
 
     factory: str
     search: str
@@ -51,8 +51,8 @@ class PoolIndex:
 
     Args:
         embeddings: of the pool.
-        indexes: a faiss index a modality, over its rows in order.
-        about: what `index.json` says: kind, search, oversample, made_by, content, bytes, recall_at_10, recall_queries.
+        indexes: a faiss index a modality, over its rows in order; a modality without one is searched exactly.
+        about: what the pool says of it: kind, search, oversample, made_by, content, bytes, recall_at_10, recall_queries.
     """
 
     def __init__(self, embeddings: Embeddings, indexes: dict[str, Any], about: dict[str, Any]):
@@ -66,32 +66,21 @@ class PoolIndex:
         oversample: int | None = None, queries: np.ndarray | None = None, seed: int = 0,
     ) -> "PoolIndex":  # fmt: skip
         """Builds and measures. See [`CandidatePool.build_index`]."""
-        faiss = _faiss()
-        rng, indexes, found = np.random.default_rng(seed), {}, {}
+        rng, indexes, recipes = np.random.default_rng(seed), {}, {}
         for modality in (m for m in MODALITIES if embeddings.counts[m]):
-            count = embeddings.counts[modality]
-            chosen = recipe(kind, embeddings.dimension, count)
-            try:
-                index = faiss.index_factory(embeddings.dimension, chosen.factory, faiss.METRIC_INNER_PRODUCT)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"kind={kind!r} is neither hnsw, ivf, sq8 or pq nor what faiss's index_factory takes for dimension "
-                    f"{embeddings.dimension}: {str(error).strip().splitlines()[-1]}"
-                ) from error
-            if not index.is_trained:
-                rows = embeddings.rows(modality)
-                size = min(count, max(SAMPLE, 40 * getattr(index, "nlist", 0)))
-                index.train(embeddings.take(np.sort(rng.choice(rows, size, replace=False))))
+            chosen = recipe(kind, embeddings.dimension, embeddings.counts[modality])
+            index = _trained(embeddings, modality, kind, chosen, rng)
+            if index is None:
+                continue
             for start, views in embeddings.blocks(CHUNK, (modality,)):
                 block = np.concatenate(views)
                 images = embeddings.is_image[start : start + len(block)]
                 index.add(np.ascontiguousarray(block[images if modality == "image" else ~images]))
-            indexes[modality], found[modality] = index, chosen
-        some = next(iter(found.values()))
+            indexes[modality], recipes[modality] = index, chosen
         about = {
             "kind": kind,
-            "search": {m: r.search if search is None else search for m, r in found.items()},
-            "oversample": some.oversample if oversample is None else oversample,
+            "search": {m: r.search if search is None else search for m, r in recipes.items()},
+            "oversample": recipe(kind, embeddings.dimension, 1).oversample if oversample is None else oversample,
             "made_by": made_by,
             "content": content(embeddings),
             "bytes": {m: _bytes(i) + 4 * embeddings.counts[m] for m, i in indexes.items()},  # and which row it is
@@ -102,8 +91,8 @@ class PoolIndex:
         low = {m: r for m, r in about["recall_at_10"].items() if r < GOOD_RECALL}
         if low:
             logger.warning(
-                f"the {kind} index finds {', '.join(f'{r:.3f} of the ten best {m}s' for m, r in low.items())}: a higher "
-                "oversample=, or search= (efSearch for hnsw, nprobe for ivf), finds more"
+                f"the {kind} index returns {', '.join(f'{r:.3f} of the ten best {m}s' for m, r in low.items())}: a higher "
+                "oversample=, or search= (efSearch for hnsw, nprobe for ivf), returns more"
             )
         return self
 
@@ -111,14 +100,17 @@ class PoolIndex:
         self, queries: np.ndarray, k: int, kinds: Collection[str] = MODALITIES, banned: np.ndarray | None = None
     ) -> dict[str, Top]:
         """As [`Embeddings.top`]: the scores are exact, but a candidate may be missed."""
-        found = {}
-        for kind in (m for m in kinds if m in self.indexes):
+        best: dict[str, Top] = {}
+        for kind in (m for m in kinds if self.embeddings.counts[m]):
+            if kind not in self.indexes:
+                best |= self.embeddings.top(queries, k, (kind,), banned)
+                continue
             rows = self._rows[kind]
             excluded = 0 if banned is None else int((self.embeddings.is_image[banned] == (kind == "image")).sum())
             wanted = min(k, len(rows) - excluded)
             fetch = k * self.about["oversample"] + excluded
             if fetch > len(rows) // 4:  # so much of the pool is sooner scanned
-                found |= self.embeddings.top(queries, k, (kind,), banned)
+                best |= self.embeddings.top(queries, k, (kind,), banned)
                 continue
             places = self.indexes[kind].search(queries, fetch)[1]
             hits = np.where(places >= 0, rows[places].astype(np.int64), -1)
@@ -129,8 +121,8 @@ class PoolIndex:
             if len(short):  # an inverted list, or a graph's corner, held too few
                 exact = self.embeddings.top(queries[short], k, (kind,), banned)[kind]
                 scores[short, : exact.scores.shape[1]], hits[short, : exact.rows.shape[1]] = exact
-            found[kind] = Top(scores, hits)
-        return found
+            best[kind] = Top(scores, hits)
+        return best
 
     def _set_search(self) -> None:
         for modality, index in self.indexes.items():
@@ -138,8 +130,8 @@ class PoolIndex:
                 _faiss().ParameterSpace().set_index_parameters(index, setting)
 
     def _measure(self, queries: np.ndarray | None, rng: np.random.Generator) -> dict[str, Any]:
-        """The share of each modality's exact ten best that the index returns; one of equal score counts as found."""
-        recalls = {}
+        """The share of each modality's exact ten best that the index returns; one of equal score counts, too."""
+        recalls, asked = {}, queries
         for modality, rows in self._rows.items():
             own = None
             asked = queries
@@ -155,38 +147,76 @@ class PoolIndex:
                 scores.append(-np.sort(-best, axis=1)[:, :k])
             exact, approximate = scores
             recalls[modality] = float((approximate >= exact[:, -1:]).mean()) if k else 1.0
-        told = "given" if queries is not None else "of the pool's own embeddings, each without itself"
-        return {"recall_at_10": recalls, "recall_queries": f"{len(asked)} {told}"}
+        whose = "given" if queries is not None else "of the pool's own embeddings, each without itself"
+        return {"recall_at_10": recalls, "recall_queries": f"{0 if asked is None else len(asked)} {whose}"}
 
-    def save(self, folder: Path) -> None:
-        """Writes `index-<modality>.faiss` and `index.json` into a folder."""
+    def save(self, folder: Path) -> list[str]:
+        """Writes a file a modality into a folder; their names, `index-<modality>.faiss`."""
+        names = []
         for modality, index in self.indexes.items():
-            _faiss().write_index(index, str(folder / f"index-{modality}.faiss"))
-        (folder / METADATA).write_text(json.dumps(self.about, indent=2) + "\n")
+            names.append(f"index-{modality}.faiss")
+            _faiss().write_index(index, str(folder / names[-1]))
+        return names
 
     @classmethod
-    def load(cls, folder: Path, embeddings: Embeddings, made_by: dict[str, Any]) -> "PoolIndex":
+    def load(
+        cls, file: Callable[[str], Path | None], about: dict[str, Any], embeddings: Embeddings, made_by: dict[str, Any]
+    ) -> "PoolIndex":
         """
         Opens a saved index, memory-mapped where faiss can (hnsw, ivf, sq8; the codes of pq are read).
 
+        Args:
+            file: where a modality's file lies, `None` for one that is searched exactly.
+            about: what the pool says of it.
+
         Raises:
-            ValueError: it was built over other candidates or by another model.
+            ValueError: it was built over other candidates or by another model, or faiss cannot read it.
         """
-        about = json.loads((folder / METADATA).read_text())
         for name, mine in (("made_by", made_by), ("content", content(embeddings))):
             if about.get(name) != mine:
                 raise ValueError(
-                    f"the index in {folder} is stale: its {name} is {about.get(name)}, the pool's {mine}. Load the pool "
-                    "with index=False, build_index and save it again"
+                    f"the pool's index is stale: its {name} is {about.get(name)}, the pool's {mine}. Load the pool with "
+                    "index=False, build_index and save it again"
                 )
-        faiss = _faiss()
+        faiss, indexes = _faiss(), {}
         mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
-        indexes = {
-            m: faiss.read_index(str(folder / f"index-{m}.faiss"), mapped) for m in MODALITIES if embeddings.counts[m]
-        }
+        for modality in (m for m in MODALITIES if embeddings.counts[m]):
+            path = file(modality)
+            if path is None:
+                continue
+            try:
+                indexes[modality] = faiss.read_index(str(path), mapped)
+            except RuntimeError as error:
+                raise ValueError(f"{str(path)!r} is no index that this faiss reads: {error}") from error
+            if indexes[modality].ntotal != embeddings.counts[modality]:
+                raise ValueError(f"{str(path)!r} is an index of other candidates: load the pool with index=False")
         self = cls(embeddings, indexes, about)
         self._set_search()
         return self
+
+
+def _trained(embeddings: Embeddings, modality: str, kind: str, chosen: Recipe, rng: np.random.Generator) -> Any:
+    """An empty index, trained where it has to be; `None` where the modality has too few candidates for that."""
+    faiss = _faiss()
+    try:
+        index = faiss.index_factory(embeddings.dimension, chosen.factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"kind={kind!r} is neither hnsw, ivf, sq8 or pq nor what faiss's index_factory takes for dimension "
+            f"{embeddings.dimension}: {str(error).strip().splitlines()[-1]}"
+        ) from error
+    if index.is_trained:
+        return index
+    rows = embeddings.rows(modality)
+    size = min(len(rows), max(SAMPLE, 40 * getattr(index, "nlist", 0)))
+    try:
+        index.train(embeddings.take(np.sort(rng.choice(rows, size, replace=False))))
+    except RuntimeError as error:
+        if TOO_FEW not in str(error):
+            raise
+        logger.warning(f"{len(rows)} {modality}s are too few to train a {kind} index with: they are searched exactly")
+        return None
+    return index
 
 
 def content(embeddings: Embeddings) -> str:

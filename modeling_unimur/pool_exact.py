@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Collection, Iterator
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers.utils import is_datasets_available
 
+from .pool_digests import Guard
 from .replies_unimur import MODALITIES
 
 if is_datasets_available():
@@ -40,17 +40,20 @@ class Embeddings:
 
     Args:
         table: an Arrow table whose column `embedding` is a fixed-size list of float32 without nulls, and `modality`.
+        guard: checks what is read where the files have not been checked yet.
 
     Raises:
-        ValueError: an embedding is missing.
+        ValueError: an embedding is missing; later, of any method, that what it reads is damaged.
     """
 
-    def __init__(self, table):
+    def __init__(self, table: Any, guard: Guard | None = None):
         embedding = table.column("embedding")
         if embedding.null_count:
             raise ValueError(f"{embedding.null_count} candidates of the pool have no embedding: build it again")
         self.dimension = embedding.type.list_size
-        self._modality = table.column("modality")
+        self._modality, self._guard = table.column("modality"), guard
+        self._is_image: np.ndarray | None = None
+        self._counts: dict[str, int] = {}
         self.views = [
             # flatten() respects the offset of a sliced array, as .values would not.
             chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.dimension)
@@ -62,16 +65,22 @@ class Embeddings:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    @cached_property
+    @property
     def is_image(self) -> np.ndarray:
         """`(len,)` bool: whether a row is an image; the others are texts."""
-        return pc.equal(self._modality, "image").to_numpy()
+        if self._is_image is None:
+            if self._guard is not None:
+                self._guard.check_arrays(self._modality.chunks)
+            self._is_image = pc.equal(self._modality, "image").to_numpy()
+            images = int(self._is_image.sum())
+            self._counts = {"image": images, "text": len(self) - images}
+        return self._is_image
 
-    @cached_property
+    @property
     def counts(self) -> dict[str, int]:
         """How many candidates of each modality."""
-        images = int(self.is_image.sum())
-        return {"image": images, "text": len(self) - images}
+        _ = self.is_image
+        return self._counts
 
     def rows(self, kind: str) -> np.ndarray:
         """Rows of a modality, `(m,)` int64 ascending."""
@@ -79,15 +88,18 @@ class Embeddings:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of some rows, `(m, q)` float32."""
-        found = np.empty((len(rows), self.dimension), dtype=np.float32)
+        taken = np.empty((len(rows), self.dimension), dtype=np.float32)
         order = np.argsort(rows)
         chunks = np.searchsorted(self.starts, rows[order], side="right") - 1
         ends = [*(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(rows)] if len(rows) else []
         start = 0
         for stop in ends:
             places, chunk, start = order[start:stop], chunks[start], stop
-            found[places] = self.views[chunk][rows[places] - self.starts[chunk]]
-        return found
+            inside = rows[places] - self.starts[chunk]
+            if self._guard is not None:
+                self._guard.check_rows(self.views[chunk], inside)
+            taken[places] = self.views[chunk][inside]
+        return taken
 
     def blocks(self, rows: int, kinds: Collection[str] = MODALITIES) -> Iterator[tuple[int, list[np.ndarray]]]:
         """First row and consecutive views of every block of at most `rows`; one without these `kinds` is left out."""
@@ -101,6 +113,8 @@ class Embeddings:
                     views, length = [], 0
                 if not length:
                     start = chunk_start + offset
+                if self._guard is not None:
+                    self._guard.check(view.ctypes.data, view.nbytes)
                 views.append(view)
                 length += len(view)
         if length and self._has(start, length, kinds):
@@ -140,16 +154,16 @@ class Embeddings:
                 inside = banned[np.searchsorted(banned, start) : np.searchsorted(banned, start + at)]
                 scores[inside - start] = -np.inf
             images = self.is_image[start : start + at]
-            for kind, found in best.items():
+            for kind, mine in best.items():
                 inside = np.flatnonzero(images if kind == "image" else ~images)
                 if not len(inside):
                     continue
                 first, last = int(inside[0]), int(inside[-1]) + 1
                 if last - first == len(inside):  # as pools are mostly built: nothing is copied
-                    found.offer(scores[first:last], start + first)
+                    mine.offer(scores[first:last], start + first)
                 else:
-                    found.offer(scores.take(inside, axis=0), start + inside)
-        return {kind: found.top() for kind, found in best.items()}
+                    mine.offer(scores.take(inside, axis=0), start + inside)
+        return {kind: mine.top() for kind, mine in best.items()}
 
     def rescored(self, queries: np.ndarray, rows: np.ndarray) -> Top:
         """Some rows of each query, `(n, m)` and -1 where there are fewer, by their scores."""
@@ -228,7 +242,7 @@ class _Best:
         return top
 
     def _settle(self) -> np.ndarray:
-        """Scores all that is kept anew and drops what is not among the best k; each one's rank from 0."""
+        """Scores all that is kept again and drops what is not among the best k; each one's rank from 0."""
         ends = np.searchsorted(self.query, np.arange(len(self.queries) + 1))
         parts = [
             self.embeddings.scores(query, self.rows[start:stop])

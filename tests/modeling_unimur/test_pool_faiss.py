@@ -1,13 +1,14 @@
 """Approximate search: exact scores, measured recall, exclusion, persistence, and the refusal of a stale index."""
 
 import builtins
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from modeling_unimur import CandidatePool
+from modeling_unimur.pool_files import Description
 
 pytest.importorskip("faiss")
 Q = 16
@@ -70,11 +71,11 @@ def test_where_the_index_returns_too_few_the_rest_is_exact(pool):
     assert all(len(reply) == 40 for reply in found)
 
 
-def test_low_recall_is_said(pool, monkeypatch):
-    said = []
-    monkeypatch.setattr("modeling_unimur.index_unimur.logger.warning", said.append)
+def test_low_recall_is_a_warning(pool, monkeypatch):
+    messages = []
+    monkeypatch.setattr("modeling_unimur.pool_faiss.logger.warning", messages.append)
     about = pool.build_index("PQ1x4fs", oversample=1).index.about
-    assert max(about["recall_at_10"].values()) < 0.5 and "oversample=" in said[0]
+    assert max(about["recall_at_10"].values()) < 0.5 and "oversample=" in messages[0]
     assert about["recall_queries"] == "200 of the pool's own embeddings, each without itself"
 
 
@@ -101,22 +102,34 @@ def test_an_index_is_added_to_a_saved_pool_without_writing_its_rows_again(pool, 
 
 
 def test_a_stale_index_is_refused_and_left_behind_on_append(pool, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("modeling_unimur.pool_unimur.logger.warning", said.append)
+    messages = []
+    monkeypatch.setattr("modeling_unimur.pool_unimur.logger.warning", messages.append)
     indexed = pool.build_index("sq8")
     longer = indexed.append("text", ["new"], unit(1, 99))
-    assert longer.index is None and "does not cover the 1 new" in said[0]
+    assert longer.index is None and "does not cover the 1 new" in messages[0]
     assert longer.search(unit(1, 99), modality="text")[0].text == "new"
-    indexed.save_to_disk(tmp_path / "old")
-    longer.save_to_disk(tmp_path / "new")
-    for file in (tmp_path / "old").glob("index*"):
-        (tmp_path / "new" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match=r"stale: its content .* index=False"):
-        CandidatePool.load_from_disk(tmp_path / "new")
-    about = json.loads((tmp_path / "old" / "index.json").read_text())
-    (tmp_path / "old" / "index.json").write_text(json.dumps(about | {"made_by": MADE_BY | {"maps": "x"}}))
-    with pytest.raises(ValueError, match="stale: its made_by"):
-        CandidatePool.load_from_disk(tmp_path / "old")
+    indexed.save_to_disk(tmp_path)
+    about = Description.read(tmp_path)
+    for name, other in (("content", "0" * 16), ("made_by", MADE_BY | {"maps": "x"})):
+        replace(about, index=about.index | {name: other}).write(tmp_path / "pool.json")
+        with pytest.raises(ValueError, match=f"stale: its {name} is .* index=False"):
+            CandidatePool.load_from_disk(tmp_path)
+        assert CandidatePool.load_from_disk(tmp_path, index=False).index is None
+
+
+def test_a_modality_of_too_few_is_searched_exactly(pool, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("modeling_unimur.pool_faiss.logger.warning", messages.append)
+    few = CandidatePool.empty(MADE_BY).append("text", [str(i) for i in range(15)], unit(15, 4))
+    mixed = few.append("image", [b"not decoded here"] * 900, unit(900, 2))
+    for part in (few, mixed):  # with no index at all, and with one for images alone
+        indexed = part.build_index("pq")
+        assert "15 texts are too few to train a pq index with" in messages.pop()
+        indexed.save_to_disk(tmp_path / str(len(part)))
+        again = CandidatePool.load_from_disk(tmp_path / str(len(part)))
+        assert set(again.index.indexes) == {"image"} - ({"image"} if part is few else set())
+        for one in (indexed, again):
+            assert ids(one, unit(5, 6), modality="text") == ids(part, unit(5, 6), modality="text")
 
 
 def test_bad_requests_are_named(pool, monkeypatch):

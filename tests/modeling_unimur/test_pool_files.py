@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import DatasetCard
 
-import modeling_unimur.sharing_unimur as sharing
+import modeling_unimur.pool_files as sharing
 from modeling_unimur import CandidatePool
 from tests.conftest import picture
 
