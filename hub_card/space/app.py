@@ -16,6 +16,7 @@ import io
 import os
 import tempfile
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ class App:
 
     def __init__(self, model: Any, pool: Any):
         self.model, self.pool = model, pool
+        # A picture is drawn where the pool has no good one, by a model that learned when and on a machine that can.
+        learned = getattr(model.config, "draw_below", None) is not None
+        self.generate = "auto" if learned and find_spec("diffusers") else "never"
         processor = model.processor
         processor.max_image_pixels = min(processor.max_image_pixels, MAX_PIXELS)
 
@@ -144,10 +148,12 @@ class App:
 
     def _answered(self, session: Session, image_bias: float) -> Session:
         asked = session.turns[: session.asked]
-        reply = self.model.retrieve(list(asked), session.pool or self.pool, top_k=SHOWN, image_bias=float(image_bias))
+        reply = self.model.retrieve(
+            list(asked), session.pool or self.pool, top_k=SHOWN, image_bias=float(image_bias), generate=self.generate
+        )
         content = [{"type": "text", "text": reply.text}] if reply.text is not None else []
         if reply.image is not None:
-            content.append({"type": "image", "image": _reduced(reply.image)})
+            content.append({"type": "image", "image": _reduced(reply.image), "source": reply.image_source})
         turns = (*asked, {"role": "assistant", "content": content})
         return replace(session, turns=turns, found=(reply,))
 
@@ -167,10 +173,19 @@ def chat(session: Session, folder: Path) -> list[dict[str, Any]]:
             if part["type"] == "text":
                 shown.append({"role": turn["role"], "content": html.escape(part["text"])})
             else:
-                alt = "a picture of the reply" if turn["role"] == "assistant" else f"a picture of turn {at + 1}"
+                drawn = part.get("source") == "drawn"
+                alt = (
+                    "a picture drawn for the reply"
+                    if drawn
+                    else "a picture of the reply"
+                    if turn["role"] == "assistant"
+                    else f"a picture of turn {at + 1}"
+                )
                 shown.append(
                     {"role": turn["role"], "content": {"path": str(_written(part["image"], folder)), "alt_text": alt}}
                 )
+                if drawn:  # on the page alone: the model does not read it
+                    shown.append({"role": turn["role"], "content": "<em>This picture was drawn, not retrieved.</em>"})
     return shown
 
 
