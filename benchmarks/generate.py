@@ -21,9 +21,9 @@ import torch
 
 from modeling_unimur import Retrieval, UniMuRModel
 from train.arguments import CONFIGS
-from train.miniature import prepare
 from train.miniature.dialogues import visdial
 from train.miniature.diffusion import pretrain_diffusion
+from train.miniature.prepare import prepare_towers
 from train.miniature.world import captions, splits
 from train.run import main as train
 
@@ -44,7 +44,7 @@ from .tasks.contexts import Contexts
 
 OUTPUT = Path("runs/generate")
 SAMPLES = 200  # pictures that the probe reads
-LEARNED_ON = 300  # validation dialogues for the rule of generate="auto"
+LEARNED_ON = 200  # validation dialogues for the rule of generate="auto"
 PAIRS = ("--interleaved=false",)
 JOINT = ("--schedule=joint", "--train_ret_embedding=true", "--cache_captions=false", "--drawing_learning_rate=2e-3",
          "--max_steps=320", "--gradient_accumulation_steps=2", "--learning_rate=1e-2")  # fmt: skip
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
 
     start = time.perf_counter()
-    prepare(folder, arguments.seed)
+    prepare_towers(folder, arguments.seed)
     seconds["towers"] = time.perf_counter() - start
     diffusion = make_diffusion(folder, arguments.seed, seconds)
     models = {row: make_model(folder, row, diffusion, arguments.seed, seconds) for row in arguments.rows}

@@ -48,7 +48,20 @@ def prepare(folder: str | Path, seed: int = 0) -> Miniature:
         folder: where the towers go.
         seed: of everything that is drawn. The splits themselves do not change with it.
     """
-    towers, scenes, seconds, memory = Path(folder) / "towers", splits()["train"], {}, 0.0
+    towers, scenes = Path(folder) / "towers", splits()["train"]
+    seconds, memory = prepare_towers(folder, seed)
+    start = time.perf_counter()
+    pairs = training_pairs(scenes, seed)
+    documents = training_documents(scenes, pairs, seed)
+    seconds["pictures and texts"] = time.perf_counter() - start
+    return Miniature(str(towers / "opt"), str(towers / "clip"), pairs, documents, seconds, memory)
+
+
+def prepare_towers(folder: str | Path, seed: int = 0) -> tuple[dict[str, float], float]:
+    """The towers alone, as [`prepare`] makes or takes them: the seconds of each, and their peak memory in GiB."""
+    towers, scenes = Path(folder) / "towers", splits()["train"]
+    seconds: dict[str, float] = {}
+    memory = 0.0
     stamp = towers / "made.json"
     if not stamp.is_file() or json.loads(stamp.read_text()) != {"seed": seed}:
         stamp.unlink(missing_ok=True)
@@ -61,11 +74,7 @@ def prepare(folder: str | Path, seed: int = 0) -> Miniature:
             seconds[f"pre-training of {name}"] = done.seconds
             memory += done.memory
         stamp.write_text(json.dumps({"seed": seed}))
-    start = time.perf_counter()
-    pairs = training_pairs(scenes, seed)
-    documents = training_documents(scenes, pairs, seed)
-    seconds["pictures and texts"] = time.perf_counter() - start
-    return Miniature(str(towers / "opt"), str(towers / "clip"), pairs, documents, seconds, memory)
+    return seconds, memory
 
 
 def training_pairs(scenes: list[Scene], seed: int) -> datasets.Dataset:
