@@ -2,22 +2,23 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
 from .configuration_unimur import UniMuRConfig
 from .inputs_unimur import as_dialogues, batches
 from .losses_unimur import global_mean
-from .processing_unimur import UniMuRProcessor
 from .replies_unimur import Retrieval
+
+if TYPE_CHECKING:
+    from .processing_unimur import UniMuRProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -98,13 +99,24 @@ class DrawingMixin:
     checkpoint and not loaded until the first picture is asked for.
     """
 
-    config: UniMuRConfig
-    processor: UniMuRProcessor
-    language_model: PreTrainedModel | None
     drawing: Drawing
-    ret_embedding: nn.Parameter
-    device: torch.device
     _pipeline: Any = None
+
+    if TYPE_CHECKING:  # what the model brings
+        config: UniMuRConfig
+        language_model: Any
+        ret_embedding: nn.Parameter
+        training: bool
+
+        @property
+        def processor(self) -> UniMuRProcessor: ...
+        @property
+        def device(self) -> torch.device: ...
+        def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+        def input_embeddings(
+            self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None
+        ) -> torch.Tensor: ...
+        def last_outputs(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor: ...
 
     def add_drawing(self, pipeline: Any = None, n_drawing_tokens: int = 8, **fields: Any) -> None:
         """
@@ -135,7 +147,7 @@ class DrawingMixin:
             raise
         self.drawing.init_weights()
         self.start_drawing_tokens()
-        self.drawing.train(getattr(self, "training", False))
+        self.drawing.train(self.training)
         if pipeline is not None:
             self.pipeline = pipeline
 
@@ -192,7 +204,7 @@ class DrawingMixin:
                 f"a context of {input_ids.shape[1]} tokens leaves no room for {len(self.drawing.tokens)} [IMG] tokens among "
                 f"the LLM's {room} positions: shorten it (UniMuRProcessor.contexts(..., reserve={len(self.drawing.tokens)}))"
             )
-        embeds = self.input_embeddings(input_ids, image_features)  # type: ignore[attr-defined]
+        embeds = self.input_embeddings(input_ids, image_features)
         tokens = self.drawing.tokens.to(embeds.dtype)
         positions = torch.arange(input_ids.shape[1], device=embeds.device)
         last = (attention_mask * positions).argmax(1, keepdim=True)  # [RET]
@@ -200,7 +212,7 @@ class DrawingMixin:
         wide = at[..., None].expand(-1, -1, embeds.shape[-1])
         embeds = F.pad(embeds, (0, 0, 0, len(tokens))).scatter(1, wide[:, 1:], tokens.expand(len(embeds), -1, -1))
         mask = F.pad(attention_mask, (0, len(tokens))).scatter(1, at, 1)
-        return self.last_outputs(embeds, mask).gather(1, wide).float()  # type: ignore[attr-defined]
+        return self.last_outputs(embeds, mask).gather(1, wide).float()
 
     @torch.no_grad()
     def prompt_embeds(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -209,7 +221,7 @@ class DrawingMixin:
         them: `(n, drawing_length, drawing_width)` float32. Raises `ValueError` where it holds NaN or infinity.
         """
         pixels = inputs.get("pixel_values")
-        features = None if pixels is None else self.encode_images(pixels)[0]  # type: ignore[attr-defined]
+        features = None if pixels is None else self.encode_images(pixels)[0]
         states = self.drawing_states(inputs["input_ids"], inputs["attention_mask"], features)
         embeds = self.drawing(states, self.ret_embedding)
         if not bool(torch.isfinite(embeds).all()):

@@ -385,8 +385,10 @@ class RetrievalMixin:
         shown = [i for i, reply in enumerate(hits) if reply.best_image is not None]
         if not shown:
             return []
+        below = self.config.draw_below
+        assert below is not None  # `check_when` has refused it
         best = pool.search(queries[shown], top_k=1, modality="image", exclude=exclude)
-        return [i for i, reply in zip(shown, best, strict=True) if reply.candidates[0].score < self.config.draw_below]
+        return [i for i, reply in zip(shown, best, strict=True) if reply.candidates[0].score < below]
 
 
 def _candidates(kind: str, given: Any) -> Sequence[Any]:

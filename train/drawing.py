@@ -23,7 +23,7 @@ class DrawingTargets:
     def __init__(self, name: str, revision: str | None = None):
         absent = dict.fromkeys(("unet", "vae", "scheduler", "safety_checker", "feature_extractor"))
         pipeline = load_pipeline(name, revision, **absent)
-        self.tokenizer, self.encoder = getattr(pipeline, "tokenizer", None), getattr(pipeline, "text_encoder", None)
+        self.tokenizer, self.encoder = (pipeline.components.get(part) for part in ("tokenizer", "text_encoder"))
         if self.tokenizer is None or not hasattr(getattr(self.encoder, "config", None), "hidden_size"):
             raise ValueError(
                 f"the diffusion model {name!r} has no one text encoder of CLIP's kind, which GILL's mapper foretells"

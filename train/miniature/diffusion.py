@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,17 +70,16 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         Takes the components from pictures `(n, 3, h, w)` float32 in [-1, 1]. Each is divided by the root of its own
         deviation: as they are, the few that hold colour would be all that a loss sees; at equal variance, mostly noise.
         """
-        patch = self.config.patch
+        patch, kept = self.encoder.kernel_size[0], self.encoder.out_channels
         rows = F.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()
         mean = rows.mean(0)
         variance, directions = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
-        kept = self.config.latent_channels
         variance, directions = variance.flip(0)[:kept], directions.flip(1)[:, :kept]
         scale = variance.clamp(min=1e-8) ** -0.25
         scale /= (scale.square() * variance).mean().sqrt()
         shape = (kept, 3, patch, patch)
         self.encoder.weight.copy_((directions * scale).T.reshape(shape))
-        self.encoder.bias.copy_(-(directions * scale).T @ mean)
+        self.encoder.bias.copy_(-(directions * scale).T @ mean)  # type: ignore[union-attr]  # it has one
         self.decoder.weight.copy_((directions / scale).T.reshape(shape))
         self.mean.copy_(mean.reshape(shape[1:]))
 
@@ -136,9 +136,8 @@ def pretrain_diffusion(
     return Path(folder)
 
 
-def _pipeline(
-    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, widths: tuple[int, int]
-) -> StableDiffusionPipeline:
+# diffusers' pipelines name their parts at run time alone, hence `Any`.
+def _pipeline(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, widths: tuple[int, int]) -> Any:
     vae = PatchAutoencoder()
     unet = UNet2DConditionModel(
         sample_size=SIZE // PATCH,
@@ -173,7 +172,7 @@ def _signed(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _train(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
     latents: torch.Tensor,
     texts: list[list[str]],
     steps: int,
