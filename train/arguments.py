@@ -228,7 +228,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, UniMuRTrainin
         ValueError: a file is no mapping of settings, a setting or flag is unknown, or a value is not of its kind.
     """
     argv = list(argv) or ["--config", str(CONFIGS / "miniature.yaml")]
-    if argv[0].endswith((".yaml", ".yml")):
+    if argv[0].endswith((".yaml", ".yml")) and not argv[0].startswith("-"):
         argv.insert(0, "--config")
     parser = _Parser((ModelArguments, DataArguments, UniMuRTrainingArguments), description=__doc__)
     files, flags = _split_configs(argv)

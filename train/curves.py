@@ -52,8 +52,7 @@ def draw_curves(log: Sequence[dict[str, Any]], path: Path, about: str = "") -> b
             axis.set_ylim(0, 100)
         axis.grid(alpha=0.25), axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
-    held = f"; with points: measured on what is {about}" if about.startswith("held") else f"; with points: {about}"
-    figure.suptitle("Training" + (held if about else ""), fontsize=10)
+    figure.suptitle("Training" + (f"; with points: measured on {about}" if about else ""), fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True

@@ -31,6 +31,7 @@ from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.images_unimur import BadImageError, decode_image
 from modeling_unimur.storage_unimur import EXTRAS, pool_features, write_arrow, write_state
 from train.collate import SkipCounter
+from train.command import run_command
 from train.data import IMAGE_ENDINGS
 from train.extract import content_hash, image_hints, values_hash
 from train.shards import sha256, write_json
@@ -332,4 +333,4 @@ def assemble(folder: Path, shards: Sequence[Shard], made_by: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -125,7 +125,7 @@ class TrainingData:
                 parts[is_held_out(dialogue["dialogue_id"], share)].append(dialogue)
             texts, images = self.documents.texts, self.documents.images
             self.documents, self.held_documents = (InterleavedDocuments(part, texts, images) for part in parts)
-        self.held_about = f"held out of the training data ({share:.1%})"
+        self.held_about = f"a held-out share of the training data ({share:.1%})"
 
 
 def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuRTrainingArguments) -> TrainingData:
@@ -147,7 +147,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuR
         data = TrainingData(pairs, pairs)
     if data_args.eval_data:
         named = data_args.eval_data[0] if len(data_args.eval_data) == 1 else data_args.eval_data
-        data.held_pairs, data.held_about = _read(named, data_args.image_folder), f"of {named}"
+        data.held_pairs, data.held_about = _read(named, data_args.image_folder), f"pairs of {named}"
     elif data_args.eval_share:
         data.hold_out(data_args.eval_share)
     return data
@@ -171,7 +171,7 @@ def _miniature(model_args: ModelArguments, data_args: DataArguments, args: UniMu
     if args.eval_strategy != "no" and not data_args.eval_data and not data_args.eval_share:
         data.held_pairs, documents = validation_data(args.seed, data_args.eval_pool)
         data.held_documents = documents if data_args.interleaved else None
-        data.held_about = "of the miniature's validation split"
+        data.held_about = "the miniature's validation split"
     return data
 
 
@@ -366,8 +366,7 @@ def measure(checkpoint: Path, data: TrainingData, limit: int, device: torch.devi
     model = UniMuRModel.from_pretrained(checkpoint).to(device)
     held = data.held_pairs is not None
     pairs: Iterable[dict[str, Any]] = data.held_pairs if held else data.pairs
-    on = f"pairs {data.held_about}" if held else "training pairs"
-    return {"on": on} | caption_to_image_recall(model, pairs, limit)
+    return {"on": data.held_about if held else "training pairs"} | caption_to_image_recall(model, pairs, limit)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -352,6 +352,12 @@ class UniMuRTrainer(Trainer):
             else:
                 logger.warning(f"{resume_from_checkpoint} holds no {BANK}: the bank of negatives starts empty")
 
+    def _issue_warnings_after_load(self, load_result):
+        # The towers are not in an adapter's checkpoint; what is trained has to be.
+        lost = [name for name in load_result.missing_keys if name.split(".")[0] in self.model.own_tensors]
+        if lost or load_result.unexpected_keys:
+            raise ValueError(f"the checkpoint has other tensors: without {lost}, with {load_result.unexpected_keys}")
+
     def _load_best_model(self):
         super()._load_best_model()
         if self.model.config.text_adapter:

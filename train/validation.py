@@ -45,7 +45,7 @@ class Validation:
     def __init__(
         self, model: UniMuRModel, collator: PairCollator, pairs: datasets.Dataset | datasets.IterableDataset | None,
         documents: InterleavedDocuments | None = None, *, pool: int = 1000, batch_size: int = 64, workers: int = 0,
-        about: str = "held-out",
+        about: str = "held-out data",
     ):  # fmt: skip
         self.collator, self.batch_size, self.about, self.skips = copy(collator), batch_size, about, SkipCounter()
         self.collator.caption, self.collator.named, self.collator.every_caption = "first", True, False
@@ -53,7 +53,7 @@ class Validation:
         self.documents = self._cached_documents(model, documents, pool, workers) if documents is not None else None
         if not self.pairs and not self.documents:
             raise ValueError(
-                f"there is nothing to validate on: no usable pair or conversation is {about}. {self.skips}"
+                f"there is nothing to validate on: no usable pair or conversation in {about}. {self.skips}"
             )
 
     def _cached_pairs(self, model: UniMuRModel, pairs: Any, pool: int, workers: int) -> CachedPairs | None:
@@ -84,7 +84,8 @@ class Validation:
         cached = cache_image_features(rows, model, self.skips, workers=workers)
         left = set(cached["id"])
         usable = [dialogue for dialogue in dialogues if _images_of(dialogue) <= left]
-        self.skips.update({"bad_image": len(dialogues) - len(usable)}, len(dialogues))
+        bad = len(dialogues) - len(usable)
+        self.skips.update({"bad_image": bad} if bad else {}, len(dialogues))
         return InterleavedDocuments(usable, documents.texts, cached) if usable else None
 
     @torch.no_grad()
