@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.card_unimur import model_card
 from modeling_unimur.hub_unimur import FORMER_POOL, POOL
+from train.command import run_command
 
 from .check import check_folder
 from .results import eval_results_yaml, read_results
@@ -109,4 +110,4 @@ def build(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -32,6 +32,7 @@ from modeling_unimur.images_unimur import BadImageError, decode_image
 from modeling_unimur.pool_arrow import write_arrow
 from modeling_unimur.pool_files import EXTRAS, adopt
 from train.collate import SkipCounter
+from train.command import run_command
 from train.data import IMAGE_ENDINGS
 from train.extract import content_hash, image_hints, values_hash
 from train.shards import sha256, write_json
@@ -336,4 +337,4 @@ def assemble(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -96,6 +96,13 @@ def training_documents(
     return InterleavedDocuments(dialogues, made.texts, pairs)
 
 
+def validation_data(seed: int, n: int) -> tuple[datasets.Dataset, InterleavedDocuments]:
+    """Pairs of the validation split's scenes, and up to `n` dialogues about them; the test split is not read."""
+    scenes = splits()["validation"]
+    pairs = training_pairs(scenes, seed)
+    return pairs, training_documents(scenes, pairs, seed, min(n, len(scenes)))
+
+
 def pictures(images: Mapping[str, Scene], seed: int = 0) -> dict[str, Image.Image]:
     """Draws a table of scenes; an id gives the same picture whatever else is in the table."""
     return {name: draw(scene, random.Random(f"picture-{seed}-{name}")) for name, scene in images.items()}
