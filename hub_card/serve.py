@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .command import command
+
 try:
     import uvicorn
 
@@ -93,19 +95,16 @@ def check_token_argument(token: str | None, host: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    made = parser()
-    arguments = made.parse_args(argv)
+    """Raises `ValueError` or `OSError`: an argument cannot be used."""
+    arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
-        check_token_argument(arguments.token, arguments.host)
-        listening = listen(arguments.host, arguments.port)
-        handler = load_handler(arguments.folder)
-    except (ValueError, OSError) as error:
-        made.exit(1, f"{error}\n")
+    check_token_argument(arguments.token, arguments.host)
+    listening = listen(arguments.host, arguments.port)
+    handler = load_handler(arguments.folder)
     host, port = listening.getsockname()[:2]
     print(f"listening on http://{host}:{port}", flush=True)
     make_server(handler, token=arguments.token).run(sockets=[listening])
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
