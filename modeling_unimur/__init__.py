@@ -4,6 +4,7 @@ from transformers import AutoModel, AutoProcessor
 
 from .configuration_unimur import UniMuRConfig
 from .conversation_unimur import Conversation
+from .images_unimur import BadImageError
 from .milvus_unimur import MilvusPool
 from .modeling_unimur import UniMuRModel, UniMuROutput
 from .pool_unimur import Candidate, CandidatePool, Retrieval
@@ -14,6 +15,7 @@ AutoModel.register(UniMuRConfig, UniMuRModel, exist_ok=True)
 AutoProcessor.register(UniMuRConfig, UniMuRProcessor, exist_ok=True)
 
 __all__ = [
+    "BadImageError",
     "Candidate",
     "CandidatePool",
     "Conversation",

@@ -26,7 +26,7 @@ class MultimodalRetrievalPipeline(Pipeline):
     `text` or `image`).
 
     Raises:
-        ValueError: a bad dialogue, a pool of another model, or no pool.
+        ValueError: a bad dialogue, a pool of another model, or no pool; a candidate's picture is missing or broken.
     """
 
     # The base class leaves these `None`, which mypy takes for their type.
