@@ -300,3 +300,16 @@ def test_the_pipeline_refuses_in_words(tiny):
             pipe("hi", **arguments)
     with pytest.raises(ValueError, match=r"^dialogue 2: turn 0 is an empty text"):
         pipe([["a"], ["b"], [""]], pool={"texts": ["a"]}, batch_size=2)
+
+
+def test_the_pipeline_reads_its_arguments_once(tiny, monkeypatch):
+    model = tiny()
+    pipe = MultimodalRetrievalPipeline(model, model.processor)
+    built = []
+    real = type(model).build_pool
+    monkeypatch.setattr(type(model), "build_pool", lambda self, **given: built.append(given) or real(self, **given))
+    answers = pipe(
+        [["a"], ["b"], ["c"]], pool={"texts": TEXTS}, batch_size=1, exclude=(id_ for id_ in ["text-0"]), top_k=5
+    )
+    assert [{c["id"] for c in answer["candidates"]} for answer in answers] == [{"text-1", "text-2"}] * 3
+    assert len(built) == 1
