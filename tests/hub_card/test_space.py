@@ -462,8 +462,8 @@ def test_in_a_browser_nothing_is_wider_than_the_window_and_a_phone_folds_the_ran
         tab.locator(f"#talk .u-reply:has(figure) {part}").first.bounding_box() for part in ("figure", ".u-words")
     )
     assert picture_["x"] + picture_["width"] <= words["x"]
-    background = tab.evaluate("getComputedStyle(document.querySelector('gradio-app, body')).backgroundColor")
-    assert (sum(map(float, re.findall(r"[\d.]+", background)[:3])) < 200) is dark
+    colour = tab.evaluate("getComputedStyle(document.querySelector('#talk .u-words')).color")
+    assert (sum(map(float, re.findall(r"[\d.]+", colour)[:3])) > 400) is dark
 
 
 @in_browser
