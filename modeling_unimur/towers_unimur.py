@@ -314,7 +314,8 @@ def arguments_of_part(part: str, arguments: Mapping[str, Any]) -> dict[str, Any]
     method = getattr(arguments.get("quantization_config"), "quant_method", None)
     if part == "clip_model" and method == "torchao":
         logger.warning(
-            f"torchao quantises the language model; {PARTS[part][0]}, which transformers cannot convert by it alone, stays whole"
+            f"torchao quantises the language model; {PARTS[part][0]}, which transformers cannot convert by it alone, "
+            "stays whole"
         )
         del resolved["quantization_config"]
     device_map = arguments.get("device_map")
