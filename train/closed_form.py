@@ -309,8 +309,10 @@ def _add_documents(sums: Sums, model: UniMuRModel, batch: dict[str, Any]) -> Non
     features, embeds = batch.get("image_features"), batch.get("image_embeds")
     if embeds is None and "pixel_values" in batch:
         features, embeds = model.encode_images(batch["pixel_values"])
-    shown = None if features is None else features[batch["ret_image_indices"]]
-    states = model.ret_states(batch["ret_input_ids"], batch["ret_attention_mask"], shown, batch.get("ret_packing"))
+    context_images = None if features is None else features[batch["ret_image_indices"]]
+    states = model.ret_states(
+        batch["ret_input_ids"], batch["ret_attention_mask"], context_images, batch.get("ret_packing")
+    )
     targets = dict(zip(batch["image_rows"].tolist(), batch["target_indices"].tolist(), strict=True))
     fitted = []
     for row, (name, reply) in enumerate(zip(batch["names"], batch["replies"], strict=True)):
