@@ -31,11 +31,11 @@ from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.images_unimur import BadImageError, decode_image
 from modeling_unimur.pool_arrow import write_arrow
 from modeling_unimur.pool_files import EXTRAS, adopt
+from train.cache import sha256, write_json
 from train.collate import SkipCounter
 from train.command import run_command
 from train.data import IMAGE_ENDINGS
 from train.extract import content_hash, image_hints, values_hash
-from train.shards import sha256, write_json
 
 MANIFESTS = "manifests"
 SOURCES = {

@@ -42,7 +42,7 @@ def caption_to_image_recall(model: UniMuRModel, pairs: Iterable[dict[str, Any]],
     """
     R@1/5/10 in percent of each row's first caption, as a one-turn dialogue, against the images of all rows.
 
-    An image stands in the pool once, however many rows it has, and is right for the caption of each of them.
+    An image is in the pool once, however many rows it has, and is the label of the caption of each of them.
 
     Args:
         pairs: rows with `image` (undecoded) and `captions`.
@@ -69,11 +69,11 @@ def caption_to_image_recall(model: UniMuRModel, pairs: Iterable[dict[str, Any]],
             labels.append(places[key])
         except BadImageError:
             left_out += 1
-    found: dict[str, float] = {f"R@{k}": float("nan") for k in KS}
+    recalls: dict[str, float] = {f"R@{k}": float("nan") for k in KS}
     if captions:
         queries = model.embed_dialogues(captions, show_progress_bar=True)
-        found = percent(hits_at(queries @ model.embed_images(images, show_progress_bar=True).T, labels))
-    return found | {"pool": len(images), "left out": left_out}
+        recalls = percent(hits_at(queries @ model.embed_images(images, show_progress_bar=True).T, labels))
+    return recalls | {"pool": len(images), "left out": left_out}
 
 
 def reply_recall(

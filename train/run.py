@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
 from train.arguments import DataArguments, ModelArguments, parse
+from train.cache import write_json
 from train.checkpoints import newest_whole, restore, whole_folder
 from train.closed_form import ClosedForm, start
 from train.collate import PairCollator, SkipCounter, TooManyBadPairsError
@@ -39,7 +40,6 @@ from train.documents import InterleavedDocuments
 from train.features import cache_caption_states, cache_image_features
 from train.grouping import hold_out, is_held_out, one_row_an_image
 from train.recall import caption_to_image_recall
-from train.shards import write_json
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 from train.validation import Validation
 

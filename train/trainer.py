@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
@@ -97,6 +98,8 @@ class UniMuRTrainingArguments(TrainingArguments):
     _argument_group_name = "the training: these, and transformers' own"
 
     def __post_init__(self):
+        if "tensorboard" in (self.report_to or "") and not is_tensorboard_available():
+            raise ImportError("--report_to tensorboard needs it: pip install 'modeling-unimur[tensorboard]'")
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:

@@ -146,8 +146,8 @@ class Validation:
         images = _unified(model, self.pairs, self.pair_images)
         places = dict(zip(self.pairs["id"], self.pair_images, strict=True))
         labels = [places[name] for name in queries]
-        found = percent(hits_at(torch.stack(list(queries.values())) @ images.T, labels))
-        return {f"image_{name}": value for name, value in found.items()}
+        recalls = percent(hits_at(torch.stack(list(queries.values())) @ images.T, labels))
+        return {f"image_{name}": value for name, value in recalls.items()}
 
     def _reply_recall(self, model: UniMuRModel, queries: dict[str, torch.Tensor]) -> dict[str, float]:
         assert self.documents is not None

@@ -69,7 +69,7 @@ def test_it_measures_what_the_model_does_for_a_user(tmp_path):
     texts = [f"reply {name}" for name in "abcd"]
     shown = model.processor.decode(spoken[2]["image"])
     content = [{"type": "text", "text": "like this"}, {"type": "image", "image": shown}]
-    contexts = ["show me", [{"role": "user", "content": content}], "thanks", "how old is it?"]
+    contexts = [["show me"], [{"role": "user", "content": content}], ["thanks"], ["how old is it?"]]
     pool = model.build_pool(images=[model.processor.decode(spoken[i]["image"]) for i in (0, 1)], texts=texts)
     replies = model.retrieve(contexts, pool)
     assert measured["image_rate"] == 50 * sum(r.image is not None for r in replies[:2])
