@@ -12,9 +12,9 @@ import datasets
 from PIL import Image
 from tqdm.auto import tqdm
 
-from train.data import FEATURES
 from train.documents import InterleavedDocuments
 from train.parallel import side_by_side
+from train.rows import FEATURES, make_row
 
 from .dialogues import interleaved
 from .towers import pretrain_clip, pretrain_opt
@@ -72,8 +72,10 @@ def training_pairs(scenes: list[Scene], seed: int) -> datasets.Dataset:
     """One picture a scene with its captions, in the schema of [`train.data`]; the id is the scene's key."""
     rng = random.Random(f"pairs-{seed}")
     rows = [
-        {"id": scene.key, "image": {"bytes": encode(draw(scene, rng)), "path": None}, "captions": captions(scene, rng),
-         "source": "miniature", "license": "Apache-2.0", "url": None}
+        make_row(
+            scene.key, {"bytes": encode(draw(scene, rng)), "path": None}, captions(scene, rng), "miniature",
+            license="Apache-2.0",
+        )
         for scene in tqdm(scenes, "drawing training pictures")
     ]  # fmt: skip
     return datasets.Dataset.from_list(rows, features=FEATURES)
