@@ -119,8 +119,8 @@ def read_samples(path: Path, wanted: Collection[str] = IMAGES | TEXTS) -> Iterat
     waiting: list[Sample] = []  # each of these keys begins with the one before it and a dot
     samples = 0
     try:
-        for tar, member in _members(path):
-            key, ending = _split(member.name)
+        for tar, member in tar_members(path):
+            key, ending = split_ending(member.name)
             if ending not in wanted or not os.path.basename(key) or os.path.basename(key).startswith("."):
                 continue  # no sample: another file, or one that an archiver leaves behind (`._000.jpg`)
             if member.isdir():
@@ -137,7 +137,7 @@ def read_samples(path: Path, wanted: Collection[str] = IMAGES | TEXTS) -> Iterat
         cut = waiting.pop().key if waiting and not waiting[-1].whole else None
         while waiting:
             yield from _close(waiting)
-        yield _broken(path, samples, cut, error)
+        yield Sample(cut or path.name, problem=broken_archive(path, samples, cut, error))
         return
     while waiting:
         yield from _close(waiting)
@@ -148,16 +148,17 @@ def read_samples(path: Path, wanted: Collection[str] = IMAGES | TEXTS) -> Iterat
         yield Sample(path.name, problem=problem)
 
 
-def _broken(path: Path, samples: int, cut: str | None, error: BaseException) -> Sample:
-    problem = BadRowError(
+def broken_archive(path: Path, samples: int, cut: str | None, error: BaseException) -> BadRowError:
+    """What is wrong with an archive that ends early, after so many samples and within `cut`."""
+    return BadRowError(
         "broken_archive",
         f"{path} ends early, {samples} samples in{f', at {printable(cut)!r}' if cut else ''} ({error}); the rest of it is "
         "not used: fetch or write it again",
     )
-    return Sample(cut or path.name, problem=problem)
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_ending(name: str) -> tuple[str, str]:
+    """A member's name up to its last dot, and what follows it in lower case."""
     stem, _, ending = name.rpartition(".")
     return stem, ending.lower()
 
@@ -168,22 +169,30 @@ def _add(sample: Sample, ending: str, tar: tarfile.TarFile, member: tarfile.TarI
     sample.endings.add(ending)
     if sample.problem is not None or another:
         return
-    name = member.name
-    bound = MAX_BYTES if ending in IMAGES else MAX_TEXT
+    try:
+        sample.files[ending] = read_member(tar, member)
+    except BadRowError as error:
+        sample.problem = error
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """
+    The bytes of a picture or a text in an archive.
+
+    Raises:
+        BadRowError: `outside_folder`, `link` or `too_many_bytes`, without reading it.
+    """
+    name = printable(member.name)
+    bound = MAX_BYTES if split_ending(name)[1] in IMAGES else MAX_TEXT
     if name.startswith("/") or ".." in name.split("/"):
-        sample.problem = BadRowError("outside_folder", f"{printable(name)!r} leads out of the archive's folder")
-    elif not member.isfile():
+        raise BadRowError("outside_folder", f"{name!r} leads out of the archive's folder")
+    if not member.isfile():
         kind = "link" if member.issym() or member.islnk() else "special file"
-        sample.problem = BadRowError(
-            "link", f"{printable(name)!r} is a {kind}, which holds nothing: pack the file itself"
-        )
-    elif member.size > bound:
-        sample.problem = BadRowError(
-            "too_many_bytes", f"{printable(name)!r} has {member.size:,} bytes, over {bound:,}"
-        )
-    else:
-        file = tar.extractfile(member)
-        sample.files[ending] = b"" if file is None else file.read()
+        raise BadRowError("link", f"{name!r} is a {kind}, which holds nothing: pack the file itself")
+    if member.size > bound:
+        raise BadRowError("too_many_bytes", f"{name!r} has {member.size:,} bytes, over {bound:,}")
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
 
 
 def _close(waiting: list[Sample]) -> Iterator[Sample]:
@@ -211,7 +220,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]  # tarfile's own hook, which its stubs leave out
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Every member of an archive and of those appended to it; raises one of `BROKEN`."""
     with _open(path) as file:
         start: int | None = 0
