@@ -166,13 +166,12 @@ def split_ending(name: str) -> tuple[str, str]:
 def _add(sample: Sample, ending: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
     """Puts a member into its sample, or says why not, without reading it."""
     another = ending in IMAGES and sample.endings & IMAGES
-    sample.endings.add(ending)
-    if sample.problem is not None or another:
-        return
-    try:
-        sample.files[ending] = read_member(tar, member)
-    except BadRowError as error:
-        sample.problem = error
+    if sample.problem is None and not another:
+        try:
+            sample.files[ending] = read_member(tar, member)
+        except BadRowError as error:
+            sample.problem = error
+    sample.endings.add(ending)  # only now: an archive that breaks off here leaves the sample without it
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -11,8 +11,9 @@ import torch
 from benchmarks.measure import Measure
 from benchmarks.metrics import vqa_accuracy_per_item
 from benchmarks.protocols import Protocol
-from benchmarks.schema import BadDataError, Questions
+from benchmarks.schema import Questions
 from benchmarks.systems import System
+from train.json_files import BadDataError
 
 
 def run(system: System, data: Questions, protocol: Protocol) -> dict[str, Measure]:

@@ -5,8 +5,9 @@ import shutil
 import pytest
 
 from benchmarks.data.vist import read_vist, write_manifest
-from benchmarks.schema import ABSENT, BadDataError
+from benchmarks.schema import ABSENT
 from tests.benchmarks.layouts import dump, said, sentence, stand_ins, touch, vist
+from train.json_files import BadDataError
 
 
 @pytest.mark.parametrize(("where", "images", "suffix"), [("", "images/val", ".jpg"), ("sis", "images", ".png")])
@@ -66,7 +67,7 @@ def test_vist_incomplete_in_other_ways(tmp_path):
     ("annotation", "message"),
     [
         (sentence("s1", 0, "1") * 2, "annotation 0: expected a list of one sentence"),
-        (sentence("s1", 0, "1")[0], "annotation 0: expected a list of one sentence, found dict"),
+        (sentence("s1", 0, "1")[0], "annotation 0: expected a list of one sentence, got dict"),
         (sentence("s1", "0", "1"), "'worker_arranged_photo_order' is str, expected int"),
         ([{"story_id": "s1"}], "annotation 0: expected the field 'photo_flickr_id'"),
     ],

@@ -54,6 +54,12 @@ def test_archives_that_were_appended_are_read(tmp_path, mode, archives):
     assert bad == {} and good == [[f"{n}{i}"] for n in range(archives) for i in range(2)]
 
 
+def test_an_archive_that_breaks_off_in_a_sample_counts_it_once(tmp_path):
+    whole = write(tmp_path / "0.tar", [*pair("0"), ("1.txt", b"first"), ("1.png", bytes(5000))]).read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[: whole.index(b"1.png\0") + 2000])
+    assert captions(tmp_path / "0.tar") == ({"broken_archive": 1}, [["c"]])
+
+
 def test_what_follows_the_end_of_an_archive_and_is_none_is_counted(tmp_path):
     write(tmp_path / "0.tar", pair("0"))
     with (tmp_path / "0.tar").open("ab") as file:
