@@ -295,19 +295,25 @@ class UniMuRModel(RetrievalMixin, HubMixin, CheckpointMixin, PreTrainedModel):
                 hidden, self.language_model.get_output_embeddings(), labels.flatten()[label_positions]
             )
         if ret_states is None and ret_input_ids is not None:
-            shown = None if ret_image_indices is None else image_features[ret_image_indices]
+            shown = None
+            if ret_image_indices is not None and image_features is not None:
+                shown = image_features[ret_image_indices]
             ret_states = self.ret_states(ret_input_ids, ret_attention_mask, shown, ret_packing)
         if ret_states is not None:
             ret_embeds = self.W_t2m(ret_states)
             scale = self.logit_scale.exp().clamp(max=100)
             if image_embeds is not None:
                 image_embeds = self.unify_images(image_features, image_embeds)
+            else:  # documents of words alone; another process's may have images
+                image_embeds = ret_embeds.new_zeros(0, ret_embeds.shape[1])
             if config.lambda1:
                 loss_vm = visual_matching_loss(  # eq. 3-5
                     ret_embeds[image_rows], image_embeds[target_indices], scale, negatives
                 )
             if config.lambda2:
-                if text_embeds is None:
+                if text_embeds is None and clip_input_ids is None:  # documents whose replies are images alone
+                    text_embeds = ret_embeds.new_zeros(0, config.clip_width)
+                elif text_embeds is None:
                     text_embeds = self.encode_clip_texts(clip_input_ids, clip_attention_mask)
                 text_embeds = self.unify_clip_texts(text_embeds)
                 loss_tm = text_matching_loss(  # eq. 6

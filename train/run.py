@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a fol
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -35,9 +35,10 @@ from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
 from train.arguments import DataArguments, ModelArguments, parse
 from train.closed_form import ClosedForm, start
 from train.collate import PairCollator, SkipCounter
-from train.data import load_pairs, streamed_length
+from train.data import streamed_length
 from train.dequantise import dequantise
-from train.documents import InterleavedDocuments
+from train.dialogue_files import load_rows
+from train.documents import InterleavedDocuments, mixed
 from train.features import cache_caption_states, cache_image_features
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
@@ -111,13 +112,13 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuR
     Raises:
         ValueError: nothing or no known layout is named, or documents are asked for where there are none.
     """
-    if data_args.train_data is None:
-        raise ValueError("--train_data is missing: a folder or file of image-caption pairs, or 'miniature'")
     if data_args.train_data != "miniature":
         if data_args.interleaved:
-            raise ValueError("--interleaved needs documents, which only the miniature has so far")
-        pairs = load_pairs(data_args.train_data, image_folder=data_args.image_folder)
-        return TrainingData(pairs, pairs)
+            raise ValueError("--interleaved is of the miniature: give your own documents with --dialogues")
+        pairs, documents = load_rows(data_args.train_data, data_args.dialogues, data_args.image_folder)
+        return TrainingData(pairs, pairs, documents)
+    if data_args.dialogues is not None:
+        raise ValueError("--dialogues beside --train_data miniature: give one of them")
     from train.miniature import prepare
 
     if model_args.text_model is None:
@@ -165,7 +166,11 @@ def cache(data: TrainingData, model: UniMuRModel, data_args: DataArguments, args
     if data_args.cache_captions:
         data.rows = cache_caption_states(data.rows, model, places[1])
     if data.documents is not None:
-        data.documents.use_images(data.rows)
+        rows = data.rows
+        if data.documents.images is not data.pairs:
+            folder = places[0] and places[0].with_name("dialogue_images")
+            rows = cache_image_features(data.documents.images, model, SkipCounter(), folder=folder, workers=workers)
+        data.documents.use_images(rows)
 
 
 def solve(
@@ -189,13 +194,13 @@ def solve(
 
 
 def make_trainer(
-    data: TrainingData, model: UniMuRModel, collator: PairCollator, args: UniMuRTrainingArguments
-) -> UniMuRTrainer:
+    data: TrainingData, model: UniMuRModel, collator: PairCollator, args: UniMuRTrainingArguments,
+    share: float | None = None,
+) -> UniMuRTrainer:  # fmt: skip
     """The trainer over pairs and documents."""
     rows, groups = data.rows, None
     if data.documents is not None:
-        groups = [0] * len(rows) + [1 + data.documents.shows_image(i) for i in range(len(data.documents))]
-        rows = ConcatDataset([rows, data.documents])
+        rows, groups = mixed(rows, data.documents, share)
         args.ddp_find_unused_parameters = True  # a batch of documents without images leaves W_i2t out
     collator.pack = args.packing and "flash" not in (model.language_model.config._attn_implementation or "")
     trainer = UniMuRTrainer(model=model, args=args, train_dataset=rows, groups=groups, data_collator=collator)
@@ -237,7 +242,7 @@ def main(argv: list[str] | None = None) -> dict:
         model.set_shared_space(former.shared_width, former.matching_feature)
     elif model_args.init != "random":
         closed = solve(data, model, collator, model_args, args)
-    trainer = make_trainer(data, model, collator, args)
+    trainer = make_trainer(data, model, collator, args, data_args.dialogue_share)
     # transformers takes no steps for no limit; here they are what they say.
     loss = trainer.train(resume_from_checkpoint=resume).training_loss if args.max_steps else None
     checkpoint = str(Path(args.output_dir) / "checkpoint")

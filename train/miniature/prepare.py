@@ -12,11 +12,12 @@ import datasets
 from PIL import Image
 from tqdm.auto import tqdm
 
+from train.conversations import ImageId, parse_chat
 from train.documents import InterleavedDocuments
 from train.parallel import side_by_side
 from train.rows import FEATURES, make_row
 
-from .dialogues import interleaved
+from .dialogues import chat_messages, interleaved
 from .towers import pretrain_clip, pretrain_opt
 from .world import Scene, captions, draw, splits
 
@@ -86,16 +87,15 @@ def training_documents(
 ) -> InterleavedDocuments:
     """Dialogues about train scenes, whose pictures are those of `pairs`."""
     made = interleaved(scenes, n, seed)
-    key = {image_id: scene.key for image_id, scene in made.images.items()}
-    dialogues = []
-    for dialogue in made.dialogues:
-        turns = [
-            {**t, "elements": [{**e, "image_id": key.get(e["image_id"])} for e in t["elements"]]}
-            for t in dialogue["turns"]
-        ]
-        gold = {**dialogue["gold"], "image_ids": [key[i] for i in dialogue["gold"]["image_ids"]]}
-        dialogues.append({**dialogue, "turns": turns, "gold": gold})
-    return InterleavedDocuments(dialogues, made.texts, pairs)
+    keys = {image_id: scene.key for image_id, scene in made.images.items()}
+    chats = (chat_messages(dialogue, keys) for dialogue in made.dialogues)
+    return InterleavedDocuments.of((parse_chat(chat, chat["id"], _Keys) for chat in chats), pairs)
+
+
+class _Keys:
+    """The pictures of the pairs, by their ids."""
+
+    add = staticmethod(ImageId)
 
 
 def pictures(images: Mapping[str, Scene], seed: int = 0) -> dict[str, Image.Image]:
