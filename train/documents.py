@@ -93,7 +93,9 @@ class InterleavedDocuments(Dataset):
         `id`, `context` (turns of texts and [`ImageId`]s), `text` and `image` (an id) of the reply, either `None`, `images`
         (id -> row), and `problem` where the document is none.
         """
-        document = {"id": self.name(index), "context": [], "text": None, "image": None, "images": {}}
+        document: dict[str, Any] = {
+            "id": self.name(index), "context": [], "text": None, "image": None, "images": {},
+        }  # fmt: skip
         if index in self._problems:
             return document | {"problem": self._problems[index]}
         at = int(self._at[index])
@@ -101,7 +103,8 @@ class InterleavedDocuments(Dataset):
         *context, reply = (self._turn(turn) for turn in self._slice(index, first, at + 1))
         texts = [e for e in reply if isinstance(e, str)]
         target = next((e.id for e in reply if not isinstance(e, str)), None)
-        wanted = {e.id for turn in context for e in turn if not isinstance(e, str)} | ({target} - {None})
+        wanted = {e.id for turn in context for e in turn if not isinstance(e, str)}
+        wanted |= set() if target is None else {target}
         absent = min(wanted - self._rows.keys(), default=None)
         if absent is not None:
             return document | {"problem": f"missing: its image {absent!r} was left out"}
@@ -180,5 +183,7 @@ def mixed(pairs: Any, documents: InterleavedDocuments, share: float | None = Non
 
 def _repeated(length: int, count: int) -> list[int]:
     """`count` indices of `length` rows: whole passes, then some that are drawn, always the same."""
-    drawn = np.random.default_rng(0).permutation(length)[: count % length] if length else []
-    return [*range(length)] * (count // max(length, 1)) + sorted(int(i) for i in drawn)
+    if not length:
+        return []
+    drawn = np.random.default_rng(0).permutation(length)[: count % length]
+    return [*range(length)] * (count // length) + sorted(int(i) for i in drawn)

@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> CandidatePool | None:
         OSError: the disk is full; the message says where the run stopped.
         TooManyBadPairsError: more than `--max_bad_share` of a process's candidates were left out.
     """
-    (args,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(EmbedArguments)  # type: ignore[arg-type]  # whose hints know no dataclass
+    (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     # Devices of unlike speed wait for each other at the end, beyond the half hour that is usual.
     # By itself accelerate runs each of several CPU processes as if it were alone.
     accelerator = Accelerator(
@@ -253,7 +254,8 @@ def embed(
     parts: list[torch.Tensor] = []
     left_out: list[list[str]] = []
     for start in range(0, len(rows), args.batch_size):
-        batch, good = rows[start : start + args.batch_size], []
+        batch = rows[start : start + args.batch_size]
+        good: list[Any] = []
         problems = batch.get("problem", [None] * len(batch["id"]))
         for name, item, problem in zip(batch["id"], batch[shard.kind], problems, strict=True):
             reason, read = (problem, None) if problem else readable(shard.kind, item)

@@ -60,7 +60,7 @@ def require(value: Any, name: str, kind: type | tuple[type, ...], where: str) ->
     names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
     if not isinstance(value, dict) or name not in value:
         held = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise BadDataError(f"{where}: expected the field {name!r} ({names}), found {held}")
+        raise BadDataError(f"{where}: expected the field {name!r} ({names}), got {held}")
     of_kind = isinstance(value[name], kind)
     if isinstance(value[name], bool):  # which Python counts as an integer
         of_kind = bool in (kind if isinstance(kind, tuple) else (kind,))
@@ -116,4 +116,5 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _skip(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()
+    space = _SPACE.match(text, at)
+    return at if space is None else space.end()

@@ -227,7 +227,7 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]
             file.seek(start)
             with tarfile.TarFile(fileobj=file, mode="r", tarinfo=_BoundedTarInfo) as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # which tarfile keeps
+                    tar.members.clear()  # type: ignore[attr-defined]  # which tarfile keeps
                     yield tar, member
                 start = _next_archive(file, tar.offset)
 

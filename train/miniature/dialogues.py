@@ -74,8 +74,8 @@ def _reply(scene: Scene, ask: str, rng: random.Random) -> str:
 def _told(scene: Scene, ask: str, rng: random.Random) -> list[list[dict[str, Any]]]:
     """A context of words: the scene in two turns, the other speaker between, the request at the end."""
     words = phrases(scene, rng)
-    first, second = rng.choice(((TELL_WHO, TELL_WHAT), (TELL_WHERE, TELL_THERE)))
-    first, second = rng.choice(first).format(**words), rng.choice(second).format(**words)
+    openings, endings = rng.choice(((TELL_WHO, TELL_WHAT), (TELL_WHERE, TELL_THERE)))
+    first, second = rng.choice(openings).format(**words), rng.choice(endings).format(**words)
     return [[_text(first)], [_text(rng.choice(LISTEN))], [_text(second)], [_text(ask)]]
 
 
