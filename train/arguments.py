@@ -135,7 +135,24 @@ class DataArguments:
                     "(see train/data.py)."
         },
     )  # fmt: skip
-    image_folder: str | None = field(default=None, metadata={"help": "Images of a tsv."})
+    dialogues: str | None = field(
+        default=None,
+        metadata={
+            "help": "Conversations to train on, beside --train_data or alone (beyond the paper): chat messages (jsonl, json, "
+            "parquet, a saved dataset or one on the Hub), MMDialog's, VisDial's or VIST's training file, or archives of texts "
+            "and pictures in order (see train/dialogue_files.py). Alone, their images with words beside them are the pairs."
+        },
+    )
+    dialogue_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Their share of an epoch's rows; the kind with too few comes again. What they are by default."
+        },
+    )
+    image_folder: str | None = field(
+        default=None,
+        metadata={"help": "Images of a tsv or of dialogues; those of dialogues lie beside them by default."},
+    )
     miniature: str = field(
         default="runs/miniature", metadata={"help": "Where the miniature's towers are made and kept."}
     )
@@ -144,7 +161,7 @@ class DataArguments:
     )
     interleaved: bool = field(
         default=False,
-        metadata={"help": "Add interleaved documents to the pairs (beyond the paper; the miniature has them)."},
+        metadata={"help": "Of the miniature: add its interleaved documents to the pairs (beyond the paper)."},
     )
     cache_features: bool = field(
         default=False,
@@ -168,6 +185,9 @@ class DataArguments:
         metadata={"help": "Pairs to validate on while training, of any layout of --train_data; the miniature takes its "
                           "validation split. Measured every --eval_steps."},
     )  # fmt: skip
+    eval_dialogues: str | None = field(
+        default=None, metadata={"help": "Conversations to validate on while training, as --dialogues takes them."}
+    )
     eval_share: float = field(
         default=0.0,
         metadata={"help": "In their place: the share of the training data that is held out to validate on, by the hash of "

@@ -8,6 +8,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def build_cache(
     for number, columns, notes in make(missing) if missing else ():
         table = _table(columns)
         try:
-            digest = write_whole(folder / _name(number), lambda path, table=table: _write_table(path, table))
+            digest = write_whole(folder / _name(number), partial(_write_table, table=table))
             record = {"sha256": digest, "rows": table.num_rows, "sources": sources[number], **notes}
             write_json(folder / f"{_name(number)}.json", record)
         except OSError as error:
@@ -124,13 +125,13 @@ class CachedArray:
                 raise IndexError(f"row {rows} of {len(self)}")
             part = bisect_right(self.starts, rows) - 1
             return self.parts[part][rows - self.starts[part]]
-        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
-        found = np.empty((len(rows), self.shape[1]), dtype=np.float32)
-        part = np.searchsorted(self.starts, rows, side="right") - 1
+        wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        values = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
+        part = np.searchsorted(self.starts, wanted, side="right") - 1
         for number in np.unique(part):
             here = part == number
-            found[here] = self.parts[number][rows[here] - self.starts[number]]
-        return found
+            values[here] = self.parts[number][wanted[here] - self.starts[number]]
+        return values
 
 
 class CachedTable:
@@ -164,10 +165,10 @@ def _check(folder: Path, records: dict[int, dict], identity: dict, sources: Sequ
     manifest = _read_json(folder / MANIFEST)
     if manifest is None:
         return
-    found, others = manifest["identity"], []
-    for name in sorted(identity.keys() | found.keys()):
-        if identity.get(name) != found.get(name):
-            others.append(f"{name} (cached {found.get(name)!r}, now {identity.get(name)!r})")
+    cached, others = manifest["identity"], []
+    for name in sorted(identity.keys() | cached.keys()):
+        if identity.get(name) != cached.get(name):
+            others.append(f"{name} (cached {cached.get(name)!r}, now {identity.get(name)!r})")
     if not others:
         if any(number >= len(sources) for number in records):
             others.append(f"number of rows (cached {len(records)} parts, now {len(sources)})")
@@ -191,7 +192,7 @@ def _verify(folder: Path, records: dict[int, dict]) -> None:
             if digest != record["sha256"]:
                 raise CorruptCacheError(
                     f"{folder / _name(number)} is corrupt: its sha256 is {digest}, and {record['sha256']} was written. "
-                    "Delete that file and run the same command, which makes it anew"
+                    "Delete that file and run the same command, which makes it again"
                 )
 
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from modeling_unimur import UniMuRModel, UniMuRProcessor
 from modeling_unimur.images_unimur import MAX_BYTES, BadImageError
 from train.cache import Part
-from train.collate import SkipCounter
+from train.collate import SkipCounter, known_problem
 
 logger = logging.get_logger("train")
 
@@ -81,6 +81,10 @@ class Decode:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         start, images, kept, problems = time.perf_counter(), [], [], []
         for position, row in enumerate(rows):
+            problem, message = known_problem(row)
+            if problem is not None:
+                problems.append((problem, f"{row['id']!r}: {message}"))
+                continue
             try:
                 images.append(self.processor.decode(row["image"]))
                 kept.append(position)

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a fol
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.data import ConcatDataset
 from transformers import (
     set_seed,
 )
@@ -34,12 +33,14 @@ from train.closed_form import ClosedForm, start
 from train.collate import PairCollator, SkipCounter, TooManyBadPairsError
 from train.command import run_command
 from train.curves import draw_curves
-from train.data import load_pairs, shards, streamed_length
+from train.data import load_pairs, streamed_length
 from train.dequantise import dequantise
-from train.documents import InterleavedDocuments
+from train.dialogue_files import load_dialogues, load_rows
+from train.documents import InterleavedDocuments, mixed
 from train.features import cache_caption_states, cache_image_features
 from train.grouping import hold_out, is_held_out, one_row_an_image
 from train.recall import caption_to_image_recall
+from train.tars import find_tars
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 from train.validation import Validation
 
@@ -99,11 +100,10 @@ class TrainingData:
         self.pairs, self.held_pairs = hold_out(self.pairs, share)
         self.rows = self.pairs
         if self.documents is not None:
-            parts: tuple[list[dict], list[dict]] = [], []
-            for dialogue in self.documents.dialogues:
-                parts[is_held_out(dialogue["dialogue_id"], share)].append(dialogue)
-            texts, images = self.documents.texts, self.documents.images
-            self.documents, self.held_documents = (InterleavedDocuments(part, texts, images) for part in parts)
+            parts: tuple[list[int], list[int]] = [], []
+            for number, name in enumerate(self.documents.conversations["id"]):
+                parts[is_held_out(name, share)].append(number)
+            self.documents, self.held_documents = (self.documents.select(part) for part in parts)
         self.held_about = f"a held-out share of the training data ({share:.1%})"
 
 
@@ -115,25 +115,37 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuR
     Raises:
         ValueError: nothing or no known layout is named, or documents are asked for where there are none.
     """
-    if data_args.source is None:
-        raise ValueError("--train_data is missing: a folder or file of image-caption pairs, or 'miniature'")
     if data_args.source == "miniature":
+        if data_args.dialogues is not None:
+            raise ValueError("--dialogues beside --train_data miniature: give one of them")
         data = _miniature(model_args, data_args, args)
     elif data_args.interleaved:
-        raise ValueError("--interleaved needs documents, which only the miniature has so far")
+        raise ValueError("--interleaved is of the miniature: give your own documents with --dialogues")
     else:
-        pairs = _read(data_args.source, data_args.image_folder)
-        data = TrainingData(pairs, pairs)
-    if data_args.eval_data:
-        named = data_args.eval_data[0] if len(data_args.eval_data) == 1 else data_args.eval_data
-        data.held_pairs, data.held_about = _read(named, data_args.image_folder), f"pairs of {named}"
-    elif data_args.eval_share:
-        data.hold_out(data_args.eval_share)
+        pairs, documents = load_rows(data_args.source, data_args.dialogues, data_args.image_folder)
+        pairs = _grouped(pairs)
+        data = TrainingData(pairs, pairs, documents)
+    _hold_out(data, data_args)
     return data
 
 
-def _read(source: str | list[str], image_folder: str | None) -> Any:
-    pairs = load_pairs(source, image_folder=image_folder)
+def _hold_out(data: TrainingData, data_args: DataArguments) -> None:
+    """What `--eval_data`, `--eval_dialogues` or `--eval_share` name to validate on."""
+    named = []
+    if data_args.eval_data:
+        path = data_args.eval_data[0] if len(data_args.eval_data) == 1 else data_args.eval_data
+        data.held_pairs = _grouped(load_pairs(path, image_folder=data_args.image_folder))
+        named.append(f"pairs of {path}")
+    if data_args.eval_dialogues:
+        data.held_documents = load_dialogues(data_args.eval_dialogues, data_args.image_folder)
+        named.append(f"conversations of {data_args.eval_dialogues}")
+    if named:
+        data.held_about = " and ".join(named)
+    elif data_args.eval_share:
+        data.hold_out(data_args.eval_share)
+
+
+def _grouped(pairs: Any) -> Any:
     return one_row_an_image(pairs) if hasattr(pairs, "__len__") else pairs
 
 
@@ -147,7 +159,7 @@ def _miniature(model_args: ModelArguments, data_args: DataArguments, args: UniMu
     model_args.text_model = model_args.text_model or miniature.text_model
     model_args.clip_model = model_args.clip_model or miniature.clip_model
     data = TrainingData(miniature.pairs, miniature.pairs, miniature.documents if data_args.interleaved else None)
-    if args.eval_strategy != "no" and not data_args.eval_data and not data_args.eval_share:
+    if args.eval_strategy != "no" and not (data_args.eval_data or data_args.eval_dialogues or data_args.eval_share):
         data.held_pairs, documents = validation_data(args.seed, data_args.eval_pool)
         data.held_documents = documents if data_args.interleaved else None
         data.held_about = "the miniature's validation split"
@@ -190,7 +202,11 @@ def cache(data: TrainingData, model: UniMuRModel, data_args: DataArguments, args
     if data_args.cache_captions:
         data.rows = cache_caption_states(data.rows, model, places[1])
     if data.documents is not None:
-        data.documents.use_images(data.rows)
+        rows = data.rows
+        if data.documents.images is not data.pairs:
+            folder = places[0] and places[0].with_name("dialogue_images")
+            rows = cache_image_features(data.documents.images, model, SkipCounter(), folder=folder, workers=workers)
+        data.documents.use_images(rows)
 
 
 def solve(
@@ -263,18 +279,17 @@ def make_validation(
 
 def make_trainer(
     data: TrainingData, model: UniMuRModel, collator: PairCollator, args: UniMuRTrainingArguments,
-    validation: Validation | None = None, source: str | list[str] | None = None,
+    validation: Validation | None = None, source: str | list[str] | None = None, share: float | None = None,
 ) -> UniMuRTrainer:  # fmt: skip
-    """The trainer over pairs and documents; `source` is that of streamed pairs."""
+    """The trainer over pairs and documents; `source` is that of streamed pairs, `share` the documents'."""
     rows, groups = data.rows, None
     if data.documents is not None:
-        groups = [0] * len(rows) + [1 + data.documents.shows_image(i) for i in range(len(data.documents))]
-        rows = ConcatDataset([rows, data.documents])
+        rows, groups = mixed(rows, data.documents, share)
         args.ddp_find_unused_parameters = True  # a batch of documents without images leaves W_i2t out
     collator.pack = args.packing and "flash" not in (model.language_model.config._attn_implementation or "")
     order = None
     if data.streamed:
-        names = [path.name for path in shards(source)]
+        names = [path.name for path in find_tars(source or "")]
         order = {"shards": names, "seed": args.seed, "shuffled pairs": SHUFFLED}
     trainer = UniMuRTrainer(
         model=model, args=args, train_dataset=rows, groups=groups, data_collator=collator, validation=validation,
@@ -316,7 +331,9 @@ def train(
     elif model_args.init != "random":
         closed = solve(data, model, collator, model_args, args)
     validation = make_validation(data, model, collator, data_args, args)
-    trainer = make_trainer(data, model, collator, args, validation, data_args.source)
+    trainer = make_trainer(
+        data, model, collator, args, validation, data_args.source, data_args.dialogue_share
+    )  # fmt: skip
     # transformers takes no steps for no limit; here they are what they say.
     loss = trainer.train(resume_from_checkpoint=resume).training_loss if args.max_steps else None
     summary = {"steps": trainer.state.global_step, "loss": loss, "processes": trainer.accelerator.num_processes}

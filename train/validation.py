@@ -1,5 +1,6 @@
 """What training is judged by while it runs: losses and recalls over held-out pairs and conversations."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from itertools import islice
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.utils.data import Subset
 
 from modeling_unimur import UniMuRModel
-from train.collate import PairCollator, SkipCounter, usable_captions
+from train.collate import PairCollator, SkipCounter, known_problem, usable_captions
 from train.data import FEATURES
 from train.documents import InterleavedDocuments
 from train.features import CachedPairs, cache_image_features
@@ -59,10 +61,11 @@ class Validation:
     def _cached_pairs(self, model: UniMuRModel, pairs: Any, pool: int, workers: int) -> CachedPairs | None:
         chosen = []
         for row in islice(pairs, pool):
-            if usable_captions(row["captions"]):
-                chosen.append({name: row[name] for name in FEATURES})
+            problem = known_problem(row)[0] or (None if usable_captions(row["captions"]) else "empty_caption")
+            if problem:
+                self.skips.update({problem: 1}, 1)
             else:
-                self.skips.update({"empty_caption": 1}, 1)
+                chosen.append({name: row[name] for name in FEATURES})
         if not chosen:
             return None
         rows = one_row_an_image(datasets.Dataset.from_list(chosen, features=FEATURES))
@@ -76,17 +79,16 @@ class Validation:
 
     def _cached_documents(
         self, model: UniMuRModel, documents: InterleavedDocuments, pool: int, workers: int
-    ) -> InterleavedDocuments | None:
-        dialogues = list(islice(documents.dialogues, pool))
-        wanted = {i for dialogue in dialogues for i in _images_of(dialogue)}
-        table = documents.images
+    ) -> Subset | None:
+        chosen = documents.select(range(min(pool, len(documents.conversations))))
+        wanted = {name for i in range(len(chosen)) for name in chosen[i]["images"]}
+        table = chosen.images
         rows = table.select([row for row, name in enumerate(table["id"]) if name in wanted])
-        cached = cache_image_features(rows, model, self.skips, workers=workers)
-        left = set(cached["id"])
-        usable = [dialogue for dialogue in dialogues if _images_of(dialogue) <= left]
-        bad = len(dialogues) - len(usable)
-        self.skips.update({"bad_image": bad} if bad else {}, len(dialogues))
-        return InterleavedDocuments(usable, documents.texts, cached) if usable else None
+        chosen.use_images(cache_image_features(rows, model, self.skips, workers=workers))
+        problems = [known_problem(chosen[i])[0] for i in range(len(chosen))]
+        self.skips.update(Counter(problem for problem in problems if problem), len(problems))
+        usable = [i for i, problem in enumerate(problems) if not problem]
+        return Subset(chosen, usable) if usable else None
 
     @torch.no_grad()
     def measure(self, model: UniMuRModel, prepare: Prepare) -> dict[str, float]:
@@ -161,10 +163,10 @@ class Validation:
                 None if text is None else texts.setdefault(text, len(texts)),
                 None if image is None else images.setdefault(image, len(images)),
             ))  # fmt: skip
-        places = {name: place for place, name in enumerate(self.documents.images["id"])}
+        places = {name: place for place, name in enumerate(self.documents.dataset.images["id"])}
         width = next(iter(queries.values())).shape[0]
         text_embeds = model.embed_texts(list(texts)).cpu() if texts else torch.zeros(0, width)
-        table = self.documents.images
+        table = self.documents.dataset.images
         image_embeds = _unified(model, table, range(len(places)))[[places[name] for name in images]]
         asked = torch.stack(list(queries.values()))
         return reply_recall(asked, text_embeds, image_embeds, [t for t, _ in labels], [i for _, i in labels])
@@ -197,10 +199,3 @@ def _unified(model: UniMuRModel, table: CachedPairs, places: Sequence[int]) -> t
         torch.from_numpy(table.images[name][rows]).to(model.device) for name in ("image_features", "image_embeds")
     )
     return F.normalize(model.unify_images(features, embeds).float(), dim=-1).cpu()
-
-
-def _images_of(dialogue: dict[str, Any]) -> set[str]:
-    """Ids of the images of a conversation's context and of its reply's first."""
-    turns = dialogue["turns"][: dialogue["target_turn"]]
-    context = {e["image_id"] for turn in turns for e in turn["elements"] if e["type"] == "image"}
-    return context | set(dialogue["gold"]["image_ids"][:1])

@@ -136,7 +136,7 @@ def test_streamed_shards_are_mixed_anew_in_every_epoch(folder, monkeypatch):
     [
         ({"train_data": None}, "--train_data is missing"),
         ({"text_model": None}, "--text_model is missing"),
-        ({"interleaved": True}, "--interleaved needs documents"),
+        ({"interleaved": True}, "--interleaved is of the miniature"),
         ({"train_data": "nowhere"}, "does not exist"),
     ],
 )
