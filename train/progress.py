@@ -56,7 +56,8 @@ class Progress:
         about = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         self._check_order(folder, about["order"])
         self.passes, self.first_step, self.resumed = about["passes"], about["first_step"], True
-        skips.counts.clear(), skips.examples.clear()
+        skips.counts.clear()
+        skips.examples.clear()
         skips.seen = 0
         skips.update(about["skipped"], about["seen"], about["examples"])
         return True

@@ -108,7 +108,7 @@ def reply_recall(
     text_hits = hits_at(by_text[with_text], [x for x in text_labels if x is not None], ks)
     image_hits = hits_at(by_image[with_image], [x for x in image_labels if x is not None], ks)
     shown_hits = image_hits * shows[with_image, None]
-    result = {}
+    result: dict[str, float] = {}
     if len(with_text) or len(with_image):
         result |= {f"reply_{k}": v for k, v in percent(torch.cat([text_hits, shown_hits]), ks).items()}
     if len(with_image):

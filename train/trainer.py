@@ -130,6 +130,9 @@ class UniMuRTrainer(Trainer):
         skipped_steps (`int`): steps left out since a loss or a gradient was not finite.
     """
 
+    args: UniMuRTrainingArguments
+    model: Any  # a UniMuRModel, wrapped where it is sharded
+
     def __init__(
         self, *args, groups: list[int] | None = None, validation: Validation | None = None,
         order: Mapping[str, Any] | None = None, **kwargs,
