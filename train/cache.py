@@ -127,9 +127,9 @@ class CachedArray:
             return self.parts[part][rows - self.starts[part]]
         wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         values = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
-        part = np.searchsorted(self.starts, wanted, side="right") - 1
-        for number in np.unique(part):
-            here = part == number
+        parts = np.searchsorted(self.starts, wanted, side="right") - 1
+        for number in np.unique(parts):
+            here = parts == number
             values[here] = self.parts[number][wanted[here] - self.starts[number]]
         return values
 

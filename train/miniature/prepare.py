@@ -4,7 +4,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def prepare(folder: str | Path, seed: int = 0) -> Miniature:
     stamp = towers / "made.json"
     if not stamp.is_file() or json.loads(stamp.read_text()) != {"seed": seed}:
         stamp.unlink(missing_ok=True)
-        names = {"CLIP": pretrain_clip, "OPT": pretrain_opt}
+        names: dict[str, Callable[..., Path]] = {"CLIP": pretrain_clip, "OPT": pretrain_opt}
         jobs = [
             (pretrain, {"folder": towers / name.lower(), "scenes": scenes, "seed": seed})
             for name, pretrain in names.items()
