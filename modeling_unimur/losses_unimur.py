@@ -188,7 +188,7 @@ def total_loss(
     lambda1: float, lambda2: float,
 ) -> torch.Tensor:  # fmt: skip
     """L = L_cap + lambda1 L_vm + lambda2 L_tm, eq. 7."""
-    return loss_cap + lambda1 * loss_vm + lambda2 * loss_tm
+    return torch.as_tensor(loss_cap + lambda1 * loss_vm + lambda2 * loss_tm)
 
 
 def info_nce(a: torch.Tensor, b: torch.Tensor, logit_scale: torch.Tensor | float) -> torch.Tensor:
@@ -232,9 +232,9 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """
     if not _is_distributed():
         return rows
-    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-    sizes = [int(size) for size in sizes]
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    sizes = [int(count) for count in counts]
     padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
     gathered = _AllGather.apply(padded)
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])

@@ -29,7 +29,7 @@ def table(n, start=20, broken=()):
 
     rows = [
         {"id": f"held {i}", "image": {"bytes": b"" if i in broken else encode(picture(start + i)), "path": None},
-         "captions": [f"caption {i}", "another"], "source": None, "license": None, "url": None}
+         "captions": [f"caption {i}", "another"], "source": None, "license": None, "url": None, "problem": None}
         for i in range(n)
     ]  # fmt: skip
     return datasets.Dataset.from_list(rows, features=FEATURES)
