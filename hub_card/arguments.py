@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from modeling_unimur.hub_unimur import POOL
-from modeling_unimur.pool_unimur import METADATA
+from modeling_unimur.pool_files import METADATA
 
 from .results import read_records
 

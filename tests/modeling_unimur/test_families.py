@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
 from tests.stress import families
-from tests.tiny import awaken, make_processor
+from tests.tiny import init_weights, make_processor
 
 # Scaled embeddings, soft caps and a window; ALiBi; a window; a state-space model.
 FAMILIES = {"gemma2": (True, True), "bloom": (False, False), "mistral": (True, True), "mamba": (False, False)}
@@ -36,7 +36,7 @@ def test_sequences_beyond_the_window_are_padded_and_it_says_so(tmp_path, monkeyp
 def test_what_looks_ahead_is_refused(tmp_path, monkeypatch):
     families.make("opt", tmp_path)
     monkeypatch.setitem(families.MORE, "bert", {"is_decoder": False})
-    awaken(AutoModelForCausalLM.from_config(families.tiny_config("bert"))).save_pretrained(tmp_path / "text")
+    init_weights(AutoModelForCausalLM.from_config(families.tiny_config("bert"))).save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match=r"type 'bert' lets a position see those behind it.*is_decoder"):
         UniMuRModel.from_pretrained_towers(
             str(tmp_path / "text"), str(tmp_path / "clip"), make_processor(max_length=96)

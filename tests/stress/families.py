@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
-from tests.tiny import awaken, make_image_text_tower, make_processor, text_tokenizer
+from tests.tiny import init_weights, make_image_text_tower, make_processor, text_tokenizer
 
 TABLE = Path(__file__).with_suffix(".json")
 DIALOGUES = ["hi", ["look at it", picture(1), "what is this?"]]
@@ -54,7 +54,7 @@ def tiny_config(kind: str) -> PreTrainedConfig:
 def make(kind: str, folder: Path) -> UniMuRModel:
     """An untrained UniMuR over a tiny LLM of this type, with its towers in `folder`."""
     torch.manual_seed(0)
-    awaken(AutoModelForCausalLM.from_config(tiny_config(kind))).save_pretrained(folder / "text")
+    init_weights(AutoModelForCausalLM.from_config(tiny_config(kind))).save_pretrained(folder / "text")
     text_tokenizer().save_pretrained(folder / "text")
     make_image_text_tower(folder / "clip", "clip")
     towers = str(folder / "text"), str(folder / "clip")

@@ -15,6 +15,7 @@ from tests.tiny import make_model
 from tests.train.test_run import base, folder, write_shard  # noqa: F401 (a fixture)
 from tests.train.test_trainer import pairs, trained_tensors, trainer_of
 from train.collate import PairCollator
+from train.conversations import ImageId, make_conversation
 from train.curves import draw_curves
 from train.data import FEATURES
 from train.documents import InterleavedDocuments
@@ -38,21 +39,15 @@ def table(n, start=20, broken=()):
 def dialogues(images):
     """Four conversations: two whose reply has an image, one of which shows one in its context."""
 
-    def text(words):
-        return {"type": "text", "text": words, "image_id": None}
-
     def made(name, context, image):
-        return {
-            "dialogue_id": name, "turns": [{"speaker": "A", "elements": context}, {"speaker": "B", "elements": []}],
-            "target_turn": 1, "gold": {"text_ids": [name], "image_ids": [image] if image else []},
-        }  # fmt: skip
+        reply = [f"reply {name}", *([ImageId(image)] if image else [])]
+        return make_conversation(name, [context, reply], [1])
 
-    seen = {"type": "image", "text": None, "image_id": "held 2"}
-    made_of = [
-        made("a", [text("show me")], "held 0"), made("b", [text("like this"), seen], "held 1"),
-        made("c", [text("thanks")], None), made("d", [text("how old is it?")], None),
+    conversations = [
+        made("a", ["show me"], "held 0"), made("b", ["like this", ImageId("held 2")], "held 1"),
+        made("c", ["thanks"], None), made("d", ["how old is it?"], None),
     ]  # fmt: skip
-    return InterleavedDocuments(made_of, {name: f"reply {name}" for name in "abcd"}, images)
+    return InterleavedDocuments.of(conversations, images)
 
 
 def test_it_measures_what_the_model_does_for_a_user(tmp_path):
