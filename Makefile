@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 # MKL otherwise chooses its kernels by where in memory a matrix happens to lie, and the last bits with them.
 export MKL_CBWR ?= AUTO,STRICT
 
-.PHONY: demo demo-generate demo-real test test-oldest style quality types clean
+.PHONY: demo demo-generate demo-real test test-oldest stress style quality types clean
 
 # The exact pin comes first and alone: a resolver that meets an open torch range elsewhere may pull CUDA builds.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -48,6 +48,10 @@ OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests/modeling_unimur
+
+# What takes minutes: the endpoint under load.
+stress: $(VENV)/.installed
+	$(PY) -m tests.stress.endpoint --clients 64 --seconds 120
 
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .

@@ -7,6 +7,8 @@ The main job end to end: the miniature is made, UniMuR trained on it, evaluated 
 import argparse
 import json
 import resource
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from modeling_unimur import CandidatePool, Retrieval, UniMuRModel
 from train.arguments import CONFIGS
 from train.miniature import encode, prepare
+from train.miniature.world import Scene
 from train.parallel import side_by_side
 from train.run import main as train
 
@@ -107,10 +110,23 @@ def packed(model: UniMuRModel, split: Split) -> CandidatePool:
     """One pool of the split's replies, its facts and their pictures."""
     pools = [(group, group.dialogues[0]["pool"]) for group in (split.responses, split.facts)]
     images = [i for _, pool in pools for i in pool["image_ids"]]
+    scenes = {i: group.images[i] for group, pool in pools for i in pool["image_ids"]}
     texts = {i: group.texts[i] for group, pool in pools for i in pool["text_ids"]}
     return model.build_pool(
-        images=[split.images[i] for i in images], texts=list(texts.values()), image_ids=images, text_ids=list(texts)
-    )
+        images=[split.images[i] for i in images], texts=list(texts.values()), image_ids=names(scenes.values()),
+        text_ids=list(texts),
+    )  # fmt: skip
+
+
+def names(scenes: Iterable[Scene]) -> list[str]:
+    """What people read of the pictures: what they show, and a number where several show the same."""
+    counts: Counter[str] = Counter()
+    made = []
+    for scene in scenes:
+        name = f"{scene.animal} in a {scene.hat} hat, {scene.verb} {scene.object}, {scene.place}"
+        counts[name] += 1
+        made.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
+    return made
 
 
 def write_photos(split: Split, folder: Path, count: int = 60) -> None:

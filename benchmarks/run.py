@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from train.command import run_command
+
 from .baselines.clip import ClipBaseline
 from .data import load_data
 from .load import SYSTEMS, load
@@ -130,4 +132,4 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,1 +1,7 @@
-"""Publishing: the card's figures, the check of a repository before it is uploaded, the push, the page."""
+"""Publishing: the card's figures, the check of a repository before it is uploaded, the push, the endpoint, the page."""
+
+import os
+
+# Read when these libraries are imported; whoever wants to send usage data sets them before.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -15,40 +15,24 @@ from huggingface_hub import HfApi
 
 from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.card_unimur import model_card
-from modeling_unimur.hub_unimur import FORMER_POOL, POOL
+from modeling_unimur.hub_unimur import FORMER_POOL
+from train.command import run_command
 
+from .arguments import check_arguments, eval_datasets, parser, training_data
 from .check import check_folder
 from .results import eval_results_yaml, read_results
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("checkpoint", help="folder of a checkpoint, or its name on the Hub")
-    made.add_argument("repo_id", help="org/name to upload to")
-    made.add_argument("--license", help="the Hub's identifier, of the trained maps and a full checkpoint's towers")
-    made.add_argument("--training_data", help="what it was trained on and under which licence: a sentence, or a file")
-    made.add_argument("--dataset", action="append", default=[], help="a training set's name on the Hub")
-    made.add_argument("--results", type=Path, action="append", default=[], help="json of benchmarks.run or .report")
-    made.add_argument("--evaluation_note", default="", help="what a reader must know of the figures")
-    made.add_argument(
-        "--eval_dataset", action="append", default=[], metavar="TASK=NAME",
-        help="the Hub's name of a task's benchmark dataset: writes .eval_results/TASK.yaml",
-    )  # fmt: skip
-    made.add_argument("--pool", type=Path, help="a saved pool to pack beside the model")
-    made.add_argument("--space", help="org/name of a Space: the page over this model, which must have a pool")
-    made.add_argument("--folder", type=Path, help="where to make the repository; a temporary folder by default")
-    made.add_argument("--private", action="store_true")
-    made.add_argument("--dry_run", action="store_true", help="make and check, upload nothing")
-    return made
-
-
 def main(argv: list[str] | None = None) -> str | None:
-    """Returns the URL of the commit, or `None` for a dry run."""
-    arguments = parser().parse_args(argv)
-    if arguments.space and not arguments.pool:
-        raise ValueError("--space needs --pool: the page searches the pool packed beside the model")
-    if arguments.dry_run and arguments.folder is None:
-        raise ValueError("--dry_run needs --folder: where the repository is to be left")
+    """
+    Returns the URL of the commit, or `None` for a dry run.
+
+    Raises:
+        ValueError: an argument cannot be used, which is known before the model is loaded; or the repository is not fit.
+        OSError: a file cannot be read, or the Hub refuses.
+    """
+    arguments = parser(__doc__).parse_args(argv)
+    check_arguments(arguments)
     with TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary) / "repository"
         build(arguments, folder)
@@ -85,28 +69,21 @@ def push_space(api: HfApi, space: str, repo_id: str, private: bool = False) -> s
 
 
 def build(arguments: argparse.Namespace, folder: Path) -> None:
-    """The repository's files. Raises `ValueError` where the folder holds a former pool and no pool is given."""
-    if arguments.pool is None and (folder / POOL).exists():
-        raise ValueError(
-            f"{str(folder / POOL)!r} is a former pool, which would be uploaded: delete it, or give --pool"
-        )
+    """The repository's files. Raises `ValueError` where the results are of another model."""
     model = UniMuRModel.from_pretrained(arguments.checkpoint)
     pool = CandidatePool.load_from_disk(arguments.pool) if arguments.pool else None
     results = read_results(arguments.results, model.fingerprint)
     model.save_pretrained(folder, pool=pool, golden=True)
-    told = arguments.training_data
-    if told and Path(told).is_file():
-        told = Path(told).read_text()
     card = model_card(
-        model.config, arguments.repo_id, license=arguments.license, training_data=told, datasets=arguments.dataset,
+        model.config, arguments.repo_id, license=arguments.license,
+        training_data=training_data(arguments.training_data), datasets=arguments.dataset,
         results=results, evaluation_note=arguments.evaluation_note, has_pool=pool is not None,
     )  # fmt: skip
     card.save(folder / "README.md")
-    datasets = dict(pair.split("=", 1) for pair in arguments.eval_dataset)
-    for path, content in eval_results_yaml(results, datasets).items():
+    for path, content in eval_results_yaml(results, eval_datasets(arguments.eval_dataset)).items():
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text(content)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

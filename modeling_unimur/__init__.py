@@ -4,6 +4,7 @@ from transformers import AutoModel, AutoProcessor
 
 from .configuration_unimur import UniMuRConfig
 from .conversation_unimur import Conversation
+from .images_unimur import BadImageError
 from .modeling_unimur import UniMuRModel, UniMuROutput
 from .pool_milvus import MilvusPool
 from .pool_unimur import Candidate, CandidatePool, Retrieval
@@ -16,6 +17,7 @@ AutoModel.register(UniMuRConfig, UniMuRModel, exist_ok=True)
 AutoProcessor.register(UniMuRConfig, UniMuRProcessor, exist_ok=True)
 
 __all__ = [
+    "BadImageError",
     "Candidate",
     "CandidatePool",
     "Conversation",

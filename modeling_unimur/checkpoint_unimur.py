@@ -33,6 +33,7 @@ from .towers_unimur import (
     LORA,
     LORA_FOLDER,
     PARTS,
+    check_causal,
     check_loaded,
     check_same_widths,
     clip_text_length,
@@ -164,7 +165,8 @@ class CheckpointModel(PreTrainedModel):
             config_fields: fields of [`UniMuRConfig`].
 
         Raises:
-            ValueError: `ret_init` is not exactly one token, or the processor is not these towers'.
+            ValueError: `ret_init` is not exactly one token, the processor is not these towers', or a tower is of a kind
+                that cannot be UniMuR's.
         """
         # A folder is named in full, so that the checkpoint finds it from wherever it is loaded.
         text_model, clip_model = (
@@ -174,6 +176,7 @@ class CheckpointModel(PreTrainedModel):
             text_model_name_or_path=text_model, clip_model_name_or_path=clip_model, **config_fields
         )
         text, clip = load_towers(base, dtype=dtype)
+        check_causal(text)
         # Copies: a composite model resets the attention of its sub-configs, which the loaded towers still read.
         config = cls.config_class(
             text_config=deepcopy(text.config), clip_config=deepcopy(clip.config), ret_token_id=processor.ret_token_id,

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from .dialogues_unimur import Turn, parse_dialogue
 from .inputs_unimur import check_pool
 from .pool_unimur import CandidatePool, Retrieval
+from .towers_unimur import takes_conversations
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +27,11 @@ class Conversation:
     """
 
     def __init__(self, model: Any):
+        if not takes_conversations(model.language_model):
+            raise ValueError(
+                f"a conversation goes on from kept keys and values, which a {model.language_model.config.model_type} does not "
+                "have: embed whole dialogues by embed_dialogues"
+            )
         self.model = model
         self.turns: list[Turn] = []
         self.evicted = 0

@@ -12,21 +12,27 @@ answers
 
 A picture whose longest side is at most 512 pixels is sent as it is, as PNG; a larger one is reduced to that, as JPEG.
 A list under `inputs` is one dialogue: strings and messages are its turns. Nothing is fetched and no file is read for a
-request. What is wrong with a request is said in a `ValueError`, which the endpoint's server answers with status 400 and
-`{"error": "…"}`.
+request. A request that cannot be answered raises a `ValueError` that says why, which the endpoint's server answers with
+status 400 and `{"error": "…"}`.
 """
 
 import base64
 import binascii
 import io
-from typing import Any
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from transformers import AutoModel
 
 MAX_BODY_BYTES = 16 * 2**20  # of all strings of a request together
 MAX_IMAGES = 16
-MAX_IMAGE_PIXELS = 16_000_000
+MAX_IMAGE_PIXELS = 16_000_000  # of one image
+MAX_PIXELS = 64_000_000  # of all images of a request, and of those that are decoded together: 192 MB as RGB
 MAX_TURNS = 64
 MAX_TEXT = 20_000  # characters, of a dialogue
 MAX_TOP_K = 100
@@ -42,13 +48,33 @@ PARAMETERS = {
 }
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Query:
+    """
+    A checked request.
+
+    Attributes:
+        dialogue: as `embed_dialogues` takes it, its images encoded.
+        parameters: of `CandidatePool.search`.
+        pixels: of all its images together.
+    """
+
+    dialogue: list[Any]
+    parameters: dict[str, Any]
+    pixels: int
+
+
 class EndpointHandler:
     """
     Args:
         path: the repository's folder, holding the checkpoint and its `pool/`.
 
     Raises:
-        ValueError: the repository has no pool.
+        ValueError: the repository has no pool, or another model made it.
     """
 
     def __init__(self, path: str = ""):
@@ -56,6 +82,7 @@ class EndpointHandler:
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device)
         self.model.processor.max_image_pixels = min(self.model.processor.max_image_pixels, MAX_IMAGE_PIXELS)
         self.pool = self.model.packed_pool
+        self.pool.check_made_by(self.model.fingerprint)
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """
@@ -65,19 +92,97 @@ class EndpointHandler:
         Raises:
             ValueError: what is wrong with the request.
         """
-        if not isinstance(data, dict) or "inputs" not in data:
-            raise ValueError('a request is a JSON object with "inputs": a text, or a list of turns')
-        reply = self.model.retrieve(dialogue_of(data["inputs"]), self.pool, **parameters_of(data.get("parameters")))
-        candidates = [
-            {"id": c.id, "modality": c.modality, "score": c.score, "rank": c.rank,
-             c.modality: encoded(c.item) if c.modality == "image" else c.item}
-            for c in reply.candidates
-        ]  # fmt: skip
-        image = None
-        if reply.image is not None:  # the best picture, so the first that is listed, if any is
-            listed = next((c["image"] for c in candidates if c["modality"] == "image"), None)
-            image = listed or encoded(reply.image)
-        return {"text": reply.text, "image": image, "candidates": candidates}
+        (answer,) = self.batch([data])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def batch(self, requests: Sequence[Any]) -> list[dict[str, Any] | Exception]:
+        """
+        Several requests at once: their dialogues are embedded together, and those of equal parameters searched together.
+
+        Args:
+            requests: n requests as above.
+
+        Returns:
+            n answers; the exception of a request in its place, a `ValueError` where the request is wrong.
+        """
+        queries = each(lambda given: [query_of(request) for request in given], requests)
+        asked = of_the_good(queries, self._embedded)
+        return of_the_good(asked, self._searched)
+
+    def _embedded(self, queries: list[Query]) -> list[tuple[Query, torch.Tensor] | Exception]:
+        """Each query with its dialogue's embedding `(q,)` float32."""
+
+        def embed(some: Sequence[Query]) -> list[tuple[Query, torch.Tensor]]:
+            return list(zip(some, self.model.embed_dialogues([q.dialogue for q in some]), strict=True))
+
+        return [pair for part in within_pixels(queries) for pair in each(embed, part)]
+
+    def _searched(self, asked: list[tuple[Query, torch.Tensor]]) -> list[dict[str, Any] | Exception]:
+        """The answer to each query and its embedding."""
+        alike = defaultdict(list)
+        for at, (query, _) in enumerate(asked):
+            alike[json.dumps(query.parameters, sort_keys=True)].append(at)
+        answers: dict[int, dict[str, Any] | Exception] = {}
+        for places in alike.values():
+            answers |= zip(places, each(self._answers, [asked[at] for at in places]), strict=True)
+        return [answers[at] for at in range(len(asked))]
+
+    def _answers(self, asked: Sequence[tuple[Query, torch.Tensor]]) -> list[dict[str, Any]]:
+        """The answers to queries of the same parameters."""
+        replies = self.pool.search(torch.stack([row for _, row in asked]), **asked[0][0].parameters)
+        return [answer_of(reply) for reply in replies]
+
+
+def each(step: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R | Exception]:
+    """`step` of all items together; where that fails, of each alone, with its exception in the place of one that fails."""
+    try:
+        return list(step(items))
+    except Exception as error:
+        if len(items) == 1:
+            return [error]
+        return [result for item in items for result in each(step, [item])]
+
+
+def of_the_good(items: Sequence[Any], step: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """`step` of the items that are no exceptions; those that are keep their places."""
+    results = iter(step([item for item in items if not isinstance(item, Exception)]))
+    return [item if isinstance(item, Exception) else next(results) for item in items]
+
+
+def within_pixels(queries: Sequence[Query]) -> Iterator[list[Query]]:
+    """The queries in order, in parts whose images have at most `MAX_PIXELS` together."""
+    part: list[Query] = []
+    for query in queries:
+        if part and sum(q.pixels for q in part) + query.pixels > MAX_PIXELS:
+            yield part
+            part = []
+        part.append(query)
+    if part:
+        yield part
+
+
+def query_of(request: Any) -> Query:
+    """A request, checked. Raises `ValueError` as [`EndpointHandler`] does."""
+    if not isinstance(request, dict) or "inputs" not in request:
+        raise ValueError('a request is a JSON object with "inputs": a text, or a list of turns')
+    dialogue, pixels = dialogue_of(request["inputs"])
+    return Query(dialogue, parameters_of(request.get("parameters")), pixels)
+
+
+def answer_of(reply: Any) -> dict[str, Any]:
+    """A reply as JSON."""
+    candidates = [
+        {"id": c.id, "modality": c.modality, "score": c.score, "rank": c.rank,
+         c.modality: encoded(c.item) if c.modality == "image" else c.item}
+        for c in reply.candidates
+    ]  # fmt: skip
+    image = None
+    if reply.image is not None:  # the best picture, so the first that is listed, if any is
+        listed = next((c["image"] for c in candidates if c["modality"] == "image"), None)
+        image = listed or encoded(reply.image)
+    return {"text": reply.text, "image": image, "candidates": candidates}
 
 
 def parameters_of(given: Any) -> dict[str, Any]:
@@ -99,12 +204,15 @@ def parameters_of(given: Any) -> dict[str, Any]:
     return {"top_k": 10} | given
 
 
-def dialogue_of(inputs: Any) -> list[Any]:
-    """A request's dialogue with its images as bytes, bounded in turns, characters, images and bytes."""
+def dialogue_of(inputs: Any) -> tuple[list[Any], int]:
+    """
+    A request's dialogue with its images as bytes, bounded in turns, characters, images, bytes and pixels, and how many
+    pixels its images have together.
+    """
     turns = inputs if isinstance(inputs, list) else [inputs]
     if not 1 <= len(turns) <= MAX_TURNS:
         raise ValueError(f"a dialogue has 1 to {MAX_TURNS} turns, got {len(turns)}")
-    size = images = characters = 0
+    size = images = characters = pixels = 0
     dialogue: list[Any] = []
     for at, turn in enumerate(turns):
         parts = turn.get("content") if isinstance(turn, dict) else turn
@@ -132,9 +240,17 @@ def dialogue_of(inputs: Any) -> list[Any]:
             images += kind == "image"
             if images > MAX_IMAGES:
                 raise ValueError(f"more than {MAX_IMAGES} images")
-            content.append({"type": kind, kind: _decoded(value, at) if kind == "image" else value})
+            if kind == "image":
+                value = _decoded(value, at)
+                pixels += _pixels(value)
+                if pixels > MAX_PIXELS:
+                    raise ValueError(
+                        f"the images up to turn {at} have {pixels} pixels; those of a dialogue have at most {MAX_PIXELS} "
+                        "together: reduce them"
+                    )
+            content.append({"type": kind, kind: value})
         dialogue.append({"role": "user", "content": content})
-    return dialogue
+    return dialogue, pixels
 
 
 def encoded(image: Any) -> str:
@@ -161,3 +277,12 @@ def _decoded(value: str, at: int) -> bytes:
     if not image:
         raise ValueError(f"turn {at}: an image is empty")
     return image
+
+
+def _pixels(image: bytes) -> int:
+    """How many pixels an encoded image says it has; 0 where it says nothing, which is refused when it is decoded."""
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            return opened.width * opened.height
+    except Exception:  # each of Pillow's decoders raises its own kinds on broken data
+        return 0

@@ -78,7 +78,8 @@ def visual_matching_loss(
     negatives: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """
-    L_vm = L_v2m + L_m2v, eq. 3-5: symmetric InfoNCE over cosines with in-batch negatives.
+    L_vm = L_v2m + L_m2v, eq. 3-5: symmetric InfoNCE over cosines with in-batch negatives. Rows of the same image, told by
+    its embedding, are not each other's negatives.
 
     Args:
         ret_embeds: `(n, q)`, e_t of the captions; need not be normalised.
@@ -93,16 +94,20 @@ def visual_matching_loss(
     Raises:
         ValueError: the shapes differ.
     """
-    if negatives is None or not len(negatives) or not len(ret_embeds):
-        return info_nce(ret_embeds, image_embeds, logit_scale)
     _check_rows(ret_embeds, image_embeds)
     texts, images = (gather_rows(F.normalize(x.float(), dim=-1)) for x in (ret_embeds, image_embeds))
     logits = logit_scale * texts @ images.T
-    further = logit_scale * texts @ negatives.T
-    # Frozen CLIP gives the same image the same embedding, so that equality tells it.
-    further = further.masked_fill(images @ negatives.T > SAME_IMAGE, -torch.inf)
+    if not len(logits):
+        return logits.sum()
+    # Frozen CLIP gives the same image the same embedding, so that equality tells it: rows of one image are no negatives.
+    same = images @ images.T > SAME_IMAGE
+    logits = logits.masked_fill(same.fill_diagonal_(False), -torch.inf)
     labels = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(torch.cat([logits, further], dim=1), labels) + F.cross_entropy(logits.T, labels)
+    by_text = logits
+    if negatives is not None and len(negatives):
+        further = logit_scale * texts @ negatives.T
+        by_text = torch.cat([logits, further.masked_fill(images @ negatives.T > SAME_IMAGE, -torch.inf)], dim=1)
+    return F.cross_entropy(by_text, labels) + F.cross_entropy(logits.T, labels)
 
 
 def sigmoid_matching_loss(
@@ -127,7 +132,8 @@ def sigmoid_matching_loss(
     texts, images = (gather_rows(F.normalize(x.float(), dim=-1)) for x in (ret_embeds, image_embeds))
     logits = logit_scale * texts @ images.T + logit_bias
     own = torch.eye(len(logits), device=logits.device)
-    total = -F.logsigmoid((2 * own - 1) * logits).sum()
+    terms = -F.logsigmoid((2 * own - 1) * logits)
+    total = terms.masked_fill((images @ images.T > SAME_IMAGE) & (own == 0), 0).sum()
     if negatives is not None and len(negatives) and len(texts):
         further = -F.logsigmoid(-(logit_scale * texts @ negatives.T + logit_bias))
         total = total + further.masked_fill(images @ negatives.T > SAME_IMAGE, 0).sum()
@@ -182,7 +188,7 @@ def total_loss(
     lambda1: float, lambda2: float,
 ) -> torch.Tensor:  # fmt: skip
     """L = L_cap + lambda1 L_vm + lambda2 L_tm, eq. 7."""
-    return loss_cap + lambda1 * loss_vm + lambda2 * loss_tm
+    return torch.as_tensor(loss_cap + lambda1 * loss_vm + lambda2 * loss_tm)
 
 
 def info_nce(a: torch.Tensor, b: torch.Tensor, logit_scale: torch.Tensor | float) -> torch.Tensor:
@@ -226,9 +232,9 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """
     if not _is_distributed():
         return rows
-    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-    sizes = [int(size) for size in sizes]
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    sizes = [int(count) for count in counts]
     padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
     gathered = _AllGather.apply(padded)
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])

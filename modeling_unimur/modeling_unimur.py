@@ -414,7 +414,9 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
 
     def _text_embeds(self, targets: Targets) -> torch.Tensor:
         embeds = targets.get("text_embeds")
-        if embeds is None:
+        if embeds is None and "input_ids" not in targets:  # documents whose replies are images alone
+            embeds = self.logit_scale.new_zeros(0, self.config.clip_width)
+        elif embeds is None:
             embeds = self.encode_clip_texts(targets["input_ids"], targets["attention_mask"])
         return self.unify_clip_texts(embeds)
 

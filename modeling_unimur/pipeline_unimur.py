@@ -7,6 +7,7 @@ from typing import Any, cast
 from transformers import Pipeline, PreTrainedModel, ProcessorMixin
 
 from .inputs_unimur import as_dialogues, batches, check_count, check_pool
+from .pool_ids import id_strings
 from .pool_unimur import CandidatePool, Retrieval
 
 SEARCH = ("top_k", "modality", "exclude", "calibrate", "image_bias")
@@ -26,7 +27,7 @@ class MultimodalRetrievalPipeline(Pipeline):
     `text` or `image`).
 
     Raises:
-        ValueError: a bad dialogue, a pool of another model, or no pool.
+        ValueError: a bad dialogue, a pool of another model, or no pool; a candidate's picture is missing or broken.
     """
 
     # The base class leaves these `None`, which mypy takes for their type.
@@ -54,15 +55,18 @@ class MultimodalRetrievalPipeline(Pipeline):
         rows, single = as_dialogues(dialogues)
         given = self._batch_size if batch_size is None else batch_size
         size = 32 if given is None else check_count("batch_size", given)
+        _, _, search = self._sanitize_parameters(**kwargs)  # once, for a pool may have to be embedded
         # A batch is one item of transformers' loop: its own collation knows texts and tensors, not dialogues.
         answers = [reply for start, batch in batches(rows, size) for reply in super(MultimodalRetrievalPipeline, self)
-                   .__call__(_Batch(batch, start), batch_size=1, **kwargs)]  # fmt: skip
+                   .__call__(_Batch(batch, start), batch_size=1, **search)]  # fmt: skip
         return answers[0] if single else answers
 
     def _sanitize_parameters(self, pool: Any = None, **kwargs: Any) -> tuple[dict, dict, dict]:
         unknown = sorted(set(kwargs) - set(SEARCH))
         if unknown:
             raise ValueError(f"unknown arguments {', '.join(unknown)}; a search takes {', '.join(('pool', *SEARCH))}")
+        if "exclude" in kwargs:
+            kwargs["exclude"] = id_strings("exclude", kwargs["exclude"])  # a generator's are needed for every batch
         return {}, {}, kwargs | ({} if pool is None else {"pool": self._pool(pool)})
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:

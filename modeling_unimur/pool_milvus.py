@@ -207,7 +207,7 @@ class MilvusPool(Pool):
             part = slice(i, i + BATCH)
             kinds = [modality] * len(ids[part])
             self._insert(kinds, ids[part], items[part], embeddings[part], start + i, of=(i, len(ids)))
-        return self._settled()
+        return self._settled(flush="://" not in self.uri)  # a server takes seconds to, and has no need
 
     def add(self, pool: Any, *, skip_existing: bool = False, show_progress_bar: bool = True) -> "MilvusPool":
         """
@@ -238,10 +238,12 @@ class MilvusPool(Pool):
                 )  # fmt: skip
                 inserted += len(left)
                 bar.update(len(rows))
-        return self._settled()
+        return self._settled(flush=True)
 
-    def _settled(self) -> "MilvusPool":
-        self._asked(lambda: self.client.flush(self.collection))  # until then milvus-lite searches ten times as long
+    def _settled(self, flush: bool) -> "MilvusPool":
+        """Until it is flushed, what was inserted is scanned: by milvus-lite in ten times the time."""
+        if flush:
+            self._asked(lambda: self.client.flush(self.collection))
         self._moments = {}
         return self
 

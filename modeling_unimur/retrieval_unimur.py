@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import BatchFeature
-from transformers.utils import logging
 
 from .conversation_unimur import Conversation
 from .generation_unimur import check_when, with_drawn
@@ -22,14 +21,15 @@ if TYPE_CHECKING:
     from .configuration_unimur import UniMuRConfig
     from .processing_unimur import UniMuRProcessor
 
+PATIENCE = 2.0  # seconds that work takes in silence
+
 
 class RetrievalMixin:
     """
     What a user calls. Every verb takes what [`as_items`] lists and these arguments:
 
     - `batch_size`: items embedded at once; it changes no embedding beyond rounding.
-    - `show_progress_bar`: `True` or `False`; by default, as in sentence-transformers, a bar is shown where there are
-      several batches and `transformers.utils.logging` is at the level INFO or below.
+    - `show_progress_bar`: `True` or `False`; by default a bar is shown where the work takes longer than `PATIENCE` seconds.
     - `convert_to_numpy`: `True` for a numpy array, `False` for a torch tensor on CPU. By default the `embed_*` give
       tensors, and the `encode*` arrays, as sentence-transformers' do.
 
@@ -408,8 +408,7 @@ def _answer(rows: torch.Tensor, single: bool, convert_to_numpy: bool) -> torch.T
 
 def _progress(steps: Iterable[Any], words: str, count: int, asked: bool | None) -> Iterable[Any]:
     """Steps under the package's one rule of progress bars, see [`RetrievalMixin`]."""
-    show = count > 1 and logging.get_verbosity() <= logging.INFO if asked is None else asked
-    return tqdm(steps, words, count, disable=not show)
+    return tqdm(steps, words, count, disable=asked is False, delay=PATIENCE if asked is None else 0)
 
 
 def _unit_rows(name: str, value: Any) -> torch.Tensor:

@@ -24,10 +24,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import is_peft_available
+from transformers.utils import is_peft_available, logging
 
 from .packing_unimur import block_mask
 from .packing_unimur import positions as positions_of
+
+logger = logging.get_logger(__name__)
 
 # What a checkpoint holds beside its towers; W_v2m and W_x2m in the canonical alignment alone, logit_bias with eq. 4 as
 # SigLIP's sigmoid loss.
@@ -147,6 +149,43 @@ def trunk_outputs(
     return trunk(
         inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **known
     ).last_hidden_state  # fmt: skip
+
+
+@torch.no_grad()
+def check_causal(language_model: PreTrainedModel) -> None:
+    """
+    Refuses a language model that cannot be UniMuR's, tried out on four positions.
+
+    Raises:
+        ValueError: it does not run from input embeddings without its head, or a position sees those behind it.
+    """
+    kind = language_model.config.model_type
+    device = input_device(language_model)
+    try:
+        rows = language_model.get_input_embeddings()(torch.arange(1, 5, device=device)[None])
+        mask = torch.ones(1, 4, dtype=torch.long, device=device)
+        four = trunk_outputs(language_model, rows, mask, mask.cumsum(-1) - 1)
+        three = trunk_outputs(language_model, rows[:, :3], mask[:, :3], mask[:, :3].cumsum(-1) - 1)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"a language model of type {kind!r} does not run from input embeddings as a decoder alone, which UniMuR "
+            f"needs: take another causal language model. The cause: {error}"
+        ) from error
+    tolerance = 1e-2 if four.dtype in (torch.float32, torch.float64) else 0.1
+    if not (four[:, :3] - three).abs().max() <= tolerance * three.abs().max():
+        raise ValueError(
+            f"a language model of type {kind!r} lets a position see those behind it: it is an encoder, or its config says "
+            "is_decoder=False. UniMuR needs a causal language model"
+        )
+
+
+def takes_conversations(language_model: PreTrainedModel) -> bool:
+    """
+    Whether the LLM goes on from keys and values that can be cut back: state-space layers keep a state in their place, and
+    a trunk without position ids cannot be told where it goes on.
+    """
+    stateful = any(getattr(part, "_is_stateful", False) for part in (language_model, language_model.base_model))
+    return not stateful and "position_ids" in signature(language_model.base_model.forward).parameters
 
 
 def input_device(language_model: PreTrainedModel) -> torch.device:
@@ -272,6 +311,13 @@ def arguments_of_part(part: str, arguments: Mapping[str, Any]) -> dict[str, Any]
         resolved["attn_implementation"] = attention.get(key, attention.get(""))
     if resolved.get("attn_implementation", "") is None:
         del resolved["attn_implementation"]
+    method = getattr(arguments.get("quantization_config"), "quant_method", None)
+    if part == "clip_model" and method == "torchao":
+        logger.warning(
+            f"torchao quantises the language model; {PARTS[part][0]}, which transformers cannot convert by it alone, "
+            "stays whole"
+        )
+        del resolved["quantization_config"]
     device_map = arguments.get("device_map")
     if isinstance(device_map, dict):
         mine = {

@@ -1,24 +1,60 @@
 """What `train/run.py` can be given: the towers and the model, the data, and the training; from yaml files and flags."""
 
+import difflib
+import inspect
 import json
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.trainer_utils import IntervalStrategy
 
 from modeling_unimur import UniMuRConfig
-from modeling_unimur.configuration_unimur import DRAWING_FIELDS
+from modeling_unimur.configuration_unimur import CHOICES, DRAWING_FIELDS
 from train.closed_form import Grid
 from train.trainer import UniMuRTrainingArguments
 
 CONFIGS = Path(__file__).parent / "configs"
 CHOSEN = "Of --init cca: the values of {} to choose from, by held-out replies; see train/canonical.py."
+# Fields of UniMuRConfig that follow from the towers and the closed form, or that are given otherwise here.
+DERIVED = {
+    "text_config", "clip_config", "text_model_name_or_path", "text_model_revision", "clip_model_name_or_path",
+    "clip_model_revision", "text_model_source", "clip_model_source", "text_adapter", "ret_token_id", "image_token_id",
+    "alignment", "shared_width", "matching_feature", "drawing_length", "drawing_width", "draw_below",
+}  # fmt: skip
+OF_PROCESSOR = {"n_visual_tokens", "ret_prompt"}  # the processor has them, and the model takes them from it
+
+
+def _config_arguments() -> Any:
+    """A dataclass of `UniMuRConfig`'s own fields with its defaults, its choices and its docstring's words as help."""
+    # An entry's words are the indented lines below it: one entry may describe several fields, "a, b (`int`): words".
+    entries = re.findall(
+        r"^    (\w[^\n]*?): (.*(?:\n        .*)*)", inspect.cleandoc(UniMuRConfig.__doc__ or ""), re.M
+    )
+    given = []
+    for f in fields(UniMuRConfig):
+        if f.name not in UniMuRConfig.__annotations__ or f.name in DERIVED:
+            continue
+        words = next((text for names, text in entries if f.name in re.split(r"[ ,(]+", names)), "")
+        about: dict[str, Any] = {"help": " ".join(words.split()).replace("%", "%%")}
+        if f.name in CHOICES:
+            about["choices"] = list(CHOICES[f.name])
+        default = {"default_factory": f.default_factory} if f.default is MISSING else {"default": f.default}
+        given.append((f.name, f.type, field(**default, metadata=about)))
+    return make_dataclass("ConfigArguments", given)
+
+
+ConfigArguments: Any = _config_arguments()
 
 
 @dataclass
-class ModelArguments:
-    """The towers and what the paper leaves open; see `UniMuRConfig` for the meaning of each field."""
+class ModelArguments(ConfigArguments):
+    """The towers and where training starts, beside what the paper leaves open: the fields of `UniMuRConfig`."""
+
+    _argument_group_name = "the model"
 
     text_model: str | None = field(
         default=None, metadata={"help": "The frozen LLM: a folder, a Hub name, or a GGUF file on this machine."}
@@ -33,10 +69,6 @@ class ModelArguments:
     dtype: str = field(default="auto", metadata={"help": "dtype of the towers: auto, bfloat16, float16 or float32."})
     ret_init: str | None = field(
         default=None, metadata={"help": "Token that [RET] starts from; the mean row by default."}
-    )
-    ret_prompt: str = field(
-        default=UniMuRConfig.ret_prompt,
-        metadata={"help": "Words before every [RET], none by default; an LLM that was never taught [RET] needs them."},
     )
     alignment: str = field(
         default="canonical",
@@ -59,7 +91,6 @@ class ModelArguments:
     cca_document_shares: list[float] = field(
         default_factory=lambda: list(Grid.document_shares), metadata={"help": CHOSEN.format("the documents' share")}
     )
-    train_image_map: bool = UniMuRConfig.train_image_map
     lora_rank: int = field(
         default=0,
         metadata={"help": "Beyond the paper: also train a LoRA of this rank on the LLM (needs peft); 0: none."},
@@ -67,31 +98,11 @@ class ModelArguments:
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "The LLM's layers that a LoRA wraps."}
     )
-    n_visual_tokens: int = UniMuRConfig.n_visual_tokens
-    image_feature: str = UniMuRConfig.image_feature
-    text_candidates: str = UniMuRConfig.text_candidates
-    text_target: str = UniMuRConfig.text_target
-    text_target_reduction: str = UniMuRConfig.text_target_reduction
-    text_matching: str = UniMuRConfig.text_matching
-    margin: float = UniMuRConfig.margin
-    lambda1: float = UniMuRConfig.lambda1
-    lambda2: float = UniMuRConfig.lambda2
-    temperature: float = UniMuRConfig.temperature
-    learn_temperature: bool = UniMuRConfig.learn_temperature
-    train_ret_embedding: bool = UniMuRConfig.train_ret_embedding
+
     model: str | None = field(
         default=None,
         metadata={"help": "A saved UniMuR to go on from, as it is, in the place of a new one over two towers."},
     )
-    n_drawing_tokens: int = UniMuRConfig.n_drawing_tokens
-    drawing_model_name_or_path: str | None = UniMuRConfig.drawing_model_name_or_path
-    drawing_model_revision: str | None = UniMuRConfig.drawing_model_revision
-    mapper_width: int = UniMuRConfig.mapper_width
-    mapper_layers: int = UniMuRConfig.mapper_layers
-    mapper_heads: int = UniMuRConfig.mapper_heads
-    lambda3: float = UniMuRConfig.lambda3
-    drawing_steps: int = UniMuRConfig.drawing_steps
-    drawing_guidance: float = UniMuRConfig.drawing_guidance
 
     def __post_init__(self):
         if self.n_drawing_tokens and self.drawing_model_name_or_path is None:
@@ -107,10 +118,8 @@ class ModelArguments:
 
     def config_fields(self) -> dict:
         """The fields of [`UniMuRConfig`] that are given here, but for those of drawing, which are added to a model."""
-        own = {f.name for f in fields(self)} & {f.name for f in fields(UniMuRConfig)}
-        given = {
-            name: getattr(self, name) for name in own - {"n_visual_tokens", "ret_prompt", "dtype"} - DRAWING_FIELDS
-        }
+        names = {f.name for f in fields(ConfigArguments)} - OF_PROCESSOR - DRAWING_FIELDS
+        given = {"alignment": self.alignment} | {name: getattr(self, name) for name in names}
         if self.alignment == "canonical":  # until the closed form has chosen them
             given |= {"shared_width": 1, "matching_feature": self.image_feature}
         return given
@@ -124,15 +133,35 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train on."""
+    """What to train on, and what to hold out."""
 
-    train_data: str | None = field(
+    _argument_group_name = "the data"
+
+    train_data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "'miniature', or an image folder with metadata, tar shards, or a CC3M tsv (see train/data.py)."
+            "help": "'miniature', or an image folder with metadata, tar shards (one, several, or a pattern), or a CC3M tsv "
+                    "(see train/data.py)."
+        },
+    )  # fmt: skip
+    dialogues: str | None = field(
+        default=None,
+        metadata={
+            "help": "Conversations to train on, beside --train_data or alone (beyond the paper): chat messages (jsonl, json, "
+            "parquet, a saved dataset or one on the Hub), MMDialog's, VisDial's or VIST's training file, or archives of texts "
+            "and pictures in order (see train/dialogue_files.py). Alone, their images with words beside them are the pairs."
         },
     )
-    image_folder: str | None = field(default=None, metadata={"help": "Images of a tsv."})
+    dialogue_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Their share of an epoch's rows; the kind with too few comes again. What they are by default."
+        },
+    )
+    image_folder: str | None = field(
+        default=None,
+        metadata={"help": "Images of a tsv or of dialogues; those of dialogues lie beside them by default."},
+    )
     miniature: str = field(
         default="runs/miniature", metadata={"help": "Where the miniature's towers are made and kept."}
     )
@@ -141,7 +170,7 @@ class DataArguments:
     )
     interleaved: bool = field(
         default=False,
-        metadata={"help": "Add interleaved documents to the pairs (beyond the paper; the miniature has them)."},
+        metadata={"help": "Of the miniature: add its interleaved documents to the pairs (beyond the paper)."},
     )
     cache_features: bool = field(
         default=False,
@@ -160,30 +189,135 @@ class DataArguments:
     save_towers: bool = field(
         default=False, metadata={"help": "Also save the towers: a full, self-contained checkpoint."}
     )
-    evaluate_pairs: int = field(
-        default=1000, metadata={"help": "At the end, caption-to-image recall over so many training pairs; 0: none."}
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pairs to validate on while training, of any layout of --train_data; the miniature takes its "
+                          "validation split. Measured every --eval_steps."},
+    )  # fmt: skip
+    eval_dialogues: str | None = field(
+        default=None, metadata={"help": "Conversations to validate on while training, as --dialogues takes them."}
     )
+    eval_share: float = field(
+        default=0.0,
+        metadata={"help": "In their place: the share of the training data that is held out to validate on, by the hash of "
+                          "their ids."},
+    )  # fmt: skip
+    eval_pool: int = field(
+        default=1000, metadata={"help": "Held-out pairs, and conversations, that validation takes, from the first."}
+    )
+    evaluate_pairs: int = field(
+        default=1000,
+        metadata={"help": "At the end, caption-to-image recall of the checkpoint over so many pairs, held-out ones where "
+                          "there are any and else training pairs; 0: none."},
+    )  # fmt: skip
+
+    def __post_init__(self):
+        if self.evaluate_pairs < 0:
+            raise ValueError(f"--evaluate_pairs {self.evaluate_pairs} must not be negative; 0 measures nothing")
+        if not 0 <= self.eval_share < 1:
+            raise ValueError(f"--eval_share {self.eval_share}: expected a share from 0, none, to below 1")
+        if self.eval_share and self.eval_data:
+            raise ValueError("--eval_share holds out training data in the place of --eval_data: give one of them")
+        if self.eval_pool < 2:
+            raise ValueError(f"--eval_pool {self.eval_pool}: recall needs a pool of at least 2")
+
+    @property
+    def source(self) -> str | list[str] | None:
+        """What `--train_data` names: one path, or several where a list is given."""
+        return self.train_data[0] if self.train_data and len(self.train_data) == 1 else self.train_data
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists every argument")
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's plain words: `no`, `off` and `yes` are words, and only `true` and `false` are truth values."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, UniMuRTrainingArguments]:
     """
-    Arguments from yaml files, flags, or both: a later file wins over an earlier one, and flags win over all; `null` stands
-    for the default. Without any, the miniature's yaml.
+    Arguments from yaml files (`--config FILE`, `--config=FILE`, or a first argument that ends in .yaml), flags, or both: a
+    later file wins over an earlier one, and flags win over all; `null` stands for the default. Without any, the
+    miniature's yaml.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is no mapping of settings, a setting or flag is unknown, or a value is not of its kind.
     """
     argv = list(argv) or ["--config", str(CONFIGS / "miniature.yaml")]
-    if argv[0].endswith((".yaml", ".yml")):
+    if argv[0].endswith((".yaml", ".yml")) and not argv[0].startswith("-"):
         argv.insert(0, "--config")
-    given, values = {}, []
-    while "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise ValueError("--config needs the path of a yaml file")
-        given |= yaml.safe_load(Path(argv[at + 1]).read_text()) or {}
-        del argv[at : at + 2]
+    parser = _Parser((ModelArguments, DataArguments, UniMuRTrainingArguments), description=__doc__)
+    files, flags = _split_configs(argv)
+    given: dict[str, Any] = {}
+    known = {action.dest: action for action in parser._actions}
+    for file in files:
+        given |= _settings(file, set(known))
+    values: list[str] = []
     for name, value in given.items():
-        if isinstance(value, list):
-            values += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            values.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    parser = HfArgumentParser((ModelArguments, DataArguments, UniMuRTrainingArguments))
-    return parser.parse_args_into_dataclasses(args=values + argv)
+        values += _as_flags(name, value)
+    model_args, data_args, args, unknown = parser.parse_args_into_dataclasses(
+        args=values + flags, return_remaining_strings=True
+    )
+    if unknown:
+        raise ValueError(_unknown(unknown[0].partition("=")[0].lstrip("-"), set(known), unknown[0]))
+    if (data_args.eval_data or data_args.eval_share) and args.eval_strategy == "no":
+        args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, args.logging_steps
+    return model_args, data_args, args
+
+
+def _split_configs(argv: list[str]) -> tuple[list[Path], list[str]]:
+    """The files that `--config` names, and the other arguments."""
+    files, flags = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            flags.append(argument)
+            continue
+        value = value if equals else next(arguments, "")
+        if not value or value.startswith("--"):
+            raise ValueError("--config needs the path of a yaml file")
+        files.append(Path(value))
+    return files, flags
+
+
+def _settings(file: Path, known: set[str]) -> dict[str, Any]:
+    try:
+        settings = yaml.load(file.read_text(encoding="utf-8"), Loader=_Yaml) or {}  # a subclass of SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {file} is no yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {file}: expected settings as 'name: value' lines, got a {type(settings).__name__}")
+    for name in settings:
+        if name not in known:
+            raise ValueError(_unknown(str(name), known, f"the setting {name!r} of {file}"))
+    return settings
+
+
+def _unknown(name: str, known: set[str], what: str) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{what} is not known" + (f": did you mean {close[0]}?" if close else "; --help lists every argument")
+
+
+def _as_flags(name: str, value: Any) -> list[str]:
+    """A yaml setting as flags; none for a null."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        if any(element is None or isinstance(element, list | dict) for element in value):
+            raise ValueError(f"the setting {name!r} is {value!r}: expected a list of plain values")
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]

@@ -134,6 +134,8 @@ class Correlations:
     def _both(self, share: float, *views: str) -> Moments:
         if not share or TEXT in views:
             return self.pairs
+        if self.documents is None:
+            raise ValueError(f"document_share={share}: there are no documents to take a share of")
         names = list(dict.fromkeys(views))
         pairs, documents = (moments.of(*names) for moments in (self.pairs, self.documents))
         # Counted as if there were so many of them; the pairs' count stays the pairs'.

@@ -117,8 +117,10 @@ class PairCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         items, images, names, skips = [], [], [], SkipCounter()
         for row in rows:
-            given, needed, problem = self._document(row) if "context" in row else self._pair(row)
-            why = "no caption"
+            problem, why = known_problem(row)
+            if problem is None:
+                given, needed, problem = self._document(row) if "context" in row else self._pair(row)
+                why = "no caption"
             if problem is None:
                 try:
                     ready = [self._image(image) for image in needed]
@@ -196,6 +198,12 @@ class PairCollator:
         if "image_features" in row:
             return row["image_features"], row["image_embeds"]
         return self.processor.decode(row["image"])
+
+
+def known_problem(row: Mapping[str, Any]) -> tuple[str | None, str]:
+    """What its reader says is wrong with a row: the reason, `None` where nothing is, and the message."""
+    reason, _, message = (row.get("problem") or "").partition(": ")
+    return reason or None, message
 
 
 def usable_captions(captions: Sequence[str | None] | None) -> list[str]:

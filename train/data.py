@@ -1,17 +1,14 @@
 """
-Readers of image-caption pairs: an image folder with metadata, img2dataset/webdataset shards, CC3M's tsv.
+Readers of image-caption pairs: folders of images, img2dataset/webdataset tar archives, CC3M's and CC12M's tsv.
 
-All give one schema: `id`, `image` (undecoded), `captions`, `source`, `license`, `url`. Nothing is decoded here; the
-collator does that, and drops and counts what is broken.
+All give rows of [`train.rows.FEATURES`]. Nothing is decoded here; the collator does that, and drops and counts what is
+broken. A row that cannot be read is given too, with what is wrong with it, so that it is counted in the same place.
 """
 
-import csv
-import glob
 import json
 import os
-import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,37 +16,52 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from modeling_unimur.images_unimur import MAX_BYTES
+from train.rows import (
+    FEATURES,
+    MAX_TEXT,
+    BadRowError,
+    Folder,
+    as_captions,
+    bad_row,
+    check_text,
+    is_image,
+    make_row,
+)
+from train.tars import Paths, Sample, find_tars, read_samples, tar_stem
+from train.text_files import listed, read_lines, read_table
 
 logger = logging.get_logger("train")
 
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "image": datasets.Image(decode=False),
-        "captions": datasets.List(datasets.Value("string")),
-        "source": datasets.Value("string"),
-        "license": datasets.Value("string"),
-        "url": datasets.Value("string"),
-    }
-)
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TABLES = (".jsonl", ".csv", ".parquet")
+DOWNLOADED = (
+    "",
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".avif",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+)  # each is a look at the disk
 CAPTION_COLUMNS = ("captions", "caption", "text")
 LAYOUTS = """expected one of
-  - a folder with metadata.jsonl or metadata.csv (file_name, and captions, caption or text) beside its images;
-  - img2dataset/webdataset shards: a .tar file, a folder of them, a pattern such as 'shards/*.tar', or a list;
-  - a CC3M .tsv, FROMAGe's or Google's, with --image_folder"""
-
-Paths = str | Path | Iterable[str | Path]
+  - a folder with metadata.jsonl, metadata.csv or metadata.parquet (file_name, and captions, caption or text) beside its
+    images, or the path of such a file;
+  - a folder of images with a .txt or .json of the same name beside each;
+  - img2dataset/webdataset archives: a .tar file (.tar.gz, .tgz), a folder of them, a pattern such as 'shards/*.tar' or
+    'shards/{00000..00331}.tar', or a list;
+  - a .tsv of captions and URLs or file names, as CC3M's and CC12M's, with --image_folder"""
 
 
 def load_pairs(path: Paths, image_folder: str | Path | None = None) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Reads pairs from whatever layout `path` has; shards are streamed and have no length.
+    Reads pairs from whatever layout `path` has; archives are streamed and have no length.
 
     Args:
-        path: an image folder, a tsv, or what [`shards`] takes.
+        path: an image folder, its metadata, a tsv, or what [`train.tars.find_tars`] takes.
         image_folder: of a tsv, where its images lie.
 
     Raises:
@@ -57,97 +69,141 @@ def load_pairs(path: Paths, image_folder: str | Path | None = None) -> datasets.
     """
     if isinstance(path, str | Path):
         path = Path(path)
-        if path.suffix == ".tsv" and path.is_file():
+        if path.suffix.lower() == ".tsv" and path.is_file():
             if image_folder is None:
                 raise ValueError(f"{path} names images: give the folder they lie in with --image_folder")
-            return read_cc3m_tsv(path, image_folder)
+            return read_tsv(path, image_folder)
+        if path.suffix.lower() in TABLES and path.is_file():
+            return read_image_folder(path.parent, path)
         if any((path / name).is_file() for name in METADATA):
             return read_image_folder(path)
-    return read_shards(path)
+        if path.is_dir() and not find_tars(path):
+            return read_named_alike(path)
+    return read_tars(path)
 
 
-def read_image_folder(folder: str | Path) -> datasets.Dataset:
+def read_image_folder(folder: str | Path, metadata: Path | None = None) -> datasets.Dataset:
     """
-    An image folder with `metadata.jsonl` or `metadata.csv`.
+    An image folder with its metadata: `metadata.jsonl`, `.csv` (any of `,`, `;`, tab) or `.parquet`.
 
-    A row whose file is absent stays, to be counted as `missing` in training; a warning counts them. So does another
-    the images without a row, which are not used, since nothing says what they show.
+    Rows that cannot be used are counted in training: `not_json`, `not_utf8`, `broken_row` (a quote that is not closed, fields
+    too many or too few), `no_file_name`, `outside_folder`, `no_caption_column`, and those of [`train.rows.as_captions`].
+    A row whose file is absent stays too, to be counted as `missing`; a warning counts them. So does another the images
+    without a row, which are not used, since nothing says what they show.
+
+    Args:
+        folder: that the images lie in.
+        metadata: another file than the first of `METADATA` in it.
 
     Raises:
-        ValueError: no metadata, or a row that is not JSON, names no file or has no caption column, by its number.
+        ValueError: no metadata or none that can be read, no row in it, or a csv without a needed column.
     """
     folder = Path(folder)
-    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    metadata = metadata or next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is None:
-        raise ValueError(f"{folder} has neither {' nor '.join(METADATA)}: {LAYOUTS}")
+        raise ValueError(f"{folder} has no {', '.join(METADATA)}: {LAYOUTS}")
+    named: set[str] = set()
+    pairs = _dataset(_folder_rows(folder, metadata, named), metadata)
     # One pass over the folder and one look-up a name: a file system answers far slower than a set.
-    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    named = {Path(row["file_name"]).as_posix() for _, row in _metadata_rows(metadata)}
+    files = _files(folder)
     _warn_absent(folder, metadata, sorted(name for name in named - files if not (folder / name).is_file()))
-    unused = sorted(name for name in files - named if name.lower().endswith(IMAGE_ENDINGS))
+    unused = sorted(name for name in files - named if is_image(name))
     if unused:
         logger.warning(
             f"{folder}: {len(unused)} images have no row in {metadata.name} and are not used, such as {unused[0]}"
         )
-    return _dataset(_folder_rows(folder, metadata), metadata)
+    return pairs
 
 
-def read_cc3m_tsv(tsv: str | Path, image_folder: str | Path) -> datasets.Dataset:
+def read_named_alike(folder: str | Path) -> datasets.Dataset:
     """
-    CC3M: FROMAGe's tsv (header `caption`, `image`) or Google's own (caption and URL, no header or `caption`, `url`).
+    A folder, and the folders within, of images with a caption beside each: `1.jpg` and `1.txt`, or img2dataset's `1.json`.
 
-    Google's images are looked for under the name the usual downloaders give, `<row>_<crc32 of the URL>`. In both
-    layouts the file may stand with or without an ending. Nothing is fetched. A row whose file is absent stays, to be
-    counted as `missing` in training; a warning counts them.
+    An image without either is counted as `empty_caption` in training; a warning counts the texts beside no image.
 
     Raises:
-        ValueError: `image_folder` is no folder, or a line does not have two columns.
+        ValueError: no image has a text beside it.
+    """
+    folder = Path(folder)
+    files = sorted(_files(folder))
+    images = [name for name in files if is_image(name)]
+    stems = {os.path.splitext(name)[0] for name in images}
+    texts = {name for name in files if name.lower().endswith((".txt", ".json"))}
+    if not any(os.path.splitext(name)[0] in stems for name in texts):
+        raise ValueError(f"{folder} has no known layout: {LAYOUTS}")
+    alone = sorted(name for name in texts if os.path.splitext(name)[0] not in stems and name.endswith(".txt"))
+    if alone:
+        logger.warning(f"{folder}: {len(alone)} texts lie beside no image and are not used, such as {alone[0]}")
+    by_stem: dict[str, list[str]] = {}
+    for name in sorted(texts):
+        by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+    return _dataset(_alike_rows(folder, images, by_stem), folder)
+
+
+def read_tsv(tsv: str | Path, image_folder: str | Path) -> datasets.Dataset:
+    """
+    Two columns, with a header that names them (`caption`; `image` or `url`) or without: FROMAGe's captions and file names,
+    CC3M's captions and URLs, CC12M's URLs and captions, which the first line tells apart.
+
+    Images behind a URL are looked for under the name the usual downloaders give, `<row>_<crc32 of the URL>`. A file may stand
+    with or without an ending. Nothing is fetched. A row whose file is absent stays, to be counted as `missing` in training;
+    a warning counts them. Others are counted as `broken_row` (not two columns), `not_utf8` and `outside_folder`.
+
+    Raises:
+        ValueError: `image_folder` is no folder, or there is no row.
     """
     if not Path(image_folder).is_dir():
         raise ValueError(f"--image_folder {image_folder} is not a folder: give the one in which {tsv}'s images lie")
     absent: list[str] = []
-    pairs = _dataset(_tsv_rows(Path(tsv), Path(image_folder), absent), tsv)
+    pairs = _dataset(_tsv_rows(Path(tsv), Folder(image_folder), absent), tsv)
     _warn_absent(image_folder, tsv, absent)
     return pairs
 
 
-def read_shards(path: Paths) -> datasets.IterableDataset:
+def read_tars(path: Paths) -> datasets.IterableDataset:
     """
-    img2dataset/webdataset tar shards, streamed. Loader workers share the shards between them; every process reads all
+    img2dataset/webdataset tar archives, streamed. Loader workers share the archives between them; every process reads all
     and decodes its own part of the pairs, so that several make the batches that one would make.
 
-    A sample without its image or caption is yielded with what it has, to be counted; a truncated shard ends early with
-    a warning and the next one goes on.
+    A sample's caption is its `.txt`, or else the `caption`, `captions` or `text` of its `.json`. A sample without its image
+    or caption is yielded with what it has, to be counted; so is what is wrong with an archive or a member, by the reasons of
+    [`train.tars.read_samples`], `not_utf8` and those of [`train.rows.as_captions`].
 
     Raises:
-        ValueError: there is no shard; the message lists the known layouts.
+        ValueError: there is no archive; the message lists the known layouts.
     """
-    found = [str(shard) for shard in shards(path)]
-    if not found:
+    tars = [str(tar) for tar in find_tars(path)]
+    if not tars:
         exists = not isinstance(path, str | Path) or Path(path).exists()
         raise ValueError(f"{path} {'has no known layout' if exists else 'does not exist'}: {LAYOUTS}")
-    return datasets.IterableDataset.from_generator(_shard_rows, features=FEATURES, gen_kwargs={"shards": found})
-
-
-def shards(path: Paths) -> list[Path]:
-    """The tar files of a path, in order: itself, those in its folder or of its pattern; a list's one after another."""
-    if not isinstance(path, str | Path):
-        return [shard for part in path for shard in shards(part)]
-    pattern = os.path.join(glob.escape(path), "*.tar") if os.path.isdir(path) else str(path)
-    # A file whose name happens to look like a pattern is meant as that file.
-    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-    return [Path(name) for name in found if name.endswith(".tar")]
+    return datasets.IterableDataset.from_generator(_tar_rows, features=FEATURES, gen_kwargs={"tars": tars})
 
 
 def streamed_length(path: Paths) -> int | None:
-    """How many pairs the shards hold by img2dataset's `_stats.json` files; `None` where one is missing."""
+    """How many pairs the archives hold by img2dataset's `_stats.json` files; `None` where one is missing or odd."""
     total = 0
-    for shard in shards(path):
-        stats = shard.with_name(f"{shard.stem}_stats.json")
+    for tar in find_tars(path):
+        stats = tar.with_name(f"{tar_stem(tar)}_stats.json")
         if not stats.is_file():
             return None
-        total += json.loads(stats.read_text())["successes"]
+        try:
+            count = json.loads(stats.read_bytes())["successes"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            count = None
+        if type(count) is not int or count < 0:
+            logger.warning(f"{stats} gives no number of 'successes', so that the archives' length is unknown")
+            return None
+        total += count
     return total
+
+
+def _files(folder: Path) -> set[str]:
+    """Every file's name in a folder and the folders within."""
+    found = set()
+    for where, _, names in os.walk(folder):
+        part = Path(where).relative_to(folder)
+        found |= {(part / name).as_posix() for name in names if not name.startswith(".")}
+    return found
 
 
 def _dataset(rows: Iterator[dict[str, Any]], origin: str | Path) -> datasets.Dataset:
@@ -169,116 +225,163 @@ def _warn_absent(folder: str | Path, listing: str | Path, absent: list[str]) -> 
         )
 
 
-def _metadata_rows(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with the words that name it in an error."""
-    with metadata.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a mark in front
-        lines = csv.DictReader(file) if metadata.suffix == ".csv" else (line for line in file if line.strip())
-        for number, row in enumerate(lines, 1):
-            where = f"{metadata}, row {number}"
-            if isinstance(row, str):
-                try:
-                    row = json.loads(row)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not JSON ({error}); expected one object a line") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where}: expected an object, got a {type(row).__name__}")
-            if not row.get("file_name") or not isinstance(row["file_name"], str):
-                raise ValueError(f"{where}: no 'file_name'; it must give the image's path inside the folder")
-            yield where, row
-
-
-def _folder_rows(folder: Path, metadata: Path) -> Iterator[dict[str, Any]]:
-    for where, row in _metadata_rows(metadata):
-        column = next((name for name in CAPTION_COLUMNS if name in row), None)
-        if column is None:
-            raise ValueError(
-                f"{where}: none of {', '.join(map(repr, CAPTION_COLUMNS))}; it has {', '.join(map(str, row))}"
-            )
-        captions = row[column] if isinstance(row[column], list) else [row[column]]
-        if not all(caption is None or isinstance(caption, str) for caption in captions):
-            raise ValueError(f"{where}: {column!r} must be a text or a list of texts, got {row[column]!r}")
-        yield {
-            "id": row["file_name"],
-            "image": {"bytes": None, "path": str(folder / row["file_name"])},
-            "captions": [caption for caption in captions if caption is not None],
-            "source": str(folder),
-            "license": _text(row.get("license")),
-            "url": _text(row.get("url")) or _text(row.get("flickr_url")),
-        }
-
-
-def _tsv_rows(tsv: Path, folder: Path, absent: list[str]) -> Iterator[dict[str, Any]]:
-    with tsv.open(encoding="utf-8", newline="") as file:
-        # Quotes are part of a caption, and "null" or "NA" are captions too.
-        lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        number = -1  # of the row, from 0, as the downloaders count
-        for line in lines:
-            if not line or (number < 0 and line in (["caption", "image"], ["caption", "url"])):
-                continue
-            number += 1
-            if len(line) != 2:
-                raise ValueError(
-                    f"{tsv}, line {lines.line_num}: expected two columns, caption and image or URL, got {len(line)}"
-                )
-            caption, where = line
-            url = where if where.startswith(("http://", "https://")) else None
-            name = f"{number}_{zlib.crc32(where.encode())}" if url else where
-            candidates = [folder / (name + ending) for ending in ("", *IMAGE_ENDINGS)]
-            path = next((c for c in candidates if c.is_file()), None)
-            if path is None:
-                absent.append(name)
-            yield {
-                "id": name, "image": {"bytes": None, "path": str(path or candidates[0])}, "captions": [caption],
-                "source": str(tsv), "license": None, "url": url,
-            }  # fmt: skip
-
-
-def _shard_rows(shards: list[str]) -> Iterator[dict[str, Any]]:
-    for shard in shards:
-        sample: dict[str, bytes] = {}
-        key, complete = None, 0
+def _folder_rows(folder: Path, metadata: Path, named: set[str]) -> Iterator[dict[str, Any]]:
+    bounds = Folder(folder)
+    for number, record in enumerate(read_table(metadata)):
+        values = record.values
+        if not number and metadata.suffix.lower() == ".csv" and isinstance(values, dict):
+            _check_columns(metadata, values)
         try:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    # The ending is what follows the last dot: keys themselves may hold dots.
-                    stem, _, ending = member.name.rpartition(".")
-                    # No sample: a file without an ending, or one that an archiver leaves behind (`._000.jpg`).
-                    if not member.isfile() or not os.path.basename(stem) or os.path.basename(stem).startswith("."):
-                        continue
-                    if stem != key and key is not None:
-                        yield _sample(shard, key, sample)
-                        sample, complete = {}, complete + 1
-                    key = stem
-                    # One byte more than is decoded, so that a larger one is known for what it is.
-                    sample[ending.lower()] = tar.extractfile(member).read(MAX_BYTES + 1)
-                # tarfile takes a cut or broken header for the end; the end is a block of zeros.
-                tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("the archive has no end")
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            logger.warning(
-                f"{shard} ends early, {complete} samples in, at {key!r} ({error}); the rest of it is not used: "
-                "fetch or write it again"
-            )
-        if key is not None:
-            yield _sample(shard, key, sample)
+            if isinstance(values, BadRowError):
+                raise values
+            row = _folder_row(bounds, values)
+            named.add(Path(row["id"]).as_posix())
+            yield row
+        except BadRowError as error:
+            yield bad_row(record.where, error, str(folder))
 
 
-def _sample(shard: str, key: str, files: dict[str, bytes]) -> dict[str, Any]:
+def _check_columns(metadata: Path, values: dict[str, Any]) -> None:
+    """A csv says its columns once, so that one without a needed one is wrong as a whole."""
+    if "file_name" not in values or not set(CAPTION_COLUMNS) & values.keys():
+        raise ValueError(
+            f"{metadata} has the columns {', '.join(values)}: expected 'file_name', an image's path inside the folder, and "
+            f"one of {', '.join(map(repr, CAPTION_COLUMNS))}"
+        )
+
+
+def _folder_row(bounds: Folder, values: dict[str, Any]) -> dict[str, Any]:
+    name = values.get("file_name")
+    if not name or not isinstance(name, str):
+        raise BadRowError("no_file_name", "no 'file_name'; it must give the image's path inside the folder")
+    path = bounds.file(check_text(name, "'file_name'"))
+    return make_row(
+        name, {"bytes": None, "path": str(path)}, _captions(values), str(bounds.path), license=values.get("license"),
+        url=values.get("url") or values.get("flickr_url"),
+    )  # fmt: skip
+
+
+def _captions(values: dict[str, Any]) -> list[str]:
+    """The captions of a metadata row or of a sample's json."""
+    present = [name for name in CAPTION_COLUMNS if name in values]
+    if not present:
+        raise BadRowError(
+            "no_caption_column", f"none of {', '.join(map(repr, CAPTION_COLUMNS))}; it has {list(values)}"
+        )
+    column = next((name for name in present if values[name] is not None), present[0])
+    value = listed(values[column], repr(column)) if column == "captions" else values[column]
+    return as_captions(value, repr(column))
+
+
+def _alike_rows(folder: Path, images: list[str], texts: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
+    bounds = Folder(folder)
+    for name in images:
+        files = {}
+        try:
+            path = bounds.file(name)
+            for text in texts.get(os.path.splitext(name)[0], ()):
+                with bounds.file(text).open("rb") as file:
+                    files[text.rpartition(".")[2].lower()] = file.read(MAX_TEXT + 1)
+            about = _about(files)
+            captions = _sample_captions(files, about)
+        except BadRowError as error:
+            yield bad_row(name, error, str(folder))
+            continue
+        yield make_row(
+            name, {"bytes": None, "path": str(path)}, captions, str(folder), license=about.get("license"),
+            url=about.get("url"),
+        )  # fmt: skip
+
+
+def _tsv_rows(tsv: Path, bounds: Folder, absent: list[str]) -> Iterator[dict[str, Any]]:
+    columns: tuple[int, int] | None = None  # of the caption and of the image
+    number = -1  # of the row, from 0, as the downloaders count
+    for line in read_lines(tsv):
+        # Quotes are part of a caption, and "null" or "NA" are captions too.
+        fields = line.text.rstrip("\r\n").split("\t")
+        if fields == [""] and line.problem is None:
+            continue
+        if columns is None:
+            columns, header = _tsv_columns(fields)
+            if header:
+                continue
+        number += 1
+        try:
+            if line.problem is not None:
+                raise line.problem
+            yield _tsv_row(fields, columns, number, tsv, bounds, absent)
+        except BadRowError as error:
+            yield bad_row(f"{tsv}, line {line.number}", error, str(tsv))
+
+
+def _tsv_columns(fields: list[str]) -> tuple[tuple[int, int], bool]:
+    """Which column is the caption and which names the image, and whether the first line says it as a header."""
+    names = [name.strip().lower() for name in fields]
+    image = next((name for name in ("image", "url") if name in names), None)
+    if image is not None and "caption" in names and len(names) == 2:
+        return (names.index("caption"), names.index(image)), True
+    if _is_url(fields[0]) and not _is_url(fields[-1]):
+        return (1, 0), False
+    return (0, 1), False
+
+
+def _tsv_row(
+    fields: list[str], columns: tuple[int, int], number: int, tsv: Path, bounds: Folder, absent: list[str]
+) -> dict[str, Any]:
+    if len(fields) != 2:
+        raise BadRowError("broken_row", f"expected two columns, caption and image or URL, got {len(fields)}")
+    caption, where = (fields[column] for column in columns)
+    check_text(caption, "the caption")
+    name = f"{number}_{zlib.crc32(where.encode())}" if _is_url(where) else where
+    candidates = [bounds.file(name + ending) for ending in DOWNLOADED]
+    path = next((c for c in candidates if c.is_file()), None)
+    if path is None:
+        absent.append(name)
+    image = {"bytes": None, "path": str(path or candidates[0])}
+    return make_row(name, image, [caption], str(tsv), url=where if _is_url(where) else None)
+
+
+def _is_url(value: str) -> bool:
+    return value.startswith(("http://", "https://"))
+
+
+def _tar_rows(tars: list[str]) -> Iterator[dict[str, Any]]:
+    for tar in tars:
+        for sample in read_samples(Path(tar)):
+            name = f"{tar_stem(Path(tar))}/{sample.key}"
+            if sample.problem is not None and sample.problem.reason == "broken_archive":
+                logger.warning(str(sample.problem))
+            try:
+                yield _tar_row(name, sample, tar)
+            except BadRowError as error:
+                yield bad_row(name, error, tar)
+
+
+def _tar_row(name: str, sample: Sample, tar: str) -> dict[str, Any]:
+    if sample.problem is not None:
+        raise sample.problem
+    about = _about(sample.files)
+    image = None if sample.image is None else {"bytes": sample.image, "path": None}
+    captions = _sample_captions(sample.files, about)
+    return make_row(name, image, captions, tar, license=about.get("license"), url=about.get("url"))
+
+
+def _about(files: dict[str, bytes]) -> dict[str, Any]:
+    """A sample's json; one that is not an object says nothing."""
     try:
         about = json.loads(files.get("json", b"{}"))
-    except ValueError:  # neither JSON nor UTF-8: it only adds to the pair
+    except (ValueError, RecursionError):  # neither JSON nor UTF-8: it only adds to the pair
         about = {}
-    if not isinstance(about, dict):
-        about = {}
-    caption = files.get("txt", b"").decode("utf-8", "replace").strip() or _text(about.get("caption"))
-    image = next((files[e[1:]] for e in IMAGE_ENDINGS if e[1:] in files), None)
-    return {
-        "id": f"{Path(shard).stem}/{key}", "image": None if image is None else {"bytes": image, "path": None},
-        "captions": [caption] if caption else [], "source": shard,
-        "license": _text(about.get("license")), "url": _text(about.get("url")),
-    }  # fmt: skip
+    return about if isinstance(about, dict) else {}
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def _sample_captions(files: dict[str, bytes], about: dict[str, Any]) -> list[str]:
+    """The text of a sample, or else the captions of its json."""
+    try:
+        caption = files.get("txt", b"").decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadRowError("not_utf8", f"its .txt is not UTF-8 ({error.reason} at byte {error.start})") from error
+    if caption:
+        return as_captions(caption, "its .txt")
+    present = set(CAPTION_COLUMNS) & about.keys()
+    return _captions(about) if present else []

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 from transformers.utils import is_gguf_available, logging
 
-from train.shards import sha256
+from train.cache import sha256
 
 logger = logging.get_logger("train")
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,21 +27,28 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.images_unimur import BadImageError, decode_image
 from modeling_unimur.pool_arrow import write_arrow
 from modeling_unimur.pool_files import EXTRAS, adopt
+from train.cache import sha256, write_json
 from train.collate import SkipCounter
-from train.data import IMAGE_ENDINGS
+from train.command import run_command
 from train.extract import content_hash, image_hints, values_hash
-from train.shards import sha256, write_json
+from train.rows import BadRowError, Folder, check_text, is_image, printable
+from train.text_files import read_lines
+
+logger = logging.get_logger("train")
 
 MANIFESTS = "manifests"
+STRING = datasets.Value("string")
 SOURCES = {
-    "image": datasets.Features({"id": datasets.Value("string"), "image": datasets.Image(decode=False)}),
-    "text": datasets.Features({"id": datasets.Value("string"), "text": datasets.Value("string")}),
+    "image": datasets.Features({"id": STRING, "image": datasets.Image(decode=False), "problem": STRING}),
+    "text": datasets.Features({"id": STRING, "text": STRING, "problem": STRING}),
 }
+Item = tuple[str, Any, str | None]  # id, candidate, why it cannot be read
 
 
 @dataclass
@@ -52,11 +60,13 @@ class EmbedArguments:
     images: str | None = field(
         default=None,
         metadata={
-            "help": "A folder of images (ids: their paths in it) or a saved dataset with 'image' and maybe 'id'."
+            "help": "A folder of images (ids: their paths in it) or a saved dataset with 'image' and maybe 'id'. What has "
+            "no image's ending is named in a warning; a link that leads out of the folder is left out."
         },
     )
     texts: str | None = field(
-        default=None, metadata={"help": "A text a line, or a .jsonl with 'text' and maybe 'id' (text-<row> if not)."}
+        default=None,
+        metadata={"help": "A text a line, or a .jsonl with 'text' and maybe 'id' (text-<row> if not); UTF-8."},
     )
     shard_size: int = field(default=10_000, metadata={"help": "Candidates a file."})
     batch_size: int = field(default=32, metadata={"help": "Candidates a forward pass."})
@@ -96,13 +106,14 @@ def main(argv: list[str] | None = None) -> CandidatePool | None:
         The pool, memory-mapped; `None` in processes other than the main one.
 
     Raises:
-        ValueError: nothing to embed, an id twice, a corrupt shard, or one of another model or of other candidates.
+        ValueError: nothing to embed, a duplicate id, a corrupt shard, or one of another model or of other candidates.
         OSError: the disk is full; the message says where the run stopped.
         TooManyBadPairsError: more than `--max_bad_share` of a process's candidates were left out.
     """
-    (args,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(EmbedArguments)  # type: ignore[arg-type]  # whose hints know no dataclass
+    (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     # Devices of unlike speed wait for each other at the end, beyond the half hour that is usual.
-    # Told nothing, accelerate runs each of several CPU processes as if it were alone.
+    # By itself accelerate runs each of several CPU processes as if it were alone.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
@@ -172,8 +183,8 @@ def read_sources(args: EmbedArguments) -> dict[str, datasets.Dataset]:
     ids = datasets.concatenate_datasets([s.select_columns("id") for s in sources.values()]).data.column("id")
     if pc.count_distinct(ids).as_py() < len(ids):
         counts = pc.value_counts(ids)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        raise ValueError(f"the id {twice!r} stands twice; ids must be unique over images and texts")
+        duplicate = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        raise ValueError(f"duplicate id {duplicate!r}: ids must be unique over images and texts")
     return sources
 
 
@@ -188,35 +199,52 @@ def read_images(path: Path) -> datasets.Dataset:
         if "id" not in rows.column_names:
             rows = rows.add_column("id", [f"image-{i}" for i in range(len(rows))])
         rows = rows.select_columns(["id", "image"]).cast_column("image", datasets.Image(decode=False))
-        return rows.cast_column("id", datasets.Value("string"))
+        return rows.cast_column("id", STRING)
     if not path.is_dir():
         raise ValueError(f"--images {path} is neither a folder of images nor a saved dataset")
-    files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.name.lower().endswith(IMAGE_ENDINGS))
-    root = path.resolve()
-    return _table("image", ((name, {"bytes": None, "path": str(root / name)}) for name in files))
+    names = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file() or f.is_symlink())
+    others = Counter(Path(name).suffix for name in names if not is_image(name))
+    if others:
+        kinds = ", ".join(f"{count} {ending or 'without one'}" for ending, count in others.most_common(5))
+        logger.warning(f"{path}: {others.total()} files have no image's ending and are passed over: {kinds}")
+    return _table("image", _images(Folder(path.resolve()), [name for name in names if is_image(name)]))
 
 
-def _texts(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        for row, line in enumerate(file):
-            name, text = f"text-{row}", line.rstrip("\n")
-            if path.suffix == ".jsonl":
-                try:
-                    data = json.loads(line)
-                    name, text = str(data.get("id", name)), data["text"]
-                except (ValueError, KeyError, AttributeError) as error:
-                    raise ValueError(
-                        f"{path}, line {row + 1}: expected an object with 'text', got {line[:60]!r}"
-                    ) from error
-            yield name, text
+def _images(folder: Folder, names: Sequence[str]) -> Iterator[Item]:
+    for name in names:
+        try:
+            yield printable(name), {"bytes": None, "path": str(folder.file(name))}, None
+        except BadRowError as error:
+            yield printable(name), None, error.reason
 
 
-def _table(kind: str, pairs: Iterator[tuple[str, Any]]) -> datasets.Dataset:
+def _texts(path: Path) -> Iterator[Item]:
+    for line in read_lines(path):
+        name, text, problem = f"text-{line.number - 1}", line.text.rstrip("\r\n"), line.problem
+        if path.suffix == ".jsonl" and problem is None:
+            try:
+                data = json.loads(text)
+                name, text = printable(str(data.get("id", name))), data["text"]
+            except (ValueError, KeyError, AttributeError, RecursionError):
+                problem = BadRowError("not_json", f"expected an object with 'text', got {text[:60]!r}")
+        try:
+            if problem is not None:
+                raise problem
+            if not isinstance(text, str):
+                raise BadRowError("no_text", f"'text' must be a text, got {type(text).__name__}")
+            yield name, check_text(text, "the text"), None
+        except BadRowError as error:
+            logger.warning(f"{path}, line {line.number} is left out ({error.reason}): {error}")
+            yield name, None, error.reason
+
+
+def _table(kind: str, items: Iterator[Item]) -> datasets.Dataset:
     chunks = []  # millions of Python objects weigh several times their Arrow table
-    while chunk := list(islice(pairs, 10_000)):
-        ids, items = zip(*chunk, strict=True)
-        chunks.append(datasets.Dataset.from_dict({"id": ids, kind: items}, features=SOURCES[kind]))
-    empty = datasets.Dataset.from_dict({"id": [], kind: []}, features=SOURCES[kind])
+    while chunk := list(islice(items, 10_000)):
+        ids, candidates, problems = zip(*chunk, strict=True)
+        rows = {"id": ids, kind: candidates, "problem": problems}
+        chunks.append(datasets.Dataset.from_dict(rows, features=SOURCES[kind]))
+    empty = datasets.Dataset.from_dict({"id": [], kind: [], "problem": []}, features=SOURCES[kind])
     return datasets.concatenate_datasets(chunks) if chunks else empty
 
 
@@ -224,21 +252,27 @@ def embed(
     model: UniMuRModel, shard: Shard, rows: datasets.Dataset, made_by: dict[str, Any], args: EmbedArguments, total: int
 ) -> dict[str, Any]:
     """Embeds one shard and writes it with its manifest, which is returned. Raises `OSError` saying where it stopped."""
-    folder, ids, items, parts, left_out = Path(args.output), [], [], [], []
+    folder, embed_items = Path(args.output), model.embed_images if shard.kind == "image" else model.embed_texts
+    ids: list[str] = []
+    items: list[Any] = []
+    parts: list[torch.Tensor] = []
+    left_out: list[list[str]] = []
     for start in range(0, len(rows), args.batch_size):
-        batch, good = rows[start : start + args.batch_size], []
-        for name, item in zip(batch["id"], batch[shard.kind], strict=True):
-            reason, read = readable(shard.kind, item)
+        batch = rows[start : start + args.batch_size]
+        good: list[Any] = []
+        problems = batch.get("problem", [None] * len(batch["id"]))
+        for name, item, problem in zip(batch["id"], batch[shard.kind], problems, strict=True):
+            reason, read = (problem, None) if problem else readable(shard.kind, item)
             if reason is not None:
                 left_out.append([name, reason])
                 continue
             good.append(read)
             ids.append(name)
             items.append(item)
-        embed_items = model.embed_images if shard.kind == "image" else model.embed_texts
-        parts.append(embed_items(good, batch_size=args.batch_size))
+        if good:
+            parts.append(embed_items(good, batch_size=args.batch_size))
     path = folder / shard.file
-    manifest = {"file": path.name, "rows": len(ids), "sha256": None, "bytes": 0, "made_by": made_by}
+    manifest: dict[str, Any] = {"file": path.name, "rows": len(ids), "sha256": None, "bytes": 0, "made_by": made_by}
     manifest |= {"inputs": inputs(rows, args), "left_out": left_out}
     if shard.kind == "image":
         manifest |= {"hints": hints(rows), "content": content(rows)}
@@ -273,12 +307,12 @@ def readable(kind: str, item: Any) -> tuple[str | None, Any]:
 def verified(
     folder: Path, shard: Shard, rows: datasets.Dataset, made_by: dict[str, Any], args: EmbedArguments
 ) -> dict[str, Any] | None:
-    """The manifest of a shard that stands already, `None` where there is none; refuses one that is not what it says."""
+    """The manifest of a shard that is written already, `None` where there is none; refuses one whose files differ."""
     path = folder / MANIFESTS / f"{shard.name}.json"
     if not path.is_file():
         return None
     manifest = json.loads(path.read_text())
-    again = f"remove {path} and run again to embed it anew"
+    again = f"remove {path} and run again to embed it once more"
     same = manifest["inputs"] == inputs(rows, args)
     if shard.kind == "image" and same:  # the files are read again only where they look changed
         same = manifest["hints"] == hints(rows) or manifest["content"] == content(rows)
@@ -290,7 +324,7 @@ def verified(
             raise ValueError(f"shard {shard.name} in {folder} was {what}: give another --output, or {again}")
     data = folder / manifest["file"]
     if manifest["rows"] and (not data.is_file() or sha256(data) != manifest["sha256"]):
-        raise ValueError(f"shard {shard.name} is corrupt: {data} is not the file that its manifest tells of; {again}")
+        raise ValueError(f"shard {shard.name} is corrupt: {data} is not the file of its manifest; {again}")
     return manifest
 
 
@@ -336,4 +370,4 @@ def assemble(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

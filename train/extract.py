@@ -17,19 +17,19 @@ from transformers.utils import logging
 
 from modeling_unimur import UniMuRModel, UniMuRProcessor
 from modeling_unimur.images_unimur import MAX_BYTES, BadImageError
-from train.collate import SkipCounter
-from train.shards import Shard
+from train.cache import Part
+from train.collate import SkipCounter, known_problem
 
 logger = logging.get_logger("train")
 
 
 @torch.no_grad()
-def image_shards(
-    images: datasets.Dataset, model: UniMuRModel, shards: list[tuple[int, range]], batch_size: int, workers: int,
+def image_parts(
+    images: datasets.Dataset, model: UniMuRModel, parts: list[tuple[int, range]], batch_size: int, workers: int,
     rates: "Rates",
-) -> Iterator[Shard]:  # fmt: skip
-    """Decodes ahead in worker processes, over all shards in one go, and encodes here."""
-    batches = [(n, list(rows[i : i + batch_size])) for n, rows in shards for i in range(0, len(rows), batch_size)]
+) -> Iterator[Part]:  # fmt: skip
+    """Decodes ahead in worker processes, over all parts in one go, and encodes here."""
+    batches = [(n, list(rows[i : i + batch_size])) for n, rows in parts for i in range(0, len(rows), batch_size)]
     loader = DataLoader(
         _Rows(images), batch_sampler=[rows for _, rows in batches], num_workers=workers,
         collate_fn=Decode(model.processor), pin_memory=model.device.type == "cuda",
@@ -37,8 +37,8 @@ def image_shards(
     widths = {"image_features": model.config.image_feature_width, "image_embeds": model.config.clip_width}
     with tqdm(total=sum(len(rows) for _, rows in batches), desc="CLIP features", unit="image") as bar:
         decoded = zip(batches, loader, strict=True)
-        for number, rows in shards:
-            parts = {name: [np.empty((0, width), np.float32)] for name, width in widths.items()}
+        for number, rows in parts:
+            columns = {name: [np.empty((0, width), np.float32)] for name, width in widths.items()}
             left_out, contents, counts = [], [], SkipCounter()
             for _ in range(0, len(rows), batch_size):
                 (_, indices), batch = next(decoded)
@@ -46,7 +46,7 @@ def image_shards(
                 if batch["pixels"] is not None:
                     values = model.encode_images(batch["pixels"].to(model.device, non_blocking=True))
                     for name, value in zip(widths, values, strict=True):
-                        parts[name].append(value.cpu().numpy())
+                        columns[name].append(value.cpu().numpy())
                 rates.add(len(batch["kept"]), batch["seconds"], time.perf_counter() - start)
                 kept = set(batch["kept"])
                 left_out += [i for at, i in enumerate(indices) if at not in kept]
@@ -58,7 +58,7 @@ def image_shards(
                 "seen": len(rows), "skipped": dict(counts.counts), "examples": counts.examples, "left_out": left_out,
                 "content": values_hash(contents),
             }  # fmt: skip
-            yield number, {name: np.concatenate(values) for name, values in parts.items()}, notes
+            yield number, {name: np.concatenate(values) for name, values in columns.items()}, notes
 
 
 class _Rows(Dataset):
@@ -81,6 +81,10 @@ class Decode:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         start, images, kept, problems = time.perf_counter(), [], [], []
         for position, row in enumerate(rows):
+            problem, message = known_problem(row)
+            if problem is not None:
+                problems.append((problem, f"{row['id']!r}: {message}"))
+                continue
             try:
                 images.append(self.processor.decode(row["image"]))
                 kept.append(position)
@@ -105,11 +109,11 @@ class Rates:
         if not self.images:
             return {}
         rates = {"decode": self.images * self.workers / self.decode, "encode": self.images / self.encode}
-        said = f"images/s: decode {rates['decode']:.0f} by {self.workers} process(es), encode {rates['encode']:.0f}"
+        message = f"images/s: decode {rates['decode']:.0f} by {self.workers} process(es), encode {rates['encode']:.0f}"
         if rates["decode"] < rates["encode"]:
-            logger.warning(f"{said}: decoding is what limits the rate; raise --dataloader_num_workers")
+            logger.warning(f"{message}: decoding is what limits the rate; raise --dataloader_num_workers")
         else:
-            logger.info(said)
+            logger.info(message)
         return rates
 
 

@@ -16,11 +16,11 @@ from transformers import PreTrainedConfig
 
 from modeling_unimur import UniMuRModel
 from modeling_unimur.identity_unimur import digest, named_weights
+from train.cache import CachedArray, CachedTable, Part, build_cache
 from train.collate import SkipCounter, drawn_caption, usable_captions
-from train.extract import Rates, content_hash, image_hints, image_shards, values_hash
-from train.shards import Shard, ShardedArray, ShardedTable, build_shards
+from train.extract import Rates, content_hash, image_hints, image_parts, values_hash
 
-SHARD_ROWS = 4096  # a multiple of the batch sizes below, so that shards do not change the batches
+PART_ROWS = 4096  # a multiple of the batch sizes below, so that parts do not change the batches
 
 
 class CachedPairs(Dataset):
@@ -32,21 +32,21 @@ class CachedPairs(Dataset):
 
     Attributes:
         rows (`datasets.Dataset`): the pairs that were kept, without `image`.
-        images, captions: `ShardedArray`s by name.
+        images, captions: `CachedArray`s by name.
         rates: images a second of `decode` alone by all workers and of `encode` alone; empty where all was cached.
     """
 
-    def __init__(self, rows: datasets.Dataset, table: ShardedTable, temporary: Any = None):
+    def __init__(self, rows: datasets.Dataset, table: CachedTable, temporary: Any = None):
         self.rows, self.table, self.caption_table, self.starts = rows, table, None, None
         self.rates: dict[str, float] = {}
         self._temporary = [temporary]  # a folder nobody named lives as long as what was read from it
 
     @property
-    def images(self) -> dict[str, ShardedArray]:
+    def images(self) -> dict[str, CachedArray]:
         return self.table.columns
 
     @property
-    def captions(self) -> dict[str, ShardedArray]:
+    def captions(self) -> dict[str, CachedArray]:
         return {} if self.caption_table is None else self.caption_table.columns
 
     def __len__(self) -> int:
@@ -70,31 +70,31 @@ def cache_image_features(
     folder: str | Path | None = None, workers: int = 0,
 ) -> CachedPairs:  # fmt: skip
     """
-    What `W_i2t` reads and what eq. 3-5 align with, written once as shards; bad images lose their row and are counted.
+    What `W_i2t` reads and what eq. 3-5 align with, written once as parts; bad images lose their row and are counted.
 
     Args:
         images: rows with an undecoded `image` and an `id`.
         model: its CLIP and its `image_feature` choice are used.
         skips: receives the counts, whether they are new or the manifest's.
-        folder: of the shards; a temporary one by default.
+        folder: of the parts; a temporary one by default.
         workers: processes that decode; 0 decodes in this one.
 
     Raises:
-        StaleCacheError, CorruptShardError, OSError: see [`train.shards.build_shards`].
+        StaleCacheError, CorruptCacheError, OSError: see [`train.cache.build_cache`].
     """
     temporary = tempfile.TemporaryDirectory() if folder is None else None
     folder = Path(folder or temporary.name)
-    shards = [range(s, min(s + SHARD_ROWS, len(images))) for s in range(0, len(images), SHARD_ROWS)]
+    parts = [range(s, min(s + PART_ROWS, len(images))) for s in range(0, len(images), PART_ROWS)]
     rates = Rates(workers)
 
-    def make(numbers: list[int]) -> Iterator[Shard]:
-        return image_shards(images, model, [(n, shards[n]) for n in numbers], batch_size, workers, rates)
+    def make(numbers: list[int]) -> Iterator[Part]:
+        return image_parts(images, model, [(n, parts[n]) for n in numbers], batch_size, workers, rates)
 
     def changed(number: int, name: str, record: dict) -> bool:
         # Where a file lies and when it was written is a hint that is cheap to look at; what counts is its bytes.
         return (
             name != "images"
-            or values_hash(content_hash(images[i]["image"]) for i in shards[number]) != record["content"]
+            or values_hash(content_hash(images[i]["image"]) for i in parts[number]) != record["content"]
         )
 
     identity = {
@@ -111,16 +111,16 @@ def cache_image_features(
             "ids": values_hash(images[rows.start : rows.stop]["id"]),
             "images": values_hash(image_hints(images, rows)),
         }
-        for rows in shards
+        for rows in parts
     ]
-    records = build_shards(folder, identity, sources, make, changed=changed, **_alone(temporary))
+    records = build_cache(folder, identity, sources, make, changed=changed, **_alone(temporary))
     for record in records:
         skips.update(record["skipped"], record["seen"], record["examples"])
     left_out = {i for record in records for i in record["left_out"]}
     rows = images.remove_columns("image")
     if left_out:
         rows = rows.select([i for i in range(len(rows)) if i not in left_out])
-    pairs = CachedPairs(rows, ShardedTable(folder, len(shards)), temporary)
+    pairs = CachedPairs(rows, CachedTable(folder, len(parts)), temporary)
     pairs.rates = rates.report()
     return pairs
 
@@ -134,21 +134,21 @@ def cache_caption_states(
 
     Args:
         pairs: of [`cache_image_features`].
-        folder: of the shards; a temporary one by default.
+        folder: of the parts; a temporary one by default.
 
     Returns:
         The pairs with them; what was given stays as it is, so that several LLMs can share it.
 
     Raises:
-        StaleCacheError, CorruptShardError, OSError: see [`train.shards.build_shards`].
+        StaleCacheError, CorruptCacheError, OSError: see [`train.cache.build_cache`].
     """
     temporary = tempfile.TemporaryDirectory() if folder is None else None
     folder = Path(folder or temporary.name)
     with_states = states_are_frozen(model)
-    shards = [range(s, min(s + SHARD_ROWS, len(pairs))) for s in range(0, len(pairs), SHARD_ROWS)]
-    texts = [[usable_captions(row) for row in pairs.rows[rows.start : rows.stop]["captions"]] for rows in shards]
+    parts = [range(s, min(s + PART_ROWS, len(pairs))) for s in range(0, len(pairs), PART_ROWS)]
+    texts = [[usable_captions(row) for row in pairs.rows[rows.start : rows.stop]["captions"]] for rows in parts]
 
-    def make(numbers: list[int]) -> Iterator[Shard]:
+    def make(numbers: list[int]) -> Iterator[Part]:
         for number in tqdm(numbers, desc="captions"):
             flat = [caption for row in texts[number] for caption in row]
             yield number, _encode_captions(flat, model, batch_size, with_states), {}
@@ -167,13 +167,13 @@ def cache_caption_states(
             "dtype of the LLM": str(model.language_model.dtype),
             "[RET]": digest([("ret_embedding", model.ret_embedding)]),
         }
-    sources = [{"rows": _span(rows), "captions": values_hash(part)} for rows, part in zip(shards, texts, strict=True)]
-    build_shards(folder, identity, sources, make, **_alone(temporary))
-    found = copy(pairs)
-    found.caption_table = ShardedTable(folder, len(shards))
-    found.starts = [0, *accumulate(len(row) for part in texts for row in part)]
-    found._temporary = [*pairs._temporary, temporary]
-    return found
+    sources = [{"rows": _span(rows), "captions": values_hash(part)} for rows, part in zip(parts, texts, strict=True)]
+    build_cache(folder, identity, sources, make, **_alone(temporary))
+    with_captions = copy(pairs)
+    with_captions.caption_table = CachedTable(folder, len(parts))
+    with_captions.starts = [0, *accumulate(len(row) for part in texts for row in part)]
+    with_captions._temporary = [*pairs._temporary, temporary]
+    return with_captions
 
 
 def states_are_frozen(model: UniMuRModel) -> bool:
@@ -192,7 +192,7 @@ class MatchingStates(Dataset):
 
     Attributes:
         ret_states `(captions, d)`, text_embeds `(captions, clip_width)`, image_features `(images, c)`, image_embeds
-            `(images, clip_width)`: [`ShardedArray`]s.
+            `(images, clip_width)`: [`CachedArray`]s.
         starts: the captions of pair i are those from `starts[i]` to before `starts[i + 1]`.
         epoch (`int`): as [`train.collate.PairCollator`]'s; `collate` draws by it.
 
@@ -242,15 +242,15 @@ class MatchingStates(Dataset):
 
 
 def _alone(temporary: Any) -> dict[str, int]:
-    """A temporary folder is the process's own, so it makes every shard itself."""
+    """A temporary folder is the process's own, so it makes every part itself."""
     return {} if temporary is None else {"rank": 0, "world": 1}
 
 
 def _computes(config: PreTrainedConfig) -> str:
     """A hash of what a tower's config says beside its weights, such as its activation; not of where it came from."""
-    said = config.to_diff_dict()
+    settings = config.to_diff_dict()
     origin = ("architectures", "dtype", "transformers_version")
-    return values_hash([[k, str(said[k])] for k in sorted(said) if not k.startswith("_") and k not in origin])
+    return values_hash([[k, str(settings[k])] for k in sorted(settings) if not k.startswith("_") and k not in origin])
 
 
 def _span(rows: range) -> str:

@@ -56,7 +56,7 @@ class HeldOut:
 @dataclass
 class Replies:
     """
-    Held-out queries and what is right for each: rows `(n, ...)`; where a reply has no text or no image, its row is zero.
+    Held-out queries and the labels of each: rows `(n, ...)`; where a reply has no text or no image, its row is zero.
 
     Attributes:
         queries, texts: states `(n, d)` of the contexts and of their reply's words.
@@ -83,8 +83,8 @@ class Replies:
         images = queries @ F.normalize(image_map(self.images[view][self.has_image]), dim=-1).T
         texts = queries @ F.normalize(text_map(self.texts[self.has_text]), dim=-1).T
         second = texts.topk(2, dim=1).values[:, 1] if texts.shape[1] > 1 else texts.new_full((len(texts),), -torch.inf)
-        shown = (images.amax(1) > second)[self.has_image]
-        hits = first(texts[self.has_text]).sum() + (first(images[self.has_image]) & shown).sum()
+        is_shown = (images.amax(1) > second)[self.has_image]
+        hits = first(texts[self.has_text]).sum() + (first(images[self.has_image]) & is_shown).sum()
         return (hits / (self.has_text.sum() + self.has_image.sum())).item()
 
     def image_recall(self, text_map: Any, view: str = "projected") -> float:
@@ -121,13 +121,13 @@ def document_replies(held: HeldOut) -> Replies | None:
 def _replies(
     queries: list[torch.Tensor], texts: list[torch.Tensor | None], images: list[Rows | None]
 ) -> Replies | None:
-    shown = [image for image in images if image is not None]
-    if not queries or not shown:
+    given = [image for image in images if image is not None]
+    if not queries or not given:
         return None
     return Replies(
         torch.stack(queries).float(),
         torch.stack([text if text is not None else torch.zeros_like(queries[0]) for text in texts]).float(),
-        {view: torch.stack([(image or _zeros(shown[0]))[view] for image in images]).float() for view in shown[0]},
+        {view: torch.stack([(image or _zeros(given[0]))[view] for image in images]).float() for view in given[0]},
         torch.tensor([text is not None for text in texts]), torch.tensor([image is not None for image in images]),
     )  # fmt: skip
 

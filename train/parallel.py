@@ -36,8 +36,10 @@ def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]], workers: int =
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        settle = {"initializer": _settle, "initargs": (context.Value("i", 0), workers)}
-        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1, **settle) as processes:
+        started = context.Value("i", 0)
+        with ProcessPoolExecutor(
+            workers, context, initializer=_settle, initargs=(started, workers), max_tasks_per_child=1
+        ) as processes:
             waiting = [processes.submit(_timed, function, arguments) for function, arguments in jobs]
             return [future.result() for future in waiting]
     finally:

@@ -8,35 +8,44 @@ Trains UniMuR's two linear maps.
     accelerate launch train/run.py --config train/configs/opt-6.7b.yaml --train_data DIR
 """
 
-import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a folder of the repository, not a package
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.data import ConcatDataset, Dataset
 from transformers import (
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
 from modeling_unimur.configuration_unimur import DRAWING_FIELDS
 from train.arguments import DataArguments, ModelArguments, parse
+from train.cache import write_json
+from train.checkpoints import newest_whole, restore, whole_folder
 from train.closed_form import ClosedForm, start
-from train.collate import PairCollator, SkipCounter
+from train.collate import PairCollator, SkipCounter, TooManyBadPairsError
+from train.command import run_command
+from train.curves import draw_curves
 from train.data import load_pairs, streamed_length
 from train.dequantise import dequantise
-from train.documents import InterleavedDocuments
+from train.dialogue_files import load_dialogues, load_rows
+from train.documents import InterleavedDocuments, mixed
 from train.drawing import DrawingTargets
 from train.features import cache_caption_states, cache_image_features
+from train.grouping import hold_out, is_held_out, one_row_an_image
+from train.recall import caption_to_image_recall
+from train.tars import find_tars
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+from train.validation import Validation
 
 logger = logging.get_logger("train")
 SHUFFLED = 2_000  # undecoded pairs of streamed shards that are mixed, besides the shards' order: some 100 MB of photos
@@ -66,48 +75,98 @@ def add_lora(model: UniMuRModel, rank: int, targets: list[str]) -> None:
 @dataclass
 class TrainingData:
     """
-    What was named to train on.
+    What was named to train on, and what is held out of it.
 
     Attributes:
         pairs: as they were read; streamed ones have no length.
         rows: what the collator gets of them: themselves, or with features in their images' place.
         documents: interleaved documents, or `None`.
+        held_pairs, held_documents: what validation is made on; `None` where nothing is held out.
+        held_about: what these are, in words.
         skips: what was left out while features were cached.
     """
 
-    pairs: Dataset
-    rows: Dataset
+    pairs: Any
+    rows: Any
     documents: InterleavedDocuments | None = None
+    held_pairs: Any = None
+    held_documents: InterleavedDocuments | None = None
+    held_about: str = ""
     skips: SkipCounter = field(default_factory=SkipCounter)
 
     @property
     def streamed(self) -> bool:
         return not hasattr(self.pairs, "__len__")
 
+    def hold_out(self, share: float) -> None:
+        """Takes a share of the pairs and documents away from training, by the hash of their ids."""
+        self.pairs, self.held_pairs = hold_out(self.pairs, share)
+        self.rows = self.pairs
+        if self.documents is not None:
+            parts: tuple[list[int], list[int]] = [], []
+            for number, name in enumerate(self.documents.conversations["id"]):
+                parts[is_held_out(name, share)].append(number)
+            self.documents, self.held_documents = (self.documents.select(part) for part in parts)
+        self.held_about = f"a held-out share of the training data ({share:.1%})"
+
 
 def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuRTrainingArguments) -> TrainingData:
     """
-    Reads what `--train_data` names. The miniature also gives its towers, where none are named.
+    Reads what `--train_data` names, and what to validate on. The miniature also gives its towers, where none are named,
+    and its validation split.
 
     Raises:
         ValueError: nothing or no known layout is named, or documents are asked for where there are none.
     """
-    if data_args.train_data is None:
-        raise ValueError("--train_data is missing: a folder or file of image-caption pairs, or 'miniature'")
-    if data_args.train_data != "miniature":
-        if data_args.interleaved:
-            raise ValueError("--interleaved needs documents, which only the miniature has so far")
-        pairs = load_pairs(data_args.train_data, image_folder=data_args.image_folder)
-        return TrainingData(pairs, pairs)
-    from train.miniature import prepare
+    if data_args.source == "miniature":
+        if data_args.dialogues is not None:
+            raise ValueError("--dialogues beside --train_data miniature: give one of them")
+        data = _miniature(model_args, data_args, args)
+    elif data_args.interleaved:
+        raise ValueError("--interleaved is of the miniature: give your own documents with --dialogues")
+    else:
+        pairs, documents = load_rows(data_args.source, data_args.dialogues, data_args.image_folder)
+        pairs = _grouped(pairs)
+        data = TrainingData(pairs, pairs, documents)
+    _hold_out(data, data_args)
+    return data
 
-    if model_args.text_model is None:
+
+def _hold_out(data: TrainingData, data_args: DataArguments) -> None:
+    """What `--eval_data`, `--eval_dialogues` or `--eval_share` name to validate on."""
+    named = []
+    if data_args.eval_data:
+        path = data_args.eval_data[0] if len(data_args.eval_data) == 1 else data_args.eval_data
+        data.held_pairs = _grouped(load_pairs(path, image_folder=data_args.image_folder))
+        named.append(f"pairs of {path}")
+    if data_args.eval_dialogues:
+        data.held_documents = load_dialogues(data_args.eval_dialogues, data_args.image_folder)
+        named.append(f"conversations of {data_args.eval_dialogues}")
+    if named:
+        data.held_about = " and ".join(named)
+    elif data_args.eval_share:
+        data.hold_out(data_args.eval_share)
+
+
+def _grouped(pairs: Any) -> Any:
+    return one_row_an_image(pairs) if hasattr(pairs, "__len__") else pairs
+
+
+def _miniature(model_args: ModelArguments, data_args: DataArguments, args: UniMuRTrainingArguments) -> TrainingData:
+    from train.miniature import prepare, validation_data
+
+    if model_args.text_model is None and model_args.clip_model is None:
         torch.set_num_threads(1)  # models this small lose more by a second thread than they gain
     with args.main_process_first(desc="the miniature"):
         miniature = prepare(data_args.miniature, args.seed)
     model_args.text_model = model_args.text_model or miniature.text_model
     model_args.clip_model = model_args.clip_model or miniature.clip_model
-    return TrainingData(miniature.pairs, miniature.pairs, miniature.documents if data_args.interleaved else None)
+    data = TrainingData(miniature.pairs, miniature.pairs, miniature.documents if data_args.interleaved else None)
+    if args.eval_strategy != "no" and not (data_args.eval_data or data_args.eval_dialogues or data_args.eval_share):
+        data.held_pairs, documents = validation_data(args.seed, data_args.eval_pool)
+        data.held_documents = documents if data_args.interleaved else None
+        data.held_about = "the miniature's validation split"
+    return data
 
 
 def make_model(model_args: ModelArguments, args: UniMuRTrainingArguments) -> UniMuRModel:
@@ -134,7 +193,7 @@ def make_model(model_args: ModelArguments, args: UniMuRTrainingArguments) -> Uni
 
 def learn_to_draw(model: UniMuRModel, model_args: ModelArguments, args: UniMuRTrainingArguments) -> DrawingTargets:
     """The targets of the mapper, which a model that cannot draw yet is given. Raises what [`DrawingTargets`] does."""
-    targets = DrawingTargets(str(model_args.drawing_model_name_or_path), model_args.drawing_model_revision)
+    targets = DrawingTargets(model_args.drawing_model_name_or_path, model_args.drawing_model_revision)
     if not model.config.n_drawing_tokens:
         names = DRAWING_FIELDS & {f.name for f in fields(model_args)}
         model.add_drawing(
@@ -148,9 +207,9 @@ def learn_to_draw(model: UniMuRModel, model_args: ModelArguments, args: UniMuRTr
 def cache(data: TrainingData, model: UniMuRModel, data_args: DataArguments, args: UniMuRTrainingArguments) -> None:
     """Puts what is frozen in the place of the images, and by choice of the captions."""
     if data.streamed:
-        raise ValueError("--cache_features needs data with a length; shards are streamed")
+        raise ValueError("--cache_features needs data with a length; shards are streamed: leave it out for them")
     folder = data_args.cache_dir
-    if folder is None and data_args.train_data != "miniature":
+    if folder is None and data_args.source != "miniature":
         folder = Path(args.output_dir) / "features"
     places = [folder and Path(folder) / part for part in ("images", "captions")]
     model.to(args.device)
@@ -163,7 +222,11 @@ def cache(data: TrainingData, model: UniMuRModel, data_args: DataArguments, args
     if data_args.cache_captions and not model.config.n_drawing_tokens:  # [IMG] tokens behind [RET] need the LLM
         data.rows = cache_caption_states(data.rows, model, places[1])
     if data.documents is not None:
-        data.documents.use_images(data.rows)
+        rows = data.rows
+        if data.documents.images is not data.pairs:
+            folder = places[0] and places[0].with_name("dialogue_images")
+            rows = cache_image_features(data.documents.images, model, SkipCounter(), folder=folder, workers=workers)
+        data.documents.use_images(rows)
 
 
 def solve(
@@ -186,27 +249,150 @@ def solve(
     return closed
 
 
+def make_collator(data: TrainingData, model: UniMuRModel, data_args: DataArguments, seed: int) -> PairCollator:
+    """
+    The collator, which has met a usable pair: a batch whose pairs are all broken needs one, also if it is the first.
+
+    Raises:
+        ValueError: no pair is usable.
+    """
+    collator = PairCollator(model.processor, caption=data_args.caption, seed=seed)
+    problem: Exception | None = None
+    for row in data.rows:
+        try:
+            collator([row])
+        except TooManyBadPairsError as error:
+            problem = problem or error
+        else:
+            collator.named = True  # so that a step that goes wrong names its pairs
+            return collator
+    raise ValueError(f"{data_args.source} holds no usable pair" + (f": {problem}" if problem else "; it is empty"))
+
+
+def make_validation(
+    data: TrainingData, model: UniMuRModel, collator: PairCollator, data_args: DataArguments,
+    args: UniMuRTrainingArguments,
+) -> Validation | None:  # fmt: skip
+    """
+    What training is judged by; `None` where nothing is held out. Held-out data without `--eval_strategy` are measured every
+    `--logging_steps`.
+
+    Raises:
+        ValueError: validation is asked for and nothing is held out, or the model is sharded.
+    """
+    if data.held_pairs is None and data.held_documents is None:
+        if args.eval_strategy != "no":
+            raise ValueError(
+                f"--eval_strategy {args.eval_strategy.value}: there is nothing to validate on. Give --eval_data, or hold out "
+                "a share of the training data with --eval_share 0.02"
+            )
+        return None
+    if args.fsdp:
+        raise ValueError(
+            "validation while training needs a model that is not sharded: leave --eval_data and --fsdp apart"
+        )
+    return Validation(
+        model.to(args.device), collator, data.held_pairs, data.held_documents, pool=data_args.eval_pool,
+        batch_size=args.train_batch_size * args.world_size, workers=args.dataloader_num_workers, about=data.held_about,
+    )  # fmt: skip
+
+
 def make_trainer(
-    data: TrainingData, model: UniMuRModel, collator: PairCollator, args: UniMuRTrainingArguments
-) -> UniMuRTrainer:
-    """The trainer over pairs and documents."""
+    data: TrainingData, model: UniMuRModel, collator: PairCollator, args: UniMuRTrainingArguments,
+    validation: Validation | None = None, source: str | list[str] | None = None, share: float | None = None,
+) -> UniMuRTrainer:  # fmt: skip
+    """The trainer over pairs and documents; `source` is that of streamed pairs, `share` the documents'."""
     rows, groups = data.rows, None
     if data.documents is not None:
-        groups = [0] * len(rows) + [1 + data.documents.shows_image(i) for i in range(len(data.documents))]
-        rows = ConcatDataset([rows, data.documents])
+        rows, groups = mixed(rows, data.documents, share)
         args.ddp_find_unused_parameters = True  # a batch of documents without images leaves W_i2t out
     collator.pack = args.packing and "flash" not in (model.language_model.config._attn_implementation or "")
-    trainer = UniMuRTrainer(model=model, args=args, train_dataset=rows, groups=groups, data_collator=collator)
+    order = None
+    if data.streamed:
+        names = [path.name for path in find_tars(source or "")]
+        order = {"shards": names, "seed": args.seed, "shuffled pairs": SHUFFLED}
+    trainer = UniMuRTrainer(
+        model=model, args=args, train_dataset=rows, groups=groups, data_collator=collator, validation=validation,
+        order=order,
+    )  # fmt: skip
     trainer.skips = data.skips
     return trainer
 
 
-def measure(checkpoint: str, data: TrainingData, data_args: DataArguments, device: torch.device) -> dict:
-    """Caption-to-image recall over training pairs, of the saved checkpoint, which is what users load."""
-    from benchmarks.pairs import caption_to_image_recall
+def where_to_resume(args: UniMuRTrainingArguments) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` names; `last` is the newest whole one, or none where there is none."""
+    if args.process_index == 0:
+        restore(args.output_dir)
+    PartialState().wait_for_everyone()
+    named = args.resume_from_checkpoint
+    if named != "last":
+        return named
+    newest = newest_whole(args.output_dir)
+    logger.warning(
+        f"{args.output_dir} holds no whole checkpoint: training starts from the beginning"
+        if newest is None
+        else f"training goes on from {newest}"
+    )
+    return None if newest is None else str(newest)
 
+
+def train(
+    data: TrainingData, model: UniMuRModel, model_args: ModelArguments, data_args: DataArguments,
+    args: UniMuRTrainingArguments, targets: DrawingTargets | None = None,
+) -> tuple[UniMuRTrainer, dict[str, Any]]:  # fmt: skip
+    """
+    Trains the model, from a checkpoint where one is named; `targets` are the mapper's, of a model that learns to draw.
+    Returns the trainer, and what it reports.
+    """
+    collator = make_collator(data, model, data_args, args.seed)
+    if data.streamed:
+        data.rows = data.pairs.shuffle(seed=args.seed, buffer_size=SHUFFLED)
+    resume, closed = where_to_resume(args), None
+    if resume is not None and model_args.alignment == "canonical":
+        former = UniMuRConfig.from_pretrained(resume)
+        model.set_shared_space(former.shared_width, former.matching_feature)
+    elif model_args.init != "random" and model_args.model is None:
+        closed = solve(data, model, collator, model_args, args)
+    collator.worded, collator.images = targets is not None, args.schedule != "drawing"
+    validation = None
+    if args.schedule == "drawing":
+        args.eval_strategy = IntervalStrategy.NO
+        logger.warning("--schedule drawing is not validated on the way: retrieval, which is validated, stays as it is")
+    else:
+        validation = make_validation(data, model, collator, data_args, args)
+    trainer = make_trainer(
+        data, model, collator, args, validation, data_args.source, data_args.dialogue_share
+    )  # fmt: skip
+    trainer.drawing_targets = targets
+    # transformers takes no steps for no limit; here they are what they say.
+    loss = trainer.train(resume_from_checkpoint=resume).training_loss if args.max_steps else None
+    summary = {"steps": trainer.state.global_step, "loss": loss, "processes": trainer.accelerator.num_processes}
+    if validation is not None:
+        summary["validation"] = {"on": validation.about} | trainer.evaluate()
+    summary |= {
+        "pairs_seen": trainer.skips.seen, "skipped": dict(trainer.skips.counts), "steps_skipped": trainer.skipped_steps,
+        "log": trainer.state.log_history,
+    }  # fmt: skip
+    if closed is not None:
+        summary["closed_form"] = closed.setting | {"held_out_recall": closed.score}
+    return trainer, summary
+
+
+def save(trainer: UniMuRTrainer, folder: Path, with_towers: bool) -> None:
+    """Writes the checkpoint that users load, whole or not at all."""
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with whole_folder(folder) as filled:
+            model.save_pretrained(filled, with_towers=with_towers, golden=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def measure(checkpoint: Path, data: TrainingData, limit: int, device: torch.device) -> dict[str, Any]:
+    """Caption-to-image recall of the saved checkpoint, which is what users load; with what it was measured on, in words."""
     model = UniMuRModel.from_pretrained(checkpoint).to(device)
-    return caption_to_image_recall(model, data.pairs, data_args.evaluate_pairs)
+    held = data.held_pairs is not None
+    pairs: Iterable[dict[str, Any]] = data.held_pairs if held else data.pairs
+    return {"on": data.held_about if held else "training pairs"} | caption_to_image_recall(model, pairs, limit)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -220,51 +406,38 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(args.seed)
     data = load_data(model_args, data_args, args)
     if data.streamed and args.max_steps < 0:
-        args.max_steps = _steps(streamed_length(data_args.train_data), args)
+        args.max_steps = _steps(streamed_length(data_args.source), data_args.eval_share, args)
     model = make_model(model_args, args)
     targets = learn_to_draw(model, model_args, args) if model_args.n_drawing_tokens else None
     if data_args.cache_features and args.schedule != "drawing":
         cache(data, model, data_args, args)
-    if data.streamed:
-        data.rows = data.pairs.shuffle(seed=args.seed, buffer_size=SHUFFLED)
-    collator = PairCollator(model.processor, caption=data_args.caption, seed=args.seed)
-    resume = args.resume_from_checkpoint
-    resume = get_last_checkpoint(args.output_dir) if resume == "last" else resume
-    closed = None
-    if resume is not None and model_args.alignment == "canonical":
-        former = UniMuRConfig.from_pretrained(resume)
-        model.set_shared_space(former.shared_width, former.matching_feature)
-    elif model_args.init != "random" and model_args.model is None:
-        closed = solve(data, model, collator, model_args, args)
-    collator.worded, collator.images = targets is not None, args.schedule != "drawing"
-    trainer = make_trainer(data, model, collator, args)
-    trainer.drawing_targets = targets
-    # transformers takes no steps for no limit; here they are what they say.
-    loss = trainer.train(resume_from_checkpoint=resume).training_loss if args.max_steps else None
-    checkpoint = str(Path(args.output_dir) / "checkpoint")
-    if trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
-            checkpoint, with_towers=data_args.save_towers, golden=True
-        )
-    trainer.accelerator.wait_for_everyone()
-    summary = {
-        "checkpoint": checkpoint, "steps": trainer.state.global_step, "loss": loss,
-        "processes": trainer.accelerator.num_processes, "pairs_seen": trainer.skips.seen,
-        "skipped": dict(trainer.skips.counts), "log": trainer.state.log_history,
-    }  # fmt: skip
-    if closed is not None:
-        summary["closed_form"] = closed.setting | {"held_out_recall": closed.score}
+    trainer, summary = train(data, model, model_args, data_args, args, targets)
+    checkpoint = Path(args.output_dir) / "checkpoint"
+    save(trainer, checkpoint, data_args.save_towers)
+    summary["checkpoint"] = str(checkpoint)
     if trainer.is_world_process_zero():
         print(trainer.skips)
-        results = Path(args.output_dir) / "train_results.json"
-        results.write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(Path(args.output_dir) / "train_results.json", summary)
+        if trainer.state.log_history:
+            draw_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png", data.held_about)
         if data_args.evaluate_pairs:
-            summary["caption_to_image"] = measure(checkpoint, data, data_args, args.device)
-            results.write_text(json.dumps(summary, indent=2) + "\n")
-        for name, value in summary.get("caption_to_image", {}).items():
-            print(f"caption to image, {name}: {value:.1f} %" if isinstance(value, float) else f"{name}: {value}")
-        print(f"checkpoint: {checkpoint}")
+            summary["caption_to_image"] = measure(checkpoint, data, data_args.evaluate_pairs, args.device)
+            write_json(Path(args.output_dir) / "train_results.json", summary)
+        report(summary)
     return summary
+
+
+def report(summary: dict[str, Any]) -> None:
+    """Prints what was measured, with what it was measured on, and where the checkpoint lies."""
+    for about, key in (("at the end of training", "validation"), ("caption to image", "caption_to_image")):
+        measured = dict(summary.get(key, {}))
+        if not measured:
+            continue
+        print(f"{about}, on {measured.pop('on')}:")
+        for name, value in measured.items():
+            unit = " %" if "R@" in name or "rate" in name else ""
+            print(f"  {name.removeprefix('eval_')}: {f'{value:.1f}' if unit else f'{value:.4g}'}{unit}")
+    print(f"checkpoint: {summary['checkpoint']}")
 
 
 def spare_cores(device: torch.device, processes: int) -> int:
@@ -272,20 +445,14 @@ def spare_cores(device: torch.device, processes: int) -> int:
     return 0 if device.type == "cpu" else max(1, (os.cpu_count() or 1) // processes - 1)
 
 
-def _steps(pairs: int | None, args: UniMuRTrainingArguments) -> int:
+def _steps(pairs: int | None, held_out: float, args: UniMuRTrainingArguments) -> int:
     if pairs is None:
         raise ValueError("these shards have no _stats.json that counts their pairs: give --max_steps")
-    return max(
-        1,
-        int(
-            pairs
-            * args.num_train_epochs
-            // (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
-        ),
-    )
+    rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return max(1, int(pairs * (1 - held_out) * args.num_train_epochs // rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
     # The backend's threads must end before the interpreter does, or a process may abort after its work is done.
     PartialState().destroy_process_group()

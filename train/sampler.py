@@ -37,7 +37,7 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        placed = []
+        placed: list[tuple[float, torch.Tensor]] = []
         for group in self.groups.unique():
             rows = torch.nonzero(self.groups == group).flatten()
             rows = rows[torch.randperm(len(rows), generator=generator)]

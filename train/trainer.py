@@ -1,21 +1,32 @@
-"""The Trainer: eq. 7 jointly or in alternating steps, each loss logged beside the sum, bad pairs counted."""
+"""
+The Trainer: eq. 7 jointly or in alternating steps, each loss logged beside the sum, bad pairs counted, checkpoints that
+appear whole and a resumed run that is the interrupted one.
+"""
 
+import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from modeling_unimur.towers_unimur import load_lora_weights
 from train.bank import NegativesBank
+from train.checkpoints import ASIDE, STATE, newest_whole, put_in_place, what_is_broken
 from train.collate import SkipCounter
 from train.drawing import DrawingTargets
+from train.numerics import IN_A_ROW, SKIP, STOP, NonFiniteError, culprits, describe, is_finite
+from train.progress import Progress
 from train.sampler import GroupedSampler
+from train.validation import Validation
 
 logger = logging.get_logger(__name__)
 
@@ -77,8 +88,31 @@ class UniMuRTrainingArguments(TrainingArguments):
     max_bad_share: float = field(
         default=0.05, metadata={"help": "Stop when more than this share of the pairs seen is broken."}
     )
+    non_finite: str = field(
+        default=STOP,
+        metadata={"help": "Where a loss or a gradient is NaN or infinite: stop the run, or skip that step.",
+                  "choices": [STOP, SKIP]},
+    )  # fmt: skip
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "With --load_best_model_at_end: stop after so many validations in a row without a better "
+                          "--metric_for_best_model; never by default."},
+    )  # fmt: skip
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much a validation has to be better to count for that."}
+    )
+
+    _argument_group_name = "the training: these, and transformers' own"
 
     def __post_init__(self):
+        if "tensorboard" in (self.report_to or "") and not is_tensorboard_available():
+            raise ImportError("--report_to tensorboard needs it: pip install 'modeling-unimur[tensorboard]'")
+        if self.eval_steps is not None and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError(
+                "--early_stopping_patience goes by the best model so far: give --load_best_model_at_end true too"
+            )
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             # Of streamed data one process would otherwise collate for all, and cut batches whose parts have unlike lengths.
@@ -91,14 +125,28 @@ class UniMuRTrainer(Trainer):
     """
     transformers' Trainer over batches of [`train.collate.PairCollator`].
 
-    `groups` gives each row's kind, where batches are to be of one kind (see [`train.sampler.GroupedSampler`]).
-    `drawing_targets` (a [`train.drawing.DrawingTargets`]) gives the mapper's targets, where the model learns to draw.
-    `skips` counts the pairs left out so far; it is checked against `max_bad_share` at every log and at the end.
+    Args:
+        groups: each row's kind, where batches are to be of one kind (see [`train.sampler.GroupedSampler`]).
+        validation: what `--eval_steps` measures.
+        order: of streamed data, what their order goes by beside the loader's settings, such as shards and seed, by name;
+            a run is only resumed in the same order.
+
+    Attributes:
+        skips (`SkipCounter`): the pairs left out so far, also before a resumption; checked against `max_bad_share` at
+            every log and at the end.
+        drawing_targets ([`train.drawing.DrawingTargets`]): what gives the mapper's targets, where the model learns to draw.
+        skipped_steps (`int`): steps left out since a loss or a gradient was not finite.
     """
 
-    def __init__(self, *args, groups: list[int] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.groups = groups
+    args: UniMuRTrainingArguments
+    model: Any  # a UniMuRModel, wrapped where it is sharded
+
+    def __init__(
+        self, *args, groups: list[int] | None = None, validation: Validation | None = None,
+        order: Mapping[str, Any] | None = None, **kwargs,
+    ):  # fmt: skip
+        super().__init__(*args, eval_dataset=validation, **kwargs)
+        self.groups, self.validation = groups, validation
         self.skips = SkipCounter()
         self.drawing_targets: DrawingTargets | None = None
         if self.args.negatives_bank and self.model.config.train_image_map:
@@ -106,19 +154,36 @@ class UniMuRTrainer(Trainer):
                 "--negatives_bank keeps past embeddings of images, which --train_image_map changes: give one"
             )
         self.bank = NegativesBank(self.args.negatives_bank) if self.args.negatives_bank else None
+        self.progress = Progress(order=self._full_order(order))
+        self.skipped_steps = self._skipped_in_a_row = 0
+        self._aside: Path | None = None
         self._to_bank: torch.Tensor | None = None
-        self._parts: dict[str, torch.Tensor] = {}
+        self._parts: dict[str, tuple[Any, int]] = {}
         self._images, self._since = 0, time.perf_counter()
         # A collator, or the object whose method it is, draws captions by the epoch.
-        collator = getattr(self.data_collator, "__self__", self.data_collator)
-        if hasattr(collator, "epoch"):
-            self.add_callback(_EpochToCollator(collator))
-        if self.bank is not None:
-            self.add_callback(_BankToCheckpoint(self))
+        self.add_callback(_Passes(self, getattr(self.data_collator, "__self__", self.data_collator)))
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(
+                EarlyStoppingCallback(self.args.early_stopping_patience, self.args.early_stopping_threshold)
+            )
         if self.args.state_noise:
             self.model.W_t2m.register_forward_pre_hook(self._add_noise)
             if self.model.config.n_drawing_tokens:
                 self.model.drawing.fc.register_forward_pre_hook(self._add_noise)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the training data have no length."""
+        return not hasattr(self.train_dataset, "__len__")
+
+    def _full_order(self, order: Mapping[str, Any] | None) -> dict[str, Any]:
+        if not self.streamed:
+            return {}
+        args = self.args
+        return dict(order or {}) | {
+            "batch size": args.per_device_train_batch_size, "processes": args.world_size,
+            "gradient accumulation": args.gradient_accumulation_steps, "workers": args.dataloader_num_workers,
+        }  # fmt: skip
 
     def _add_noise(self, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
         (states,) = inputs
@@ -196,6 +261,110 @@ class UniMuRTrainer(Trainer):
             self.skips.check(self.args.max_bad_share)
         super().log(logs, start_time)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        names = inputs.pop("names", [])
+        inputs.pop("replies", None)
+        before = dict(self._parts)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.scaler is not None:  # of float16: it leaves such steps out by itself
+            return loss
+        bad = (~is_finite(loss, self.model)).float()
+        if self.accelerator.num_processes > 1:  # a step that one process leaves out, all leave out
+            bad = self.accelerator.reduce(bad, "max")
+        if not bad:
+            self._skipped_in_a_row = 0
+            return loss
+        new = {name: total - before.get(name, (0.0, 0))[0] for name, (total, _) in self._parts.items()}
+        self._leave_out(describe(self.state.global_step + 1, culprits(new, self.model), names))
+        self._parts = before
+        return torch.zeros_like(loss)
+
+    def _leave_out(self, what: str) -> None:
+        """Takes back the step's gradients, or stops, as `non_finite` says."""
+        if self.args.non_finite == STOP:
+            raise NonFiniteError(
+                f"{what}. Look at this batch and at the towers' dtype, lower --learning_rate, or leave such steps out with "
+                "--non_finite skip"
+            )
+        self.skipped_steps, self._skipped_in_a_row = self.skipped_steps + 1, self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= IN_A_ROW:
+            raise NonFiniteError(
+                f"{what}, as on the {IN_A_ROW - 1} batches before: it comes of the weights, not of a batch"
+            )
+        logger.warning(f"{what}: this step is left out")
+        self.model.zero_grad(set_to_none=True)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """
+        Measures `validation`, logs it and returns it, each name behind `eval_`; see [`train.validation.Validation`].
+
+        Raises:
+            ValueError: there is no validation, or another data set is given.
+        """
+        validation = eval_dataset if isinstance(eval_dataset, Validation) else self.validation
+        if validation is None or (eval_dataset is not None and eval_dataset is not validation):
+            raise ValueError("evaluate measures the trainer's validation: make it with validation=Validation(...)")
+        measured = validation.measure(self.accelerator.unwrap_model(self.model), self._prepare_inputs)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        super().log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_output_dir(self, trial=None):
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model, trial):
+        """Writes a checkpoint aside, with the bank and the progress, and then gives it its name; every process takes part."""
+        folder = Path(self._get_output_dir(trial))
+        target = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        filled = folder / ASIDE / target.name
+        writes = self.args.should_save
+        if writes:
+            shutil.rmtree(filled, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = filled.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._aside = None
+        if self.state.best_model_checkpoint == str(filled):
+            self.state.best_model_checkpoint = str(target)
+        if self.bank is not None:
+            self.fill_bank()
+        total = self.total_skips()
+        self.accelerator.wait_for_everyone()
+        if writes:
+            self.state.save_to_json(str(filled / STATE))
+            self.progress.save(filled, total)
+            if self.bank is not None:
+                save_file(self.bank.state_dict(), filled / BANK)
+            put_in_place(filled, target)
+            rotate_checkpoints(
+                output_dir=str(folder), save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True,
+            )  # fmt: skip
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._aside is None:  # what is pushed in the background must not move
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def total_skips(self) -> SkipCounter:
+        """The counts of all processes, in each; every process takes part."""
+        total = SkipCounter()
+        for part in gather_object([(self.skips.counts, self.skips.seen, self.skips.examples)]):
+            total.update(*part)
+        return total
+
+    def _init_training_state(self, *args, **kwargs):
+        epochs, batches = super()._init_training_state(*args, **kwargs)
+        if self.streamed and self.progress.resumed:
+            steps = self.state.global_step - self.progress.first_step
+            return self.progress.passes - 1, steps * self.args.gradient_accumulation_steps
+        return epochs, batches
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)
         if self.model.config.text_adapter:
@@ -207,36 +376,81 @@ class UniMuRTrainer(Trainer):
             else:
                 logger.warning(f"{resume_from_checkpoint} holds no {BANK}: the bank of negatives starts empty")
 
-    def train(self, *args, **kwargs):
+    def _issue_warnings_after_load(self, load_result):
+        # The towers are not in an adapter's checkpoint; what is trained has to be.
+        lost = [name for name in load_result.missing_keys if name.split(".")[0] in self.model.own_tensors]
+        if lost or load_result.unexpected_keys:
+            raise ValueError(f"the checkpoint has other tensors: without {lost}, with {load_result.unexpected_keys}")
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self.model.config.text_adapter:
+            load_lora_weights(self.model.language_model, self.state.best_model_checkpoint)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """
+        transformers' `train`.
+
+        Raises:
+            ValueError: the checkpoint is not whole or of another run's streamed data, or no step was taken.
+            NonFiniteError: see `non_finite`.
+            TooManyBadPairsError: more than `max_bad_share` of the pairs are broken.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
+        if resume_from_checkpoint:
+            self._resume(Path(resume_from_checkpoint))
+            kwargs["resume_from_checkpoint"] = str(resume_from_checkpoint)
+        self._check_one_batch()
         self._since = time.perf_counter()
-        result = super().train(*args, **kwargs)
-        for other in gather_object([(self.skips.counts, self.skips.seen)])[1:]:
-            if self.accelerator.is_main_process:
-                self.skips.update(*other)
+        result = super().train(**kwargs)
+        self.skips = self.total_skips()
+        if not self.state.global_step:
+            raise ValueError(
+                f"training took no step: {self.skips.seen} pairs were seen, and a step takes "
+                f"{self._step_rows()}. Look at the data, or lower --per_device_train_batch_size"
+            )
         self.skips.check(self.args.max_bad_share)
         if self.skips.seen and self.accelerator.is_main_process:
             logger.info(str(self.skips))
         return result
 
+    def _resume(self, checkpoint: Path) -> None:
+        if problem := what_is_broken(checkpoint):
+            raise ValueError(
+                f"{checkpoint} cannot be resumed from: {problem}. Give another, or 'last' for the newest whole"
+            )
+        skips = self.skips if self.accelerator.is_main_process else SkipCounter()
+        if not self.progress.resume(checkpoint, skips):
+            logger.warning(f"{checkpoint} holds no counts of the pairs left out before it: they start from here")
 
-class _EpochToCollator(TrainerCallback):
-    """Tells the collator the epoch, from which it draws a caption per image."""
+    def _step_rows(self) -> str:
+        args = self.args
+        rows = args.train_batch_size * args.world_size
+        steps = args.gradient_accumulation_steps
+        return f"a batch of {rows}" + (f" times {steps}" if steps > 1 else "")
 
-    def __init__(self, collator):
-        self.collator = collator
+    def _check_one_batch(self) -> None:
+        """Refuses data with a length that do not fill one batch, where what is less is dropped."""
+        batch = self.args.train_batch_size * self.args.world_size
+        if self.streamed or not self.args.dataloader_drop_last or len(self.train_dataset) >= batch:
+            return
+        raise ValueError(
+            f"{len(self.train_dataset)} pairs fill no batch of {batch}, and --dataloader_drop_last leaves out what is less: "
+            "lower --per_device_train_batch_size, or give --dataloader_drop_last false"
+        )
+
+
+class _Passes(TrainerCallback):
+    """Counts passes over the data, and tells the collator, which draws a caption per image by them."""
+
+    def __init__(self, trainer: UniMuRTrainer, collator: Any):
+        self.trainer, self.collator = trainer, collator
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.epoch = int(state.epoch or 0)
-
-
-class _BankToCheckpoint(TrainerCallback):
-    """Keeps the bank of negatives with each checkpoint, so that a resumed run is the run that was interrupted."""
-
-    def __init__(self, trainer: UniMuRTrainer):
-        self.trainer = trainer
-
-    def on_save(self, args, state, control, **kwargs):
-        self.trainer.fill_bank()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            save_file(self.trainer.bank.state_dict(), folder / BANK)
+        number = self.trainer.progress.begin_pass(state.global_step)
+        epoch = number if self.trainer.streamed else int(state.epoch or 0)
+        if hasattr(self.collator, "epoch"):
+            self.collator.epoch = epoch

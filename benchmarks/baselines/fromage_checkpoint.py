@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, CLIPConfig
 
 from benchmarks.baselines.fromage import FromageModel
-from benchmarks.schema import BadDataError, read_json, require
 from modeling_unimur.identity_unimur import non_finite_tensors
 from train.arguments import ModelArguments
+from train.json_files import BadDataError, read_json, require
 from train.run import make_processor
 
 ARGUMENTS, WEIGHTS = "model_args.json", "pretrained_ckpt.pth.tar"

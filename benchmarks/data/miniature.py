@@ -145,6 +145,8 @@ def vqav2(split: str, n: int = 600) -> Questions:
 READERS: dict[str, Callable[[str], Dialogues | Questions]] = {
     "mmdialog": mmdialog,
     "mmdialog_image": mmdialog_image,
+    "generation": visdial,
+    "generation_vist": vist,
     "visdial": visdial,
     "visdial_answers": visdial_answers,
     "vist": vist,

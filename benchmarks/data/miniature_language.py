@@ -4,7 +4,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.schema import BadDataError, Dialogues, Questions
+from benchmarks.schema import Dialogues, Questions
+from train.json_files import BadDataError
 from train.miniature import pictures
 from train.miniature.dialogues import DialogueSet
 from train.miniature.dialogues import visdial as visdial_dialogues

@@ -7,7 +7,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from benchmarks.schema import ABSENT, BadDataError, Dialogues, Missing, find_file, list_files, read_items, require
+from benchmarks.schema import ABSENT, Dialogues, Missing
+from train.json_files import BadDataError, find_file, list_files, read_items, require
+from train.published import mmdialog_turn
 
 POOLS = ("conversation", "split")
 BLANK = "blank text"
@@ -47,7 +49,7 @@ def read_mmdialog(
         where = f"{path}: conversation {n}"
         name = require(conversation, "conversation_id", (int, str), where)
         turns = [
-            _turn(t, turn, f"{where} ({name}), turn {t}")
+            {"speaker": "AB"[t % 2], "elements": mmdialog_turn(turn, f"{where} ({name}), turn {t}")}
             for t, turn in enumerate(require(conversation, "conversation", list, where))
         ]
         negatives = _negatives(conversation, table, where) if pool == "conversation" else None
@@ -130,21 +132,6 @@ class _Candidates:
         if (reason, item) not in self._refused:
             self._refused.add((reason, item))
             self.missing.add(reason, repr(item) if reason == BLANK else item)
-
-
-def _turn(t: int, turn: Any, where: str) -> dict:
-    elements = []
-    for e, element in enumerate(require(turn, "turn", list, where)):
-        kind = "__MEDIA__" if isinstance(element, dict) and "__MEDIA__" in element else "__TEXT__"
-        value = require(element, kind, str, f"{where}, element {e}")
-        if len(element) > 1:
-            raise BadDataError(f"{where}, element {e}: expected one of __TEXT__, __MEDIA__, got {sorted(element)}")
-        media = kind == "__MEDIA__"
-        elements.append(
-            {"type": "image", "text": None, "image_id": value} if media
-            else {"type": "text", "text": value, "image_id": None}
-        )  # fmt: skip
-    return {"speaker": "AB"[t % 2], "elements": elements}
 
 
 def _negatives(conversation: Any, table: _Candidates, where: str) -> dict[str, list[str]]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from benchmarks.schema import ABSENT, BadDataError, Dialogues, Missing, find_file, list_files, read_json, require
+from benchmarks.schema import ABSENT, Dialogues, Missing
+from train.json_files import BadDataError, find_file, list_files, read_json, require
+from train.published import text_element, visdial_dialogues, visdial_round, visdial_text
 
 SPLITS = ("val", "test")  # train's images are COCO's, under other names
 
@@ -35,7 +35,7 @@ def read_visdial(folder: str | Path, split: str = "val", caption: bool = False, 
     files, missing, items = _images(folder, split), Missing(), {}
     images: dict[str, Path] = {}
     captions: dict[str, str] = {}
-    for n, dialogue, image_id in _dialogues(path, data, progress):
+    for n, dialogue, image_id in visdial_dialogues(path, data, progress):
         missing.seen += 1
         where = f"{path}: dialogue {n}"
         turns = [_turn("C", require(dialogue, "caption", str, where))] if caption else []
@@ -83,18 +83,20 @@ def read_visdial_answers(folder: str | Path, split: str = "val", progress: bool 
     path, data = _read(folder, split)
     questions, answers = (require(data, name, list, f"{path}: data") for name in ("questions", "answers"))
     rounds = (
-        r for n, d, _ in _dialogues(path, data, False) for r in require(d, "dialog", list, f"{path}: dialogue {n}")
+        r
+        for n, d, _ in visdial_dialogues(path, data, False)
+        for r in require(d, "dialog", list, f"{path}: dialogue {n}")
     )
     if not any(isinstance(r, dict) and "gt_index" in r for r in rounds):
         raise BadDataError(
             f"{path}: the split {split!r} is published without answers; 'val' is what can be scored here"
         )
     answer_ids = [f"a{i}" for i in range(len(answers))]
-    texts = {i: _text(answers, n, f"{path}: answers") for n, i in enumerate(answer_ids)}
+    texts = {i: visdial_text(answers, n, f"{path}: answers") for n, i in enumerate(answer_ids)}
     dense_path, dense = _dense(folder, split)
     files, missing, items, used = _images(folder, split), Missing(), [], set()
     images: dict[str, Path] = {}
-    for n, dialogue, image_id in _dialogues(path, data, progress):
+    for n, dialogue, image_id in visdial_dialogues(path, data, progress):
         name = _file_name(split, image_id)
         turns = [{"speaker": "I", "elements": [{"type": "image", "text": None, "image_id": image_id}]}]
         for r, a_round in enumerate(require(dialogue, "dialog", list, f"{path}: dialogue {n}"), 1):
@@ -111,7 +113,7 @@ def read_visdial_answers(folder: str | Path, split: str = "val", progress: bool 
                 images[image_id] = files[name]
                 options = require(a_round, "answer_options", list, where)
                 for option in options:
-                    _text(answers, option, f"{where}, answer_options")
+                    visdial_text(answers, option, f"{where}, answer_options")
                 gold = require(a_round, "gt_index", int, where)
                 if not 0 <= gold < len(options):
                     raise BadDataError(f"{where}: gt_index is {gold}, expected 0 to {len(options) - 1}")
@@ -147,36 +149,13 @@ def _read(folder: Path, split: str) -> tuple[Path, dict]:
     return path, data
 
 
-def _dialogues(path: Path, data: dict, progress: bool):
-    """`(position, dialogue, image id)` of each dialogue; each image has one dialogue."""
-    seen: set[str] = set()
-    dialogues = require(data, "dialogs", list, f"{path}: data")
-    for n, dialogue in enumerate(tqdm(dialogues, "reading VisDial", disable=not progress)):
-        image_id = str(require(dialogue, "image_id", int, f"{path}: dialogue {n}"))
-        if image_id in seen:
-            raise BadDataError(f"{path}: dialogue {n} is the second of image {image_id}, expected one per image")
-        seen.add(image_id)
-        yield n, dialogue, image_id
-
-
 def _round(a_round: Any, questions: Sequence[str], answers: Sequence[str], where: str) -> list[dict]:
-    """Question and answer as turns; the question alone where the answer is not published."""
-    turns = [_turn("Q", _text(questions, require(a_round, "question", int, where), f"{where}, question"))]
-    if a_round.get("answer") is not None:
-        turns.append(_turn("A", _text(answers, require(a_round, "answer", int, where), f"{where}, answer")))
-    return turns
+    """Question and answer as turns."""
+    return [_turn(s, text) for s, text in zip("QA", visdial_round(a_round, questions, answers, where), strict=False)]
 
 
 def _turn(speaker: str, text: str) -> dict:
-    return {"speaker": speaker, "elements": [{"type": "text", "text": text, "image_id": None}]}
-
-
-def _text(texts: Sequence[str], index: Any, where: str) -> str:
-    if type(index) is not int or not 0 <= index < len(texts):
-        raise BadDataError(f"{where}: {index!r} is not an index into the list of {len(texts)}")
-    if not isinstance(texts[index], str):
-        raise BadDataError(f"{where}: entry {index} is {type(texts[index]).__name__}, expected str")
-    return texts[index]
+    return {"speaker": speaker, "elements": [text_element(text)]}
 
 
 def _dense(folder: Path, split: str) -> tuple[Path | None, dict[str, Any]]:

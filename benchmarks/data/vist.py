@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from benchmarks.schema import ABSENT, Dialogues, Missing
+from train.json_files import BadDataError, find_file, list_files, read_json
+from train.published import VIST_LENGTH, image_element, text_element, vist_stories
 
-from benchmarks.schema import ABSENT, BadDataError, Dialogues, Missing, find_file, list_files, read_json, require
-
-LENGTH = 5
 NOT_KEPT = "not in the manifest"
 
 
@@ -35,7 +34,8 @@ def read_vist(
     folder = Path(folder)
     name = f"{split}.story-in-sequence.json"
     path = find_file(folder, name, f"sis/{name}")
-    stories, photos = _stories(path, progress)
+    stories = vist_stories(path, progress)
+    photos = {photo for sentences in stories.values() for _, photo, _ in sentences}
     files = list_files(folder / "images" / split, folder / "images")
     present = {i: files[f] for i in sorted(photos) for f in (f"{i}.png", f"{i}.jpg") if f in files}
     missing = Missing(seen=len(stories))
@@ -46,7 +46,7 @@ def read_vist(
     for story_id, sentences in stories.items():
         ids = [photo for _, photo, _ in sorted(sentences)]
         captions = [text for _, _, text in sorted(sentences)]
-        if [order for order, _, _ in sorted(sentences)] != list(range(LENGTH)):
+        if [order for order, _, _ in sorted(sentences)] != list(range(VIST_LENGTH)):
             missing.add("story incomplete", story_id)
         elif not all(i in kept for i in ids):
             missing.add(NOT_KEPT, story_id)
@@ -55,11 +55,14 @@ def read_vist(
         elif not all(text.strip() for text in captions):
             missing.add("blank caption", story_id)
         else:
-            turns = [{"speaker": "A", "elements": [_text(c), _image(i)]} for c, i in zip(captions, ids, strict=True)]
+            turns = [
+                {"speaker": "A", "elements": [text_element(c), image_element(i)]}
+                for c, i in zip(captions, ids, strict=True)
+            ]
             turns[-1]["elements"].pop()
             gold = {"text_ids": [], "image_ids": ids[-1:]}
             dialogues.append(
-                {"dialogue_id": story_id, "turns": turns, "target_turn": LENGTH, "pool": pool, "gold": gold}
+                {"dialogue_id": story_id, "turns": turns, "target_turn": VIST_LENGTH, "pool": pool, "gold": gold}
             )
     return Dialogues(dialogues, {}, images, missing)
 
@@ -69,26 +72,6 @@ def write_manifest(dialogues: Dialogues, path: str | Path) -> None:
     pools = {id(d["pool"]): d["pool"] for d in dialogues.dialogues}.values()
     ids = sorted({i for pool in pools for i in pool["image_ids"]})
     Path(path).write_text("".join(f"{i}\n" for i in ids), encoding="utf-8")
-
-
-def _stories(path: Path, progress: bool) -> tuple[dict[str, list[tuple[int, str, str]]], set[str]]:
-    """Story id -> `(order, photo id, text)` in the file's order; and all photo ids."""
-    stories: dict[str, list[tuple[int, str, str]]] = {}
-    content = read_json(path)
-    annotations = require(content, "annotations", list, str(path))
-    for n, inner in enumerate(tqdm(annotations, "reading VIST", disable=not progress)):
-        where = f"{path}: annotation {n}"
-        if not isinstance(inner, list) or len(inner) != 1:
-            raise BadDataError(
-                f"{where}: expected a list of one sentence, got {type(inner).__name__} {str(inner)[:80]}"
-            )
-        story_id, photo = (str(require(inner[0], f, (str, int), where)) for f in ("story_id", "photo_flickr_id"))
-        order, text = (
-            require(inner[0], "worker_arranged_photo_order", int, where),
-            require(inner[0], "text", str, where),
-        )
-        stories.setdefault(story_id, []).append((order, photo, text))
-    return stories, {photo for sentences in stories.values() for _, photo, _ in sentences}
 
 
 def _kept(path: Path, photos: set[str], present: dict[str, Path], missing: Missing) -> set[str]:
@@ -112,11 +95,3 @@ def _kept(path: Path, photos: set[str], present: dict[str, Path], missing: Missi
         elif i not in present:
             missing.candidates.add(ABSENT, f"{i}.jpg")
     return ids
-
-
-def _text(text: str) -> dict:
-    return {"type": "text", "text": text, "image_id": None}
-
-
-def _image(image_id: str) -> dict:
-    return {"type": "image", "text": None, "image_id": image_id}

@@ -5,7 +5,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from benchmarks.schema import ABSENT, BadDataError, Missing, Questions, find_file, list_files, read_json, require
+from benchmarks.schema import ABSENT, Missing, Questions
+from train.json_files import BadDataError, find_file, list_files, read_json, require
 
 OPTIONAL = ("question_type", "answer_type", "multiple_choice_answer")
 

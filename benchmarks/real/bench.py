@@ -24,17 +24,17 @@ from modeling_unimur import UniMuRModel
 from modeling_unimur.dialogues_unimur import parse_dialogue
 from modeling_unimur.identity_unimur import digest, named_weights
 from train.arguments import ModelArguments
+from train.cache import CachedTable, Part, build_cache
 from train.extract import values_hash
 from train.miniature import Miniature, prepare
 from train.miniature.dialogues import without_context_images
 from train.run import make_processor
-from train.shards import Shard, ShardedTable, build_shards
 
 from .fetch import smollm2
 from .settings import RET_INIT, RET_PROMPT
 from .spaces import Pairs, Space
 
-SHARD_ROWS = 256
+PART_ROWS = 256
 BATCH = 32
 DIALOGUE, RESPONSE = "visdial", "mmdialog"
 
@@ -80,15 +80,15 @@ class Bench:
         The LLM's states at [RET] `(n, d)` of contexts, kept in `folder/name`; an interrupted call resumes.
 
         Raises:
-            StaleCacheError, CorruptShardError, OSError: see [`train.shards.build_shards`].
+            StaleCacheError, CorruptCacheError, OSError: see [`train.cache.build_cache`].
         """
         model, processor = self.model, self.model.processor
         turns = [parse_dialogue(context) for context in contexts]
         ids = [processor.turn_ids(t) for t in turns]
-        parts = [range(s, min(s + SHARD_ROWS, len(ids))) for s in range(0, len(ids), SHARD_ROWS)]
+        parts = [range(s, min(s + PART_ROWS, len(ids))) for s in range(0, len(ids), PART_ROWS)]
         bar = tqdm(total=len(ids), desc=f"states of {name}", unit="text")
 
-        def make(numbers: list[int]) -> Iterator[Shard]:
+        def make(numbers: list[int]) -> Iterator[Part]:
             bar.update(len(ids) - sum(len(parts[n]) for n in numbers))
             for number in numbers:
                 rows = np.empty((len(parts[number]), model.config.text_width), np.float32)
@@ -110,9 +110,9 @@ class Bench:
         sources = [
             {"rows": f"{p.start}-{p.stop - 1}", "texts": values_hash([_words(turns[i]) for i in p])} for p in parts
         ]
-        build_shards(self.folder / name, identity, sources, make, rank=0, world=1)
+        build_cache(self.folder / name, identity, sources, make, rank=0, world=1)
         bar.close()
-        return torch.from_numpy(ShardedTable(self.folder / name, len(parts)).columns["states"][:])
+        return torch.from_numpy(CachedTable(self.folder / name, len(parts)).columns["states"][:])
 
     @torch.no_grad()
     def _ret_states(self, contexts: Sequence[Any]) -> np.ndarray:

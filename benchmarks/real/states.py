@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from modeling_unimur.identity_unimur import digest, named_weights
+from train.cache import CachedTable, Part, build_cache
 from train.extract import values_hash
-from train.shards import Shard, ShardedTable, build_shards
 
 BATCH = 32
-SHARD_ROWS = 256
+PART_ROWS = 256
 
 
 def cached_states(
@@ -23,15 +23,15 @@ def cached_states(
     layers: Sequence[int] = (),
 ) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
     """
-    As [`states_behind`], written once as verified shards in `folder`; an interrupted call resumes.
+    As [`states_behind`], written once as verified parts in `folder`; an interrupted call resumes.
 
     Raises:
-        StaleCacheError, CorruptShardError, OSError: see [`train.shards.build_shards`].
+        StaleCacheError, CorruptCacheError, OSError: see [`train.cache.build_cache`].
     """
-    parts = [range(s, min(s + SHARD_ROWS, len(rows))) for s in range(0, len(rows), SHARD_ROWS)]
+    parts = [range(s, min(s + PART_ROWS, len(rows))) for s in range(0, len(rows), PART_ROWS)]
     bar = tqdm(total=len(rows), desc=folder.name, unit="text")
 
-    def make(numbers: list[int]) -> Iterator[Shard]:
+    def make(numbers: list[int]) -> Iterator[Part]:
         bar.update(len(rows) - sum(len(parts[n]) for n in numbers))
         for number in numbers:
             states = states_behind(llm, [rows[i] for i in parts[number]], prompts, layers, bar.update)
@@ -45,9 +45,9 @@ def cached_states(
         "prompts": digest(sorted(prompts.items())),
     }  # fmt: skip
     sources = [{"rows": f"{p.start}-{p.stop - 1}", "ids": values_hash([str(rows[i]) for i in p])} for p in parts]
-    build_shards(folder, identity, sources, make, rank=0, world=1)
+    build_cache(folder, identity, sources, make, rank=0, world=1)
     bar.close()
-    columns = ShardedTable(folder, len(parts)).columns
+    columns = CachedTable(folder, len(parts)).columns
     return {
         name: {kind: torch.from_numpy(np.array(columns[f"{p} {kind}"][:])) for kind in kinds_of(layers)}
         for p, name in enumerate(prompts)

@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.measure import Measure
 from benchmarks.metrics import vqa_accuracy_per_item
-from benchmarks.schema import BadDataError, Protocol, Questions
+from benchmarks.schema import Protocol, Questions
 from benchmarks.systems import System
+from train.json_files import BadDataError
 
 SETTINGS = {"split", "by", "prompt"}
 BY_LANGUAGE: set[str] = {"max_new_tokens", "cut"}

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from benchmarks.data.mmdialog import read_mmdialog
-from benchmarks.schema import ABSENT, BadDataError, TooMuchMissingError
+from benchmarks.schema import ABSENT, TooMuchMissingError
 from tests.benchmarks.layouts import CONVERSATION, media, mmdialog, stand_ins, text, text_id, turn_texts
+from train.json_files import BadDataError
 
 
 @pytest.mark.parametrize("lines", [False, True])

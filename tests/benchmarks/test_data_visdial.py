@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from benchmarks.data.visdial import read_visdial, read_visdial_answers
-from benchmarks.schema import ABSENT, BadDataError, TooMuchMissingError
+from benchmarks.schema import ABSENT, TooMuchMissingError
 from tests.benchmarks.layouts import dump, stand_ins, turn_texts, visdial, visdial_name
+from train.json_files import BadDataError
 
 
 def without_answers(content):

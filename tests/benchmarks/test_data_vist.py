@@ -5,8 +5,9 @@ import shutil
 import pytest
 
 from benchmarks.data.vist import read_vist, write_manifest
-from benchmarks.schema import ABSENT, BadDataError
+from benchmarks.schema import ABSENT
 from tests.benchmarks.layouts import dump, sentence, stand_ins, touch, turn_texts, vist
+from train.json_files import BadDataError
 
 
 @pytest.mark.parametrize(("where", "images", "suffix"), [("", "images/val", ".jpg"), ("sis", "images", ".png")])

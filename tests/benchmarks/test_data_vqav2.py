@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from benchmarks.data.vqav2 import read_vqav2
-from benchmarks.schema import ABSENT, BadDataError
+from benchmarks.schema import ABSENT
 from tests.benchmarks.layouts import stand_ins, vqav2
+from train.json_files import BadDataError
 
 
 @pytest.mark.parametrize(("official", "images"), [(True, "val2014"), (False, "")])

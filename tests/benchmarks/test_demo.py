@@ -7,7 +7,6 @@ from benchmarks.baselines.clip import ClipBaseline
 from benchmarks.gallery import draw_gallery
 from benchmarks.load import UniMuR
 from benchmarks.miniature import Split, image_to_itself, measure, table
-from benchmarks.pairs import caption_to_image_recall
 from benchmarks.protocols import protocols
 from benchmarks.schema import Dialogues
 from benchmarks.tasks import image, response
@@ -16,6 +15,7 @@ from tests.conftest import picture
 from train.miniature import encode, pictures
 from train.miniature.dialogues import figure1, responses, visdial
 from train.miniature.world import splits
+from train.recall import caption_to_image_recall
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from benchmarks.baselines.fromage_train import FromageCollator, RescaleRet, trai
 from tests.benchmarks.tiny_fromage import WORDS, ids_of, inputs_of, make, rows_of
 from tests.conftest import picture
 from tests.tiny import make_towers
-from train.data import FEATURES
+from train.rows import FEATURES
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
 DIALOGUES = ["hello", ["look", picture(1), "how nice it is"], [picture(2)], "what does it look like?\nshow me"]
@@ -77,7 +77,7 @@ def test_saved_equals_loaded(model, tmp_path, full):
 def test_towers_of_another_width_are_refused(model, tmp_path):
     model.save_pretrained(tmp_path / "c")
     narrow, _ = make_towers(tmp_path / "t", "opt-350m")
-    with pytest.raises(ValueError, match="has shape"):
+    with pytest.raises(ValueError, match="were made for towers of text_width"):
         FromageModel.from_pretrained(tmp_path / "c", text_model_name_or_path=str(narrow))
 
 
@@ -174,7 +174,7 @@ def test_training_on_the_miniature_makes_a_checkpoint_that_loads(tmp_path):
     import datasets
 
     text, clip = make_towers(tmp_path / "towers")
-    rows = [{**row, "source": None, "license": None, "url": None} for row in rows_of()]
+    rows = [{**row, "source": None, "license": None, "url": None, "problem": None} for row in rows_of()]
     miniature = SimpleNamespace(
         text_model=str(text), clip_model=str(clip), pairs=datasets.Dataset.from_list(rows, features=FEATURES)
     )

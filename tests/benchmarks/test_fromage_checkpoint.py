@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from benchmarks.baselines.fromage import FromageModel
 from benchmarks.baselines.fromage_checkpoint import NAMES, TABLE, convert_checkpoint, main
-from benchmarks.schema import BadDataError
 from tests.conftest import picture
 from tests.tiny import make_towers
+from train.json_files import BadDataError
 
 
 def published(folder, **changes):

@@ -98,10 +98,10 @@ def test_a_canonical_start_gives_the_cosines_of_the_canonical_maps(tmp_path):
 def test_the_miniatures_fromage_trains_its_heads_further(tmp_path):
     import datasets
 
-    from train.data import FEATURES
+    from train.rows import FEATURES
 
     text, clip = make_towers(tmp_path / "towers")
-    rows = [{**row, "source": None, "license": None, "url": None} for row in rows_of()]
+    rows = [{**row, "source": None, "license": None, "url": None, "problem": None} for row in rows_of()]
     miniature = SimpleNamespace(
         text_model=str(text), clip_model=str(clip), pairs=datasets.Dataset.from_list(rows, features=FEATURES)
     )

@@ -207,8 +207,8 @@ def test_fromages_dialogue_to_image(model):
 def test_fromages_conversations_generate_after_the_context(model, monkeypatch):
     """`generate_for_images_and_texts`: the LLM goes on from the prompts, which end in no [RET]."""
     read = []
-    plain = model._speak
-    monkeypatch.setattr(model, "_speak", lambda embeds, *rest: read.append(embeds) or plain(embeds, *rest))
+    plain = model._generate_to_ret
+    monkeypatch.setattr(model, "_generate_to_ret", lambda embeds, *rest: read.append(embeds) or plain(embeds, *rest))
     Fromage(model, max_new_tokens=1).image_replies([[picture(1), "show me"]])
     pooled, _ = model.encode_images(model.processor.pixels([picture(1)]))
     ids = torch.tensor([ids_of(model, "image", "BOS", "\nshow me")])

@@ -12,7 +12,7 @@ from benchmarks.data.miniature_language import VALUES, read_sentences, scenes_of
 from benchmarks.metrics import visdial_per_item, vqa_accuracy_per_item
 from benchmarks.miniature import load_split
 from benchmarks.protocols import TASKS
-from benchmarks.schema import BadDataError
+from train.json_files import BadDataError
 from train.miniature import dialogues as train_dialogues
 from train.miniature import sentences as said_sentences
 from train.miniature.world import CAPTIONS, captions, splits

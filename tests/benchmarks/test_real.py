@@ -39,7 +39,7 @@ def bench(folder):
     patch = pytest.MonkeyPatch()
     patch.setattr(data, "mmdialog", functools.partial(data.mmdialog, n=40))
     patch.setattr(data, "visdial", functools.partial(data.visdial, n=40))
-    patch.setattr(bench_module, "SHARD_ROWS", 16)
+    patch.setattr(bench_module, "PART_ROWS", 16)
     yield Bench(folder / "states", text, world, "\nGist", ":")
     patch.undo()
 

@@ -33,7 +33,7 @@ def test_they_are_kept_and_resumed(tmp_path, monkeypatch):
     torch.manual_seed(0)
     llm = text_model("llama", 40)
     prompts = {"a": llm.get_input_embeddings().weight.detach()[[11, 12]]}
-    monkeypatch.setattr(module, "SHARD_ROWS", 2)
+    monkeypatch.setattr(module, "PART_ROWS", 2)
     whole, calls = module.states_behind, []
 
     def counting(llm, rows, *rest):
@@ -46,7 +46,7 @@ def test_they_are_kept_and_resumed(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cached_states(llm, ROWS, prompts, tmp_path / "cache")
     states = cached_states(llm, ROWS, prompts, tmp_path / "cache")
-    assert calls == [2, 2, 2]  # the first shard was there
+    assert calls == [2, 2, 2]  # the first part was there
     assert torch.allclose(states["a"]["last"], whole(llm, ROWS, prompts)["a"]["last"], atol=1e-6)
     with pytest.raises(ValueError, match="prompts"):
         cached_states(llm, ROWS, {"a": prompts["a"] + 1}, tmp_path / "cache")

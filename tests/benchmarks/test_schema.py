@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks.schema import BadDataError, Missing, TooMuchMissingError, read_items, read_json, require
+from benchmarks.schema import Missing, TooMuchMissingError
 from tests.benchmarks.layouts import dump
+from train.json_files import BadDataError, read_items, read_json, require
 
 
 def test_json_and_json_lines(tmp_path):

@@ -12,12 +12,13 @@ from benchmarks.baselines.clip import ClipBaseline
 from benchmarks.load import UniMuR
 from benchmarks.protocols import TASKS, paper, protocols, read
 from benchmarks.run import compare, evaluate
-from benchmarks.schema import BadDataError, Dialogues, Protocol, Questions
+from benchmarks.schema import Dialogues, Protocol, Questions
 from benchmarks.systems import ImageReplies, System
 from benchmarks.tables import markdown
 from benchmarks.tasks import answers, image, response, vqa
 from benchmarks.tasks.contexts import Contexts, Squashed, context_of
 from tests.conftest import picture
+from train.json_files import BadDataError
 
 
 def text(words):

@@ -5,16 +5,18 @@ import http.client
 import io
 import json
 import sys
-import threading
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from hub_card.serve import MAX_BODY_BYTES, load_handler, make_server
+from hub_card.endpoint import Limits
+from hub_card.serve import load_handler
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
+from tests.hub_card.serving import served
 
 
 def base64_of(image):
@@ -37,27 +39,22 @@ def model(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ask(model):
-    server = make_server(load_handler_of(model), port=0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with served(load_handler_of(model)) as port:
 
-    def ask(body, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", "/", body, {"Content-Type": "application/json"} | headers)
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
-        assert answer.headers["Content-Type"] == "application/json"
-        return answer.status, json.loads(content)
+        def ask(body, **headers):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request("POST", "/", body, {"Content-Type": "application/json"} | headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            assert answer.headers["Content-Type"] == "application/json"
+            return answer.status, json.loads(content)
 
-    yield ask
-    server.shutdown()
-    server.server_close()
+        yield ask
 
 
 def load_handler_of(model):
-    from pathlib import Path
-
     return load_handler(Path(model._source["pretrained_model_name_or_path"]))
 
 
@@ -118,7 +115,7 @@ def test_a_large_picture_is_sent_small_and_encoded_once(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("request_", "told"),
+    ("request_", "message_"),
     [
         ({}, "inputs"),
         ([1], "inputs"),
@@ -147,10 +144,10 @@ def test_a_large_picture_is_sent_small_and_encoded_once(model, monkeypatch):
         ({"inputs": "hi", "parameters": {"image_bias": float("nan")}}, "between -1000 and 1000"),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(ask, request_, told):
+def test_a_bad_request_is_answered_by_what_is_wrong(ask, request_, message_):
     status, answer = ask(request_)
     assert status == 400 and set(answer) == {"error"}
-    assert told in answer["error"]
+    assert message_ in answer["error"]
 
 
 def test_base64_may_be_broken_into_lines(ask):
@@ -170,19 +167,48 @@ def test_a_body_that_is_no_json_or_too_long(ask):
     assert status == 400 and "error" in answer
     status, answer = ask(b"[" * 100_000)
     assert status == 400 and "nested too deeply" in answer["error"]
-    status, answer = ask(b"", **{"Content-Length": str(MAX_BODY_BYTES + 1)})
-    assert status == 413 and str(MAX_BODY_BYTES) in answer["error"]
+    too_long = str(Limits().body_bytes + 1)
+    status, answer = ask(b"", **{"Content-Length": too_long})
+    assert status == 413 and str(Limits().body_bytes) in answer["error"]
 
 
-def test_a_failure_of_the_server_tells_no_internals(caplog):
-    server = make_server(lambda request: {}["missing"], port=0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
-    connection.request("POST", "/", b"{}")
-    answer = connection.getresponse()
-    assert answer.status == 500 and "missing" not in answer.read().decode()
-    server.shutdown()
-    server.server_close()
+def test_a_batch_answers_each_request_as_alone_and_a_bad_one_spoils_no_other(model):
+    handler = load_handler_of(model)
+    broken = {"type": "image", "image": base64.b64encode(b"no image").decode()}
+    requests = [
+        {"inputs": "hello"},
+        {"inputs": [message(broken)]},
+        {"inputs": ["look", message(image_part(picture(7)))], "parameters": {"exclude": ["image-0"], "top_k": 2}},
+        {"inputs": 3},
+        {"inputs": "hi", "parameters": {"modality": "video"}},
+        {"inputs": "a much longer turn than the others " * 3, "parameters": {"exclude": ["image-0"], "top_k": 2}},
+    ]
+    answers = handler.batch(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        if isinstance(answer, Exception):
+            with pytest.raises(type(answer)) as alone:
+                handler(request)
+            assert isinstance(answer, ValueError) and str(alone.value) == str(answer)
+        else:
+            alone = handler(request)
+            assert [c.pop("score") for c in answer["candidates"]] == pytest.approx(
+                [c.pop("score") for c in alone["candidates"]], abs=1e-5
+            )
+            assert answer == alone
+    assert [isinstance(answer, Exception) for answer in answers] == [False, True, False, True, True, False]
+    assert handler.batch([]) == []
+
+
+def test_the_pictures_that_are_decoded_together_are_bounded(model, monkeypatch):
+    handler, counts = load_handler_of(model), []
+    embed = handler.model.embed_dialogues
+    monkeypatch.setattr(handler.model, "embed_dialogues", lambda d: counts.append(len(d)) or embed(d))
+    monkeypatch.setattr(sys.modules["handler"], "MAX_PIXELS", 2 * 40 * 30)
+    one = {"inputs": [message(image_part(picture(1)))]}
+    answers = handler.batch([one] * 5)
+    assert counts == [2, 2, 1] and len({answer["text"] for answer in answers}) == 1
+    with pytest.raises(ValueError, match="the images up to turn 2 have 3600 pixels"):
+        handler({"inputs": one["inputs"] * 4})
 
 
 @pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])

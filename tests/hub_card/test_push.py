@@ -2,14 +2,19 @@
 
 import importlib.metadata
 import json
-import shutil
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from hub_card import arguments, push
 from hub_card.check import NotFitError, check_folder
 from hub_card.push import main
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
+from train.command import run_command
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +41,71 @@ def test_a_dry_run_makes_a_repository_whose_every_part_was_called(checkpoint, tm
         "--pool", str(checkpoint / "pool"), "--folder", str(tmp_path / "made"), "--dry_run",
     ]  # fmt: skip
     assert main(arguments) is None
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in ("card: metadata", "AutoModel with its self-check", "endpoint handler", "every snippet of the card"):
-        assert part in told
+        assert part in printed
     assert (tmp_path / "made" / ".eval_results" / "visdial.yaml").is_file()
     assert "made-up captions" in (tmp_path / "made" / "README.md").read_text()
 
 
-def test_a_dry_run_needs_a_folder(checkpoint):
-    with pytest.raises(ValueError, match="--dry_run needs --folder"):
-        main([str(checkpoint / "full"), "org/x", "--dry_run"])
+DRY = ["--folder", "made", "--dry_run"]
 
 
-def test_a_former_pool_in_the_folder_is_refused(checkpoint, tmp_path):
-    shutil.copytree(checkpoint / "pool", tmp_path / "made" / "pool")
-    with pytest.raises(ValueError, match=r"made/pool' is a former pool.*delete it, or give --pool"):
-        main([str(checkpoint / "full"), "org/x", "--folder", str(tmp_path / "made"), "--dry_run"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["full", "org/x", "--dry_run"], "--dry_run needs --folder"),
+        (["full", "org/x", "--space", "org/page", *DRY], "--space needs --pool"),
+        (["full", "org/x y", *DRY], "repo_id 'org/x y' is no name on the Hub"),
+        (["full", "x", *DRY], "repo_id 'x' names no owner"),
+        (["full", "org/x", "--pool", "pool", "--space", "a/b/c", *DRY], "--space 'a/b/c' is no name on the Hub"),
+        (["no/such/folder", "org/x", *DRY], "checkpoint 'no/such/folder' is neither a folder nor a name"),
+        (["pool", "org/x", *DRY], "checkpoint 'pool' holds no config.json"),
+        (["full", "org/x", "--pool", "full", *DRY], "--pool 'full' holds no pool.json"),
+        (["full", "org/x", "--folder", "results.json", "--dry_run"], "--folder 'results.json' is a file"),
+        (["full", "org/x", "--folder", ".", "--dry_run"], "'pool' is a former pool.*delete it, or give --pool"),
+        (["full", "org/x", "--training_data", "notes/data.md", *DRY], "looks like a path and is no file"),
+        (["full", "org/x", "--results", "absent.json", *DRY], "absent.json"),
+        (["full", "org/x", "--results", "full/config.json", *DRY], "config.json is no json of benchmarks.run"),
+        (["full", "org/x", "--results", "full/model.safetensors", *DRY], "model.safetensors is no json"),
+        (["full", "org/x", "--eval_dataset", "visdial", *DRY], "'visdial' is not TASK=NAME"),
+        (["full", "org/x", "--eval_dataset", "vist=org/vist", *DRY], "no such task, but none"),
+        (["full", "org/x"], "HF_HUB_OFFLINE is set"),
+    ],
+)  # fmt: skip
+def test_an_argument_is_refused_in_one_sentence_before_the_model_is_loaded(
+    checkpoint, arguments, message, monkeypatch
+):
+    monkeypatch.chdir(checkpoint)
+    monkeypatch.setattr(push.UniMuRModel, "from_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit, match=message) as ended:
+        run_command(lambda: main(arguments))
+    assert str(ended.value).startswith("error: ") and "Traceback" not in str(ended.value)
+
+
+def test_who_is_not_logged_in_learns_it_first(checkpoint, monkeypatch):
+    monkeypatch.setattr(arguments.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(arguments, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="not logged in: run `hf auth login`"):
+        main([str(checkpoint / "full"), "org/x"])
+
+
+def test_no_usage_data_is_sent_unless_somebody_wants_it(tmp_path):
+    read = (
+        "import sys; sys.path.insert(0, 'hub_card/space'); {}; import gradio.analytics, huggingface_hub.constants as c; "
+        "print(gradio.analytics.analytics_enabled(), c.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_DISABLE_TELEMETRY", "GRADIO_ANALYTICS_ENABLED")}
+    wanted = {"HF_HUB_DISABLE_TELEMETRY": "0", "GRADIO_ANALYTICS_ENABLED": "True"}
+    root = Path(__file__).parents[2]
+
+    def sends(module, more):
+        done = subprocess.run([sys.executable, "-c", read.format(f"import {module}")], cwd=root, env=kept | more,
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        return done.stdout.split()
+
+    assert sends("hub_card", {}) == sends("app", {}) == ["False", "True"]
+    assert sends("hub_card", wanted) == ["True", "False"]
 
 
 def test_an_endpoint_installs_what_the_package_requires_and_its_pool(checkpoint, tmp_path):
@@ -110,17 +164,17 @@ def test_an_adapter_on_towers_of_this_machine_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("import modeling_unimur", "No module named 'modeling_unimur'"),
         ("from huggingface_hub import HfApi; HfApi().model_info('someone/other')", "OfflineModeIsEnabled"),
     ],
 )
-def test_what_its_users_do_not_have_the_check_has_not_either(made, monkeypatch, line, told):
+def test_what_its_users_do_not_have_the_check_has_not_either(made, monkeypatch, line, message):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     readme = made / "README.md"
     readme.write_text(readme.read_text().replace("## Use", f"```python\n{line}\n```\n\n## Use", 1))
-    with pytest.raises(NotFitError, match=told):
+    with pytest.raises(NotFitError, match=message):
         check_folder(made, "org/x", say=lambda part: None)
 
 

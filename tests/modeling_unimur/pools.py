@@ -73,7 +73,7 @@ def milvus_server(folder: Path) -> Iterator[str]:
 
     Raises:
         ImportError: the package `milvus`, which bundles the server, is not installed.
-        RuntimeError: it does not start within a minute.
+        RuntimeError: it does not start within two minutes.
     """
     from milvus import MilvusServer, MilvusServerConfig
 
@@ -81,7 +81,7 @@ def milvus_server(folder: Path) -> Iterator[str]:
     server.set_base_dir(str(folder))
     try:
         server.start()
-        server.wait_started(timeout=60_000)
+        server.wait_started(timeout=120_000)
         yield f"http://127.0.0.1:{server.listen_port}"
     finally:
         server.stop()  # the process that it started

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from transformers.pipelines.pt_utils import KeyDataset
-from transformers.utils import logging as transformers_logging
 
+from modeling_unimur import retrieval_unimur
 from modeling_unimur.inputs_unimur import MANY_TURNS, as_dialogues, as_items, batches
 from modeling_unimur.pipeline_unimur import MultimodalRetrievalPipeline
 from tests.conftest import picture
@@ -269,22 +269,15 @@ def test_similarity_is_the_cosine_of_each_pair(tiny):
 
 
 @pytest.mark.parametrize(
-    ("level", "asked", "expected"),
-    [("warning", None, False), ("info", None, True), ("info", False, False), ("warning", True, True)],
+    ("patience", "asked", "expected"),
+    [(2.0, None, False), (0.0, None, True), (0.0, False, False), (2.0, True, True)],
 )
-def test_one_rule_of_progress_bars(tiny, capsys, level, asked, expected):
-    before = transformers_logging.get_verbosity()
-    try:
-        getattr(transformers_logging, f"set_verbosity_{level}")()
-        tiny().embed_texts(TEXTS, batch_size=2, show_progress_bar=asked)
-        tiny().encode(TEXTS, batch_size=2, show_progress_bar=asked)
-        tiny().build_pool(texts=TEXTS, batch_size=2, show_progress_bar=asked)
-        bars = capsys.readouterr().err.count("| 2/2 [")
-        tiny().embed_texts(TEXTS, show_progress_bar=asked)  # one batch
-        one = capsys.readouterr().err.count("| 1/1 [")
-    finally:
-        transformers_logging.set_verbosity(before)
-    assert bars == 3 * expected and one == bool(asked)
+def test_one_rule_of_progress_bars(tiny, capsys, monkeypatch, patience, asked, expected):
+    monkeypatch.setattr(retrieval_unimur, "PATIENCE", patience)
+    tiny().embed_texts(TEXTS, batch_size=2, show_progress_bar=asked)
+    tiny().encode(TEXTS, batch_size=2, show_progress_bar=asked)
+    tiny().build_pool(texts=TEXTS, batch_size=2, show_progress_bar=asked)
+    assert capsys.readouterr().err.count("| 2/2 [") == 3 * expected
 
 
 def test_the_pipeline_refuses_in_words(tiny):
@@ -300,3 +293,16 @@ def test_the_pipeline_refuses_in_words(tiny):
             pipe("hi", **arguments)
     with pytest.raises(ValueError, match=r"^dialogue 2: turn 0 is an empty text"):
         pipe([["a"], ["b"], [""]], pool={"texts": ["a"]}, batch_size=2)
+
+
+def test_the_pipeline_reads_its_arguments_once(tiny, monkeypatch):
+    model = tiny()
+    pipe = MultimodalRetrievalPipeline(model, model.processor)
+    built = []
+    real = type(model).build_pool
+    monkeypatch.setattr(type(model), "build_pool", lambda self, **given: built.append(given) or real(self, **given))
+    answers = pipe(
+        [["a"], ["b"], ["c"]], pool={"texts": TEXTS}, batch_size=1, exclude=(id_ for id_ in ["text-0"]), top_k=5
+    )
+    assert [{c["id"] for c in answer["candidates"]} for answer in answers] == [{"text-1", "text-2"}] * 3
+    assert len(built) == 1

@@ -155,7 +155,7 @@ def test_an_llm_without_sdpa_loads_again(tmp_path):
 
 def _towers_with(folder: Path, kind: str, **fields) -> tuple[str, str]:
     """Tiny towers whose LLM is of this type."""
-    from tests.tiny import awaken, make_towers, text_tokenizer
+    from tests.tiny import init_weights, make_towers, text_tokenizer
 
     text, clip = make_towers(folder)
     config = AutoConfig.for_model(kind, vocab_size=len(text_tokenizer()), bos_token_id=2, eos_token_id=2,
@@ -163,7 +163,7 @@ def _towers_with(folder: Path, kind: str, **fields) -> tuple[str, str]:
     torch.manual_seed(0)
     for old in text.glob("*.safetensors"):
         old.unlink()
-    awaken(AutoModelForCausalLM.from_config(config)).save_pretrained(text)
+    init_weights(AutoModelForCausalLM.from_config(config)).save_pretrained(text)
     return str(text), str(clip)
 
 

@@ -64,8 +64,8 @@ def test_to_print_compare_or_hash_decodes_nothing(decoded, broken):
     assert one != replace(one, best_image=None) and one.candidates[0] != one.candidates[1]
     for value in (one, *one.candidates):
         assert "\n" not in repr(value) == str(value)
-    assert repr(one) == "Retrieval('far', image 'image-0', 4 candidates)"
-    assert repr(one.candidates[1]) == "Candidate(2: image 'image-1', score 1.000)"
+    assert repr(one) == "Retrieval('far', image '0.png', 4 candidates)"
+    assert repr(one.candidates[1]) == "Candidate(2: image '1.png', score 1.000)"
     assert repr(Candidate("b", "text", "h\n" * 90, 0.5, 1)).count("h") == 30
     assert not decoded
 

@@ -19,8 +19,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from modeling_unimur import CandidatePool, Retrieval, UniMuRModel
-from modeling_unimur.images_unimur import BadImageError
+from modeling_unimur import BadImageError, CandidatePool, Conversation, Retrieval, UniMuRModel
 from modeling_unimur.pipeline_unimur import MultimodalRetrievalPipeline
 from tests.conftest import picture
 from tests.tiny import make_model
@@ -175,6 +174,13 @@ def _options(**more: st.SearchStrategy) -> st.SearchStrategy:
     return st.fixed_dictionaries({}, optional={"batch_size": counts, **more})
 
 
+def _spoken(model: UniMuRModel, turns: list[Any]) -> Conversation:
+    talk = model.conversation()
+    for turn in turns:
+        talk.say(turn)
+    return talk
+
+
 def _vectors(answer: Any) -> None:
     rows = torch.as_tensor(answer)
     assert rows.dtype == torch.float32 and rows.shape[-1] == 24
@@ -225,7 +231,7 @@ VERBS: dict[str, Verb] = {
     "retrieve": (
         st.tuples(_collections(dialogues), searches, _options(), st.integers(0, 9)),
         lambda model, pool, case: model.retrieve(case[0], ["a"] if case[3] == 0 else pool, **case[1], **case[2]),
-        lambda answer: _replies(answer),
+        _replies,
     ),
     "build_pool": (
         _options(**candidates),
@@ -236,6 +242,11 @@ VERBS: dict[str, Verb] = {
         _options(**candidates),
         lambda model, pool, case: model.extend_pool(pool, **case),
         _pools,
+    ),
+    "conversation": (
+        st.tuples(st.lists(_mostly(st.one_of(texts, images, messages), junk), max_size=3), searches),
+        lambda model, pool, case: _spoken(model, case[0]).retrieve(pool, **case[1]),
+        _replies,
     ),
     "pipeline": (
         st.tuples(_collections(dialogues), searches, _options()),

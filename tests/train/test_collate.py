@@ -7,6 +7,7 @@ import torch
 from tests.conftest import picture
 from tests.tiny import make_processor
 from train.collate import PairCollator, SkipCounter, TooManyBadPairsError
+from train.conversations import ImageId, make_conversation
 from train.documents import InterleavedDocuments
 from train.miniature import encode
 
@@ -98,22 +99,11 @@ def test_captions_are_drawn_per_epoch_and_reproducibly():
 
 
 def documents(images):
-    def part(kind, text=None, image=None):
-        return {"type": kind, "text": text, "image_id": image}
-
-    dialogue = {
-        "dialogue_id": "d", "target_turn": 2, "gold": {"text_ids": ["t"], "image_ids": ["target"]},
-        "turns": [
-            {"speaker": "A", "elements": [part("text", "see"), part("image", image="shown")]},
-            {"speaker": "B", "elements": [part("text", "more!")]},
-            {"speaker": "A", "elements": [part("text", "here"), part("image", image="target")]},
-        ],
-    }  # fmt: skip
-    spoken = {
-        **dialogue, "dialogue_id": "e", "gold": {"text_ids": ["t"], "image_ids": []},
-        "turns": dialogue["turns"][1:], "target_turn": 1,
-    }  # fmt: skip
-    return InterleavedDocuments([dialogue, spoken], {"t": "here"}, images)
+    see, target = ["see", ImageId("shown")], ["here", ImageId("target")]
+    return InterleavedDocuments.of(
+        [make_conversation("d", [see, ["more!"], target], [2]), make_conversation("e", [["more!"], ["here"]], [1])],
+        images,
+    )
 
 
 def test_documents_and_pairs_in_one_batch():
@@ -139,11 +129,17 @@ def test_documents_and_pairs_in_one_batch():
     assert len(batch["captions"]["labels"]) == 1  # only the pair has a caption
 
 
-def test_documents_with_unknown_ids_are_refused():
+def test_a_document_whose_image_was_left_out_is_counted():
     import datasets
 
-    with pytest.raises(ValueError, match="'d' refers to the image 'shown'"):
-        documents(datasets.Dataset.from_list([row("target")]))
+    made = documents(datasets.Dataset.from_list([row("target")]))
+    batch = PairCollator(make_processor())([made[0], made[1]])
+    assert batch["skipped"] == {"missing": 1} and batch["n_seen"] == 2 and len(batch["ret_input_ids"]) == 1
+
+
+def test_what_a_reader_says_is_wrong_is_counted():
+    batch = PairCollator(make_processor())([row("p"), {"id": "x", "problem": "not_json: no object"}])
+    assert batch["skipped"] == {"not_json": 1} and batch["n_seen"] == 2
 
 
 def test_cached_features_replace_images(fresh):

@@ -40,7 +40,11 @@ def test_streamed_shards_give_two_processes_the_batches_of_one(data, tmp_path):
                 (data / f"{i}.txt").write_text(WORDS[i])
                 tar.add(data / f"{i}.txt", f"{i}.txt")
     more = (f"--train_data={data}/shards", "--packing=false")
-    check_alike(launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more), tmp_path, seen=32)
+    more += (f"--eval_data={data}/photos", "--eval_steps=2")
+    one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
+    check_alike(one, two, tmp_path, seen=32)
+    assert one["validation"]["eval_image_R@5"] == two["validation"]["eval_image_R@5"]
+    assert one["validation"]["eval_loss"] == pytest.approx(two["validation"]["eval_loss"], rel=1e-4)
     launch(data, tmp_path / "packed", 2, f"--train_data={data}/shards")
 
 

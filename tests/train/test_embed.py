@@ -194,10 +194,40 @@ def test_jsonl_texts_a_saved_dataset_and_paths(data, tmp_path):
     image = by_path.dataset[0]["image"]
     assert image["bytes"] is None and Path(image["path"]) == data / "photos" / "0.png"
     (tmp_path / "t.jsonl").write_text('{"text": "hi", "id": "x"}\n')
-    with pytest.raises(ValueError, match="'x' stands twice"):
+    with pytest.raises(ValueError, match="duplicate id 'x'"):
         embed.main(flags(data, tmp_path / "twice", *inputs))
-    (tmp_path / "t.jsonl").write_text('{"text": "hi"}\n["no"]\n')
-    with pytest.raises(ValueError, match=r"t\.jsonl, line 2"):
-        embed.main(flags(data, tmp_path / "bad", *inputs))
     with pytest.raises(ValueError, match="no candidates"):
         embed.main([f"--model={data}/model", f"--output={tmp_path}/none"])
+
+
+def test_no_candidate_is_lost_without_a_count(data, tmp_path, caplog):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.avif", "b.webp", "c.jp2", "d.JFIF"):
+        picture(1).save(photos / name, {"d.JFIF": "JPEG"}.get(name))
+    for name in ("e.heic", "f.jpe"):
+        (photos / name).write_bytes(b"no image")
+    (photos / "g.svg").write_text("<svg/>"), (photos / "notes").touch()
+    (photos / "h.png").symlink_to(data / "photos" / "0.png")
+    (photos / "i.png").symlink_to(photos / "absent.png")
+    lines = [
+        b'{"text": "good"}',
+        b'["no"]',
+        b'{"text": "\xe9"}',
+        b'{"text": "\\ud83d"}',
+        b'{"text": 5}',
+        b'{"text": " "}',
+    ]
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join(lines))
+    inputs = (f"--images={photos}", f"--texts={tmp_path}/t.jsonl", "--max_bad_share=0.9")
+    pool = embed.main(flags(data, tmp_path / "out", *inputs))
+    assert pool.dataset["id"][:] == ["a.avif", "b.webp", "c.jp2", "d.JFIF", "text-0"]
+    left_out = dict(
+        x for f in (tmp_path / "out" / "manifests").glob("*") for x in json.loads(f.read_text())["left_out"]
+    )
+    assert left_out == {
+        "e.heic": "undecodable", "f.jpe": "undecodable", "h.png": "outside_folder", "i.png": "missing",
+        "text-1": "not_json", "text-2": "not_utf8", "text-3": "half_character", "text-4": "no_text", "text-5": "empty",
+    }  # fmt: skip
+    assert "2 files have no image's ending and are passed over: 1 .svg, 1 without one" in caplog.text
+    assert "t.jsonl, line 2 is left out (not_json)" in caplog.text

@@ -13,11 +13,11 @@ import torch
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
 from tests.tiny import make_model
-from train import features, shards
+from train import cache, features
+from train.cache import CachedTable, CorruptCacheError, StaleCacheError, build_cache
 from train.collate import PairCollator, SkipCounter
 from train.data import read_image_folder
 from train.features import MatchingStates, cache_caption_states, cache_image_features
-from train.shards import CorruptShardError, ShardedTable, StaleCacheError, build_shards
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 
 WORDS = ["a red fox", "two dogs run far away", "sea", "my old hat is here", "one panda", "sky", "tiny cup", "cars"]
@@ -26,7 +26,7 @@ N = 12
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(features, "SHARD_ROWS", 4)
+    monkeypatch.setattr(features, "PART_ROWS", 4)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def contents(folder):
 
 
 def forbid(*_):
-    raise AssertionError("a shard was made anew")
+    raise AssertionError("a part was made again")
 
 
 def losses(model, batch):
@@ -105,7 +105,7 @@ def test_a_second_run_reads_what_the_first_wrote(fresh, photos, tmp_path, monkey
     assert skips.seen == N and dict(skips.counts) == {"undecodable": 1} and "'4.png'" in skips.details()
     manifest = json.loads((tmp_path / "cache" / "images" / "manifest.json").read_text())
     assert manifest["shards"]["00001.arrow"]["skipped"] == {"undecodable": 1}
-    monkeypatch.setattr(features, "image_shards", forbid)
+    monkeypatch.setattr(features, "image_parts", forbid)
     monkeypatch.setattr(features, "_encode_captions", forbid)
     again, counted = both(photos, model, tmp_path / "cache", other := SkipCounter()), other
     assert counted.seen == N and counted.counts == skips.counts and again.rates == {}
@@ -131,7 +131,7 @@ def test_an_interrupted_extraction_goes_on_and_writes_the_same(fresh, photos, tm
 
     def interrupted(self, pixels):
         calls.append(len(pixels))
-        if len(calls) == 4:  # in the second shard
+        if len(calls) == 4:  # in the second part
             raise KeyboardInterrupt
         return encode(self, pixels)
 
@@ -143,14 +143,14 @@ def test_an_interrupted_extraction_goes_on_and_writes_the_same(fresh, photos, tm
     calls.clear()
     calls.extend([0] * 9)
     both(photos, model, tmp_path / "cache")
-    assert sum(calls) == N - 1 - 4  # the first shard's four were not encoded again
+    assert sum(calls) == N - 1 - 4  # the first part's four were not encoded again
     assert contents(tmp_path / "whole") == contents(tmp_path / "cache")
 
 
 def test_a_full_disk_stops_with_the_position_and_leaves_no_half_shard(fresh, photos, tmp_path, monkeypatch):
     model = fresh()
     both(photos, model, tmp_path / "whole")
-    write = shards._write_table
+    write = cache._write_table
 
     def full(path, table):
         if "00001" in path.name:
@@ -158,13 +158,13 @@ def test_a_full_disk_stops_with_the_position_and_leaves_no_half_shard(fresh, pho
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, table)
 
-    monkeypatch.setattr(shards, "_write_table", full)
-    with pytest.raises(OSError, match=r"the disk is full at shard 2 of 3 .*rows 4-7, .*make room") as caught:
+    monkeypatch.setattr(cache, "_write_table", full)
+    with pytest.raises(OSError, match=r"the disk is full at part 2 of 3 .*rows 4-7, .*make room") as caught:
         both(photos, model, tmp_path / "cache")
     assert caught.value.errno == errno.ENOSPC
     names = {p.name for p in (tmp_path / "cache" / "images").iterdir()}
     assert names == {"00000.arrow", "00000.arrow.json", "manifest.json"}
-    monkeypatch.setattr(shards, "_write_table", write)
+    monkeypatch.setattr(cache, "_write_table", write)
     both(photos, model, tmp_path / "cache")
     assert contents(tmp_path / "whole") == contents(tmp_path / "cache")
 
@@ -176,7 +176,7 @@ def test_a_corrupt_shard_is_named_and_made_anew_once_deleted(fresh, photos, tmp_
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorruptShardError, match=r"captions/00002\.arrow is corrupt.*Delete that file"):
+    with pytest.raises(CorruptCacheError, match=r"captions/00002\.arrow is corrupt.*Delete that file"):
         both(photos, model, tmp_path / "cache")
     path.unlink()
     both(photos, model, tmp_path / "cache")
@@ -254,7 +254,7 @@ def test_a_cache_of_other_data_is_refused_and_a_touched_file_is_not(fresh, photo
 
 
 def test_several_processes_make_a_part_each_and_read_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_barrier", threading.Barrier(2).wait)
+    monkeypatch.setattr(cache, "_barrier", threading.Barrier(2).wait)
     made, tables = {0: [], 1: []}, {}
 
     def run(rank):
@@ -264,7 +264,7 @@ def test_several_processes_make_a_part_each_and_read_all(tmp_path, monkeypatch):
                 yield number, {"x": np.full((number + 1, 3), number, np.float32)}, {"note": number}
 
         sources = [{"rows": f"{n}"} for n in range(5)]
-        tables[rank] = build_shards(tmp_path, {"of": "test"}, sources, make, rank=rank, world=2)
+        tables[rank] = build_cache(tmp_path, {"of": "test"}, sources, make, rank=rank, world=2)
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(2)]
     for thread in threads:
@@ -273,7 +273,7 @@ def test_several_processes_make_a_part_each_and_read_all(tmp_path, monkeypatch):
         thread.join(30)
     assert made == {0: [0, 2, 4], 1: [1, 3]} and tables[0] == tables[1]
     assert [record["note"] for record in tables[0]] == [0, 1, 2, 3, 4]
-    column = ShardedTable(tmp_path, 5).columns["x"]
+    column = CachedTable(tmp_path, 5).columns["x"]
     assert column.shape == (15, 3) and column[[14, 0, 3, 3]][:, 0].tolist() == [4, 0, 2, 2]
     assert column[1:4][:, 2].tolist() == [1, 1, 2] and column[5].tolist() == [2, 2, 2]
     with pytest.raises(IndexError, match="row 15 of 15"):

@@ -36,7 +36,7 @@ def trainer_of(model, folder, rows=None, **arguments):
         "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, **arguments,
     }  # fmt: skip
     return UniMuRTrainer(
-        model=model, args=UniMuRTrainingArguments(**arguments), train_dataset=rows or pairs(),
+        model=model, args=UniMuRTrainingArguments(**arguments), train_dataset=pairs() if rows is None else rows,
         data_collator=PairCollator(model.processor),
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ def _turns(contents: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _reply(scene: Scene, ask: str, rng: random.Random) -> str:
-    """The gold reply's words: the scene told anew."""
+    """The gold reply's words: the scene told again."""
     template = rng.choice(REPLY_IMAGE if ask in ASK_IMAGE else REPLY_TEXT[ask])
     extra = {"n": rng.choice(NUMBERS), "name": rng.choice(NAMES), "plural": plural(scene.animal)}
     return template.format(**phrases(scene, rng), **extra)
@@ -74,8 +74,8 @@ def _reply(scene: Scene, ask: str, rng: random.Random) -> str:
 def _told(scene: Scene, ask: str, rng: random.Random) -> list[list[dict[str, Any]]]:
     """A context of words: the scene in two turns, the other speaker between, the request at the end."""
     words = phrases(scene, rng)
-    first, second = rng.choice(((TELL_WHO, TELL_WHAT), (TELL_WHERE, TELL_THERE)))
-    first, second = rng.choice(first).format(**words), rng.choice(second).format(**words)
+    openings, endings = rng.choice(((TELL_WHO, TELL_WHAT), (TELL_WHERE, TELL_THERE)))
+    first, second = rng.choice(openings).format(**words), rng.choice(endings).format(**words)
     return [[_text(first)], [_text(rng.choice(LISTEN))], [_text(second)], [_text(ask)]]
 
 
@@ -300,6 +300,20 @@ def interleaved(scenes: Sequence[Scene], n: int, seed: int = 0, *, name: str = "
         result.scenes |= part.scenes
     random.Random(f"{name}-{seed}").shuffle(result.dialogues)
     return result
+
+
+def chat_messages(dialogue: dict[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
+    """A dialogue as chat messages, whose last turn alone is an assistant's; `images` gives each image id's reference."""
+    messages = []
+    for position, turn in enumerate(dialogue["turns"]):
+        content = [
+            {"type": "text", "text": e["text"]} if e["type"] == "text"
+            else {"type": "image", "image": images[e["image_id"]]}
+            for e in turn["elements"]
+        ]  # fmt: skip
+        role = "assistant" if position == dialogue["target_turn"] else "user"
+        messages.append({"role": role, "content": content})
+    return {"id": dialogue["dialogue_id"], "messages": messages}
 
 
 def without_context_images(dialogues: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import datasets
 from PIL import Image
 from tqdm.auto import tqdm
 
-from train.data import FEATURES
+from train.conversations import ImageId, parse_chat
 from train.documents import InterleavedDocuments
 from train.parallel import side_by_side
+from train.rows import FEATURES, make_row
 
-from .dialogues import interleaved
+from .dialogues import chat_messages, interleaved
 from .towers import pretrain_clip, pretrain_opt
 from .world import Scene, captions, draw, splits
 
@@ -65,7 +66,7 @@ def prepare_towers(folder: str | Path, seed: int = 0) -> tuple[dict[str, float],
     stamp = towers / "made.json"
     if not stamp.is_file() or json.loads(stamp.read_text()) != {"seed": seed}:
         stamp.unlink(missing_ok=True)
-        names = {"CLIP": pretrain_clip, "OPT": pretrain_opt}
+        names: dict[str, Callable[..., Path]] = {"CLIP": pretrain_clip, "OPT": pretrain_opt}
         jobs = [
             (pretrain, {"folder": towers / name.lower(), "scenes": scenes, "seed": seed})
             for name, pretrain in names.items()
@@ -81,8 +82,10 @@ def training_pairs(scenes: list[Scene], seed: int) -> datasets.Dataset:
     """One picture a scene with its captions, in the schema of [`train.data`]; the id is the scene's key."""
     rng = random.Random(f"pairs-{seed}")
     rows = [
-        {"id": scene.key, "image": {"bytes": encode(draw(scene, rng)), "path": None}, "captions": captions(scene, rng),
-         "source": "miniature", "license": "Apache-2.0", "url": None}
+        make_row(
+            scene.key, {"bytes": encode(draw(scene, rng)), "path": None}, captions(scene, rng), "miniature",
+            license="Apache-2.0",
+        )
         for scene in tqdm(scenes, "drawing training pictures")
     ]  # fmt: skip
     return datasets.Dataset.from_list(rows, features=FEATURES)
@@ -93,16 +96,22 @@ def training_documents(
 ) -> InterleavedDocuments:
     """Dialogues about train scenes, whose pictures are those of `pairs`."""
     made = interleaved(scenes, n, seed)
-    key = {image_id: scene.key for image_id, scene in made.images.items()}
-    dialogues = []
-    for dialogue in made.dialogues:
-        turns = [
-            {**t, "elements": [{**e, "image_id": key.get(e["image_id"])} for e in t["elements"]]}
-            for t in dialogue["turns"]
-        ]
-        gold = {**dialogue["gold"], "image_ids": [key[i] for i in dialogue["gold"]["image_ids"]]}
-        dialogues.append({**dialogue, "turns": turns, "gold": gold})
-    return InterleavedDocuments(dialogues, made.texts, pairs)
+    keys = {image_id: scene.key for image_id, scene in made.images.items()}
+    chats = (chat_messages(dialogue, keys) for dialogue in made.dialogues)
+    return InterleavedDocuments.of((parse_chat(chat, chat["id"], _Keys) for chat in chats), pairs)
+
+
+class _Keys:
+    """The pictures of the pairs, by their ids."""
+
+    add = staticmethod(ImageId)
+
+
+def validation_data(seed: int, n: int) -> tuple[datasets.Dataset, InterleavedDocuments]:
+    """Pairs of the validation split's scenes, and up to `n` dialogues about them; the test split is not read."""
+    scenes = splits()["validation"]
+    pairs = training_pairs(scenes, seed)
+    return pairs, training_documents(scenes, pairs, seed, min(n, len(scenes)))
 
 
 def pictures(images: Mapping[str, Scene], seed: int = 0) -> dict[str, Image.Image]:

@@ -1,4 +1,4 @@
-"""A folder of Arrow shards that is built once: resumable, refused when stale, verified when opened, memory-mapped."""
+"""A folder of Arrow parts that is built once: resumable, refused when stale, verified when opened, memory-mapped."""
 
 import errno
 import hashlib
@@ -8,6 +8,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,46 +22,46 @@ from transformers.utils import logging
 logger = logging.get_logger("train")
 
 MANIFEST = "manifest.json"
-# What one shard holds: its columns `(rows, width)` by name, and what is to be noted of it in the manifest.
-Shard = tuple[int, dict[str, np.ndarray], dict[str, Any]]
+# What one part holds: its columns `(rows, width)` by name, and what is to be noted of it in the manifest.
+Part = tuple[int, dict[str, np.ndarray], dict[str, Any]]
 
 
 class StaleCacheError(ValueError):
     """A cache that was made of something else than what is asked for."""
 
 
-class CorruptShardError(OSError):
-    """A shard whose bytes are not those that were written."""
+class CorruptCacheError(OSError):
+    """A part whose bytes are not those that were written."""
 
 
-def build_shards(
+def build_cache(
     folder: str | Path, identity: dict[str, Any], sources: Sequence[dict[str, str]],
-    make: Callable[[list[int]], Iterator[Shard]], *, rank: int | None = None, world: int | None = None,
+    make: Callable[[list[int]], Iterator[Part]], *, rank: int | None = None, world: int | None = None,
     changed: Callable[[int, str, dict], bool] = lambda *_: True,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """
-    Writes the shards that are not there yet, each process its own (rank r those of number r, r + n, ...), waits for the
+    Writes the parts that are not there yet, each process its own (rank r those of number r, r + n, ...), waits for the
     others' and verifies all.
 
-    A shard and its record are each written to a temporary file, flushed to the disk and renamed, so that an
-    interruption leaves whole shards only and the next call goes on behind them. `manifest.json` holds the identity and,
-    when all are done, each shard's sha256, rows, sources and notes.
+    A part and its record are each written to a temporary file, flushed to the disk and renamed, so that an
+    interruption leaves whole parts only and the next call goes on behind them. `manifest.json` holds the identity and,
+    when all are done, each part's sha256, rows, sources and notes.
 
     Args:
         folder: made where it does not exist.
-        identity: what the values depend on; all of it has to be equal to reuse a shard.
-        sources: for each shard, its `rows` in words and hashes of what it is made of, by name.
-        make: yields the shards of the numbers it is given, in that order.
+        identity: what the values depend on; all of it has to be equal to reuse a part.
+        sources: for each part, its `rows` in words and hashes of what it is made of, by name.
+        make: yields the parts of the numbers it is given, in that order.
         rank, world: of the process; those of torch.distributed by default.
-        changed: called with a shard's number, the name of a source whose hash differs and the shard's record, where a
+        changed: called with a part's number, the name of a source whose hash differs and the part's record, where a
             hash is only a hint; whether the source has really changed.
 
     Returns:
-        The record of each shard.
+        The record of each part.
 
     Raises:
         StaleCacheError: the cache is of another identity or other sources; the message says which.
-        CorruptShardError: the bytes of a shard are not those written; the message names it.
+        CorruptCacheError: the bytes of a part are not those written; the message names it.
         OSError: the disk is full (`ENOSPC`); the message says at which rows. Nothing half written stays.
     """
     folder = Path(folder)
@@ -81,7 +82,7 @@ def build_shards(
     for number, columns, notes in make(missing) if missing else ():
         table = _table(columns)
         try:
-            digest = write_whole(folder / _name(number), lambda path, table=table: _write_table(path, table))
+            digest = write_whole(folder / _name(number), partial(_write_table, table=table))
             record = {"sha256": digest, "rows": table.num_rows, "sources": sources[number], **notes}
             write_json(folder / f"{_name(number)}.json", record)
         except OSError as error:
@@ -89,23 +90,23 @@ def build_shards(
                 raise
             raise OSError(
                 errno.ENOSPC,
-                f"the disk is full at shard {number + 1} of {len(sources)} in {folder}, rows {sources[number]['rows']}, "
-                f"{table.nbytes:,} bytes. The shards written before it stay: make room and run the same command, which "
+                f"the disk is full at part {number + 1} of {len(sources)} in {folder}, rows {sources[number]['rows']}, "
+                f"{table.nbytes:,} bytes. The parts written before it stay: make room and run the same command, which "
                 "goes on from there",
             ) from error
     while True:
         if rank == 0:
             _gather(folder, identity, len(sources))
-        # The others' shards are waited for by looking: a barrier would time out.
+        # The others' parts are waited for by looking: a barrier would time out.
         manifest = _read_json(folder / MANIFEST)
         if manifest is not None and len(manifest["shards"]) == len(sources):
             return [manifest["shards"][_name(n)] for n in range(len(sources))]
         time.sleep(0.5)
 
 
-class ShardedArray:
+class CachedArray:
     """
-    A column `(rows, width)` over memory-mapped shards.
+    A column `(rows, width)` over memory-mapped parts.
 
     An int gives a row, a slice or a sequence of ints a new array of these rows.
     """
@@ -124,16 +125,16 @@ class ShardedArray:
                 raise IndexError(f"row {rows} of {len(self)}")
             part = bisect_right(self.starts, rows) - 1
             return self.parts[part][rows - self.starts[part]]
-        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
-        found = np.empty((len(rows), self.shape[1]), dtype=np.float32)
-        part = np.searchsorted(self.starts, rows, side="right") - 1
-        for number in np.unique(part):
-            here = part == number
-            found[here] = self.parts[number][rows[here] - self.starts[number]]
-        return found
+        wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        values = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
+        parts = np.searchsorted(self.starts, wanted, side="right") - 1
+        for number in np.unique(parts):
+            here = parts == number
+            values[here] = self.parts[number][wanted[here] - self.starts[number]]
+        return values
 
 
-class ShardedTable:
+class CachedTable:
     """The columns of a built folder, memory-mapped; another process that it is sent to maps the files itself."""
 
     def __init__(self, folder: str | Path, count: int):
@@ -146,7 +147,7 @@ class ShardedTable:
             with pa.memory_map(str(self.folder / _name(number))) as source:
                 tables.append(pa.ipc.open_file(source).read_all())
         self.columns = {
-            name: ShardedArray([_values(table[name]) for table in tables]) for name in tables[0].column_names
+            name: CachedArray([_values(table[name]) for table in tables]) for name in tables[0].column_names
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,13 +165,13 @@ def _check(folder: Path, records: dict[int, dict], identity: dict, sources: Sequ
     manifest = _read_json(folder / MANIFEST)
     if manifest is None:
         return
-    found, others = manifest["identity"], []
-    for name in sorted(identity.keys() | found.keys()):
-        if identity.get(name) != found.get(name):
-            others.append(f"{name} (cached {found.get(name)!r}, now {identity.get(name)!r})")
+    cached, others = manifest["identity"], []
+    for name in sorted(identity.keys() | cached.keys()):
+        if identity.get(name) != cached.get(name):
+            others.append(f"{name} (cached {cached.get(name)!r}, now {identity.get(name)!r})")
     if not others:
         if any(number >= len(sources) for number in records):
-            others.append(f"number of rows (cached {len(records)} shards, now {len(sources)})")
+            others.append(f"number of rows (cached {len(records)} parts, now {len(sources)})")
         names = {}
         for number, record in sorted(records.items()):
             for name, digest in sources[number].items() if number < len(sources) else ():
@@ -180,7 +181,7 @@ def _check(folder: Path, records: dict[int, dict], identity: dict, sources: Sequ
     if others:
         raise StaleCacheError(
             f"the cache in {folder} was made of something else. What differs: {'; '.join(others)}. Give another "
-            "--cache_dir, or delete this folder to have it made anew"
+            "--cache_dir, or delete this folder to have it made again"
         )
 
 
@@ -189,14 +190,14 @@ def _verify(folder: Path, records: dict[int, dict]) -> None:
         digests = threads.map(lambda number: sha256(folder / _name(number)), records)
         for (number, record), digest in zip(records.items(), digests, strict=True):
             if digest != record["sha256"]:
-                raise CorruptShardError(
+                raise CorruptCacheError(
                     f"{folder / _name(number)} is corrupt: its sha256 is {digest}, and {record['sha256']} was written. "
-                    "Delete that file and run the same command, which makes it anew"
+                    "Delete that file and run the same command, which makes it again"
                 )
 
 
 def _gather(folder: Path, identity: dict, count: int, *, prune: bool = False) -> None:
-    """Puts the shards' records into the manifest, when all are there or, to `prune`, those whose files are."""
+    """Puts the parts' records into the manifest, when all are there or, to `prune`, those whose files are."""
     records = {_name(n): record for n, record in _records(folder).items()}
     manifest = {"identity": identity, "shards": dict(sorted(records.items()))}
     if (prune or len(records) == count) and manifest != _read_json(folder / MANIFEST):
@@ -207,13 +208,13 @@ def _gather(folder: Path, identity: dict, count: int, *, prune: bool = False) ->
 
 
 def _records(folder: Path) -> dict[int, dict[str, Any]]:
-    """The records of shards whose file is there: those of the manifest, and newer ones beside their shard."""
-    shards = (_read_json(folder / MANIFEST) or {"shards": {}})["shards"]
+    """The records of parts whose file is there: those of the manifest, and newer ones beside their part."""
+    parts = (_read_json(folder / MANIFEST) or {"shards": {}})["shards"]
     for path in folder.glob("*.arrow.json"):
         record = _read_json(path)
         if record is not None:
-            shards[path.stem] = record
-    return {int(Path(name).stem): record for name, record in shards.items() if (folder / name).is_file()}
+            parts[path.stem] = record
+    return {int(Path(name).stem): record for name, record in parts.items() if (folder / name).is_file()}
 
 
 # Files
@@ -232,7 +233,7 @@ def _table(columns: dict[str, np.ndarray]) -> pa.Table:
 
 
 def _values(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of one shard, `(rows, width)`, not copied."""
+    """A column of one part, `(rows, width)`, not copied."""
     width = column.type.list_size
     if not column.num_chunks:
         return np.empty((0, width), column.type.value_type.to_pandas_dtype())
