@@ -309,8 +309,12 @@ class CheckpointModel(PreTrainedModel):
         if adapter:
             tensors = {n: tensor for n, tensor in tensors.items() if n.split(".")[0] in self.own_tensors}
         if any(tensor.is_meta for tensor in tensors.values()):  # offloaded
-            from accelerate.utils.modeling import get_state_dict_offloaded_model
-
+            try:  # as in identity_unimur; accelerate it was that offloaded them
+                from accelerate.utils.modeling import get_state_dict_offloaded_model
+            except ImportError as error:
+                raise ImportError(
+                    "weights that are offloaded need accelerate to be saved: pip install accelerate"
+                ) from error
             tensors = {n: t for n, t in tensors.items() if not t.is_meta} | get_state_dict_offloaded_model(self)
         return {plain_name(n): tensor for n, tensor in tensors.items() if LORA not in n}
 

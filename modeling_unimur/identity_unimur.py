@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import is_accelerate_available
 
 from .configuration_unimur import UniMuRConfig
 from .processing_unimur import UniMuRProcessor
@@ -66,10 +65,10 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _loaded(module: nn.Module):
     """A context in which a module's own parameters are in memory, where accelerate has offloaded them."""
-    if not is_accelerate_available():
+    try:  # a plain import would make accelerate a requirement of the checkpoint's code
+        from accelerate.utils import align_module_device
+    except ImportError:
         return nullcontext()
-    from accelerate.utils import align_module_device
-
     return align_module_device(module, torch.device("cpu"))
 
 

@@ -57,7 +57,7 @@ def visdial_round(a_round: Any, questions: Sequence[str], answers: Sequence[str]
 def visdial_text(texts: Sequence[str], index: Any, where: str) -> str:
     """The entry of one of VisDial's two lists. Raises [`BadDataError`] where there is none."""
     if type(index) is not int or not 0 <= index < len(texts):
-        raise BadDataError(f"{where}: {index!r} is no index into the list of {len(texts)}")
+        raise BadDataError(f"{where}: {index!r} is not an index into the list of {len(texts)}")
     if not isinstance(texts[index], str):
         raise BadDataError(f"{where}: entry {index} is {type(texts[index]).__name__}, expected str")
     return texts[index]

@@ -228,7 +228,7 @@ def test_the_strip_is_spread_over_the_pool_and_passes_over_what_cannot_be_read(a
     assert len(App(app.model, pool).strip) == 24
     files[0].unlink()
     strip = App(app.model, pool).strip
-    assert len(strip) == 23 and strip[-1].id == "image-59"
+    assert len(strip) == 23 and strip[-1].id == "59.png"
     assert App(app.model, app.model.build_pool(texts=["a"], show_progress_bar=False)).strip == []
 
 

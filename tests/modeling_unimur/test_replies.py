@@ -80,7 +80,7 @@ def test_a_picture_that_cannot_be_read_is_named_when_it_is_looked_at(broken, tmp
         _ = reply.candidates[2].item
     (tmp_path / "0.png").unlink()
     (reply,) = broken.search(QUERY)  # one broken picture spoils no other reply
-    with pytest.raises(BadImageError, match=r"candidate '0\\.png'"):
+    with pytest.raises(BadImageError, match=r"candidate '0\.png'"):
         _ = reply.image
 
 
@@ -156,7 +156,7 @@ def test_the_picture_of_a_reply_is_saved_where_it_is_not_listed(tmp_path):
 
 
 def test_nothing_is_saved_of_a_reply_with_a_broken_picture(broken, tmp_path):
-    with pytest.raises(BadImageError, match="image-1"):
+    with pytest.raises(BadImageError, match=r"1\.png"):
         broken.search(QUERY)[0].save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
