@@ -32,10 +32,9 @@ def bench(folder, tmp_path, monkeypatch):
     few = {"train": known["train"][:300]}
     monkeypatch.setattr(module, "splits", lambda: few)
     monkeypatch.setattr(module, "training_documents", lambda *given: None)  # the ablations train on pairs
-    config = yaml.safe_load((CONFIGS / "miniature.yaml").read_text())
-    config |= {"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-    (tmp_path / "miniature.yaml").write_text(yaml.safe_dump(config))
-    files = (tmp_path / "miniature.yaml", CONFIGS / "paper.yaml")
+    config = {"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(config))
+    files = (CONFIGS / "miniature.yaml", tmp_path / "few.yaml", CONFIGS / "paper.yaml")
     monkeypatch.setattr(ablation, "PAPER", [part for file in files for part in ("--config", str(file))])
     for name in ("mmdialog", "visdial"):
         plain = getattr(miniature, name)
