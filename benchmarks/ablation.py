@@ -151,6 +151,7 @@ class Seed:
         _, _, args = parse([
             *PAPER, f"--learning_rate={rate}", f"--schedule={row.part}",
             f"--seed={self.seed}", f"--output_dir={self.runs}", "--disable_tqdm=true", "--logging_steps=1000",
+            "--eval_strategy=no",
             *([] if row.steps is None else [f"--max_steps={row.steps}"]),
             *(f"--{name}={value}" for name, value in (row.training or {}).items()),
         ])  # fmt: skip

@@ -114,7 +114,7 @@ def train_frozen(
         f"--learning_rate={learning_rate}", f"--max_steps={max_steps}",
         "--schedule=captioning", f"--seed={seed}", f"--output_dir={output_dir}", f"--disable_tqdm={disable_tqdm}",
         f"--per_device_train_batch_size={batch_size}", "--gradient_accumulation_steps=1",
-        f"--n_visual_tokens={n_visual_tokens}",
+        f"--n_visual_tokens={n_visual_tokens}", "--eval_strategy=no",
     ])  # fmt: skip
     model_args.text_model, model_args.clip_model = miniature.text_model, miniature.clip_model
     vision = CLIPVisionConfig(

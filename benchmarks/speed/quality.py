@@ -121,7 +121,7 @@ def our_run(
         *ablation.PAPER, *(NEAR if canonical else ()), f"--learning_rate={rate}", f"--max_steps={max(steps, 1)}",
         f"--per_device_train_batch_size={BATCH}", "--gradient_accumulation_steps=1", f"--seed={bench.seed}",
         f"--warmup_steps={min(WARMUP, steps // 2)}", f"--output_dir={bench.runs}", "--disable_tqdm=true",
-        "--logging_steps=1000",
+        "--logging_steps=1000", "--eval_strategy=no",
     ])  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         watch, rows = Stopwatch(bench), bench.miniature.pairs
