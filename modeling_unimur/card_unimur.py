@@ -209,9 +209,7 @@ def model_card(
     own = Licence(license or "not stated", license or "not stated by who pushed this")
     described = [
         f"[{name}](https://huggingface.co/{name})" if name else f"its own, {tower.model_type} of width {width}"
-        for name, tower, width in zip(
-            named, (config.text_config, config.clip_config), (config.text_width, config.clip_width), strict=True
-        )
+        for name, tower, width in zip(named, config.towers, (config.text_width, config.clip_width), strict=True)
     ]
     data = ModelCardData(
         language="en",

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import HfApi, ModelCard
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
@@ -62,9 +64,18 @@ class CheckpointModel(PreTrainedModel):
     """
 
     config: UniMuRConfig
+    config_class: type[UniMuRConfig]
     own_tensors: tuple[str, ...]
     language_model: Any
     clip: Any
+    ret_embedding: nn.Parameter
+
+    if TYPE_CHECKING:  # what a subclass brings
+        # transformers wraps it as a function of any model.
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # type: ignore[override]
+        def embed_dialogues(self, dialogues: list[Any]) -> torch.Tensor: ...
+        def embed_images(self, images: list[Any]) -> torch.Tensor: ...
+        def embed_texts(self, texts: list[str]) -> torch.Tensor: ...
 
     def __init__(self, config: UniMuRConfig):
         super().__init__(config)
@@ -109,7 +120,7 @@ class CheckpointModel(PreTrainedModel):
             attention = {key: getattr(config, key)._attn_implementation for _, key in PARTS.values()}
             own, towers = split_arguments(kwargs) if config.is_adapter else (kwargs, {})
             try:
-                model, info = super().from_pretrained(
+                loaded = super().from_pretrained(
                     pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True,
                     **{"use_safetensors": True} | own | {"ignore_mismatched_sizes": True},
                 )  # fmt: skip
@@ -120,6 +131,7 @@ class CheckpointModel(PreTrainedModel):
                     f"{name!r} holds no model.safetensors. UniMuR reads its weights from safetensors only, never from a "
                     f"pickled file such as pytorch_model.bin, which could run code: convert it first. The cause: {error}"
                 ) from error
+            model, info = cast("tuple[Self, dict[str, Any]]", loaded)
             check_loaded(info, f"the checkpoint {name!r}")
             if model.config.is_adapter:
                 model.attach_towers(*load_towers(model.config, **towers | {"attn_implementation": attention}))
@@ -140,7 +152,7 @@ class CheckpointModel(PreTrainedModel):
         config = kwargs.pop("config", None)
         if isinstance(config, PreTrainedConfig):
             asked = kwargs.pop("attn_implementation", None)
-            config = copy(config)
+            config = cast(UniMuRConfig, copy(config))  # by its fields, whichever copy of this file its class is of
             if asked is not None:
                 config._attn_implementation = asked
             return config, kwargs
@@ -246,8 +258,9 @@ class CheckpointModel(PreTrainedModel):
     # Saving
 
     def save_pretrained(
-        self, save_directory, *args, with_towers: bool = False, pool: CandidatePool | None = None, golden: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None, **kwargs,
+        self, save_directory: str | PathLike, is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None, *args: Any, with_towers: bool = False,
+        pool: CandidatePool | None = None, golden: bool = False, **kwargs: Any,
     ):  # fmt: skip
         """
         Saves the model as it was loaded, adapter or full, with its processor, its code and what is called beside it.
@@ -256,13 +269,13 @@ class CheckpointModel(PreTrainedModel):
             with_towers: make it a full, self-contained checkpoint although the towers were loaded from elsewhere.
             pool: a pool to pack beside the model.
             golden: also save the embeddings that `self_check` compares.
+            save_directory, is_main_process, state_dict, args, kwargs: as transformers' models take them.
 
         Raises:
             ValueError: the model has no processor, or another model made the pool; nothing is written then.
         """
-        main = kwargs.get("is_main_process", True)
-        processor = self.processor if main else None
-        if pool is not None and main:
+        processor = self.processor if is_main_process else None
+        if pool is not None and is_main_process:
             pool.check_made_by(self.fingerprint)
         adapter = self.config.is_adapter and not with_towers
         kept = {name: getattr(self.config, name) for name in (*TOWER_FIELDS, *SOURCE_FIELDS)}
@@ -274,21 +287,21 @@ class CheckpointModel(PreTrainedModel):
                 setattr(self.config, name, None)
         self.config.custom_pipelines = CUSTOM_PIPELINES
         try:
-            super().save_pretrained(
-                save_directory, *args, state_dict=self._saved_tensors(adapter, state_dict), **kwargs
-            )
+            tensors = self._saved_tensors(adapter, state_dict)
+            super().save_pretrained(save_directory, is_main_process, tensors, *args, **kwargs)
         finally:
             for name, value in kept.items():
                 setattr(self.config, name, value)
         if processor is None:
             return
+        folder = Path(save_directory)
         if self.config.text_adapter:
-            self.language_model.save_pretrained(Path(save_directory) / LORA_FOLDER)
-        processor.save_pretrained(save_directory)
-        save_companions(save_directory, self._source, lora=self.config.text_adapter, pool=pool)
+            self.language_model.save_pretrained(folder / LORA_FOLDER)
+        processor.save_pretrained(folder)
+        save_companions(folder, self._source, lora=self.config.text_adapter, pool=pool)
         if golden:
-            save_golden(self, save_directory)
-        follow_umask(save_directory)
+            save_golden(self, folder)
+        follow_umask(folder)
 
     def _saved_tensors(self, adapter: bool, given: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         """What `model.safetensors` is to hold. A LoRA is saved beside it, and the LLM's tensors keep their own names."""
@@ -301,11 +314,11 @@ class CheckpointModel(PreTrainedModel):
             tensors = {n: t for n, t in tensors.items() if not t.is_meta} | get_state_dict_offloaded_model(self)
         return {plain_name(n): tensor for n, tensor in tensors.items() if LORA not in n}
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # a card and a pool in the place of tags and a description
         self, repo_id: str, *, card: ModelCard | None = None, pool: CandidatePool | None = None,
-        commit_message: str = "Upload UniMuR", private: bool | None = None, token: bool | str | None = None,
+        commit_message: str | None = "Upload UniMuR", private: bool | None = None, token: bool | str | None = None,
         revision: str | None = None, create_pr: bool = False, max_shard_size: int | str = "50GB",
-    ) -> str:  # type: ignore[override]  # keywords only, so that none is taken for another  # fmt: skip
+    ) -> str:  # fmt: skip
         """
         Uploads model, processor, code, card, pipeline, endpoint handler, sentence-transformers module and golden vectors.
 
@@ -392,7 +405,7 @@ class CheckpointModel(PreTrainedModel):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What makes two models' embeddings comparable; see [`identity_unimur.fingerprint`]."""
-        return fingerprint(self)  # type: ignore[arg-type]  # embed_* are a subclass's
+        return fingerprint(self)
 
     def self_check(self) -> dict[str, float]:
         """
@@ -408,7 +421,7 @@ class CheckpointModel(PreTrainedModel):
         path = beside_weights(self._source, GOLDEN)
         if path is None:
             raise ValueError(f"the checkpoint holds no {GOLDEN}: save it with save_pretrained(..., golden=True)")
-        return compare_golden(self, path)  # type: ignore[arg-type]
+        return compare_golden(self, path)
 
 
 def check_processor(config: UniMuRConfig, processor: UniMuRProcessor) -> None:
@@ -431,22 +444,23 @@ def check_processor(config: UniMuRConfig, processor: UniMuRProcessor) -> None:
                 f"{name} is {stated} in the model's config and {given} in the processor: one of config.json and the "
                 "processor's files is damaged or of another checkpoint"
             )
-    limit = positions(config.text_config)
+    text, clip = config.towers
+    limit = positions(text)
     if limit is not None and processor.max_length > limit:
         raise ValueError(
             f"the processor's max_length={processor.max_length} is more than the {limit} positions of the language model: "
             f"make the processor with max_length={limit}"
         )
-    length = clip_text_length(config.clip_config)
+    length = clip_text_length(clip)
     if processor.clip_text_length != length:
         raise ValueError(
-            f"the processor's clip_text_length={processor.clip_text_length}, and a {config.clip_config.model_type} needs "
+            f"the processor's clip_text_length={processor.clip_text_length}, and a {clip.model_type} needs "
             f"{length}: make the processor with clip_text_length={length}"
         )
-    vocabulary = config.clip_config.text_config.vocab_size
+    vocabulary = clip.text_config.vocab_size
     if len(processor.clip_tokenizer) > vocabulary:
         raise ValueError(
-            f"clip_tokenizer has {len(processor.clip_tokenizer)} tokens and {config.clip_config.model_type}'s text tower "
+            f"clip_tokenizer has {len(processor.clip_tokenizer)} tokens and {clip.model_type}'s text tower "
             f"{vocabulary}: it is another model's tokenizer"
         )
 

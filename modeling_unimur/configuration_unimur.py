@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import transformers
 
@@ -269,24 +269,29 @@ class UniMuRConfig(PreTrainedConfig):
         return self.text_model_name_or_path is not None
 
     @property
+    def towers(self) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+        """The configs of the LLM and of CLIP, which dicts have become when they were given."""
+        return cast(PreTrainedConfig, self.text_config), cast(PreTrainedConfig, self.clip_config)
+
+    @property
     def text_width(self) -> int:
         """d: width of the LLM's input embeddings and of its last output."""
-        return text_width(self.text_config)
+        return text_width(self.towers[0])
 
     @property
     def image_feature_width(self) -> int:
         """c: width of what `W_i2t` reads."""
-        return pooled_width(self.clip_config) if self.image_feature == "pooled" else self.clip_width
+        return pooled_width(self.towers[1]) if self.image_feature == "pooled" else self.clip_width
 
     @property
     def clip_width(self) -> int:
         """Width of CLIP's own embeddings of images and texts."""
-        return embedding_width(self.clip_config)
+        return embedding_width(self.towers[1])
 
     @property
     def embedding_width(self) -> int:
         """q: width of the unified embedding: CLIP's in the paper's alignment, `shared_width` in the canonical one."""
-        return self.clip_width if self.alignment == "paper" else self.shared_width
+        return self.clip_width if self.shared_width is None else self.shared_width
 
     @property
     def matching_feature_width(self) -> int:

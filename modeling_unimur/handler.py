@@ -135,7 +135,7 @@ class EndpointHandler:
         return [answer_of(reply) for reply in replies]
 
 
-def each(step: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R | Exception]:
+def each(step: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | Exception]:
     """`step` of all items together; where that fails, of each alone, with its exception in the place of one that fails."""
     try:
         return list(step(items))

@@ -104,9 +104,10 @@ def beside_weights(source: Mapping[str, Any], name: str) -> Path | None:
         return None
     arguments = dict(source)
     try:
-        return Path(cached_file(arguments.pop("pretrained_model_name_or_path"), name, **arguments))
+        file = cached_file(arguments.pop("pretrained_model_name_or_path"), name, **arguments)
     except OSError:
         return None
+    return None if file is None else Path(file)
 
 
 def follow_umask(folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, logging
 
 from .batch_unimur import Captions, Contexts, Images, Packing, Targets
 from .checkpoint_unimur import CheckpointModel
-from .configuration_unimur import UniMuRConfig
+from .configuration_unimur import TOKENS, UniMuRConfig
 from .generation_unimur import Drawing, DrawingMixin, drawing_loss
 from .losses_unimur import (
     linear_caption_loss,
@@ -73,6 +73,7 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
     Its verbs are those of [`RetrievalMixin`] and [`DrawingMixin`]; loading and saving are [`CheckpointModel`]'s.
     """
 
+    config: UniMuRConfig
     config_class = UniMuRConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
@@ -230,7 +231,7 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
         The LLM's input `(n, length, d)`: its own rows for text, `ret_embedding` at [RET] and, at `<image>`,
         `W_i2t` of `image_features` `(slots / n_visual_tokens, c)` in the order of the slots.
         """
-        is_ret, is_image = input_ids == self.config.ret_token_id, input_ids == self.config.image_token_id
+        is_ret, is_image = (self._at(input_ids, name) for name in TOKENS)
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_ret | is_image, 0))
         embeds = torch.where(is_ret[..., None], self.ret_embedding.to(embeds.dtype), embeds)
         if image_features is not None and len(image_features):
@@ -239,6 +240,13 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
             numbers = is_image.flatten().cumsum(0).sub(1).clamp(min=0).reshape(is_image.shape)
             embeds = torch.where(is_image[..., None], visual[numbers], embeds)
         return embeds
+
+    def _at(self, input_ids: torch.Tensor, name: str) -> torch.Tensor:
+        """Where ids are the token of one of `TOKENS`: bool. Raises `ValueError` where the config has no id for it."""
+        token = getattr(self.config, name)
+        if token is None:
+            raise ValueError(f"the model's config has no {name}: set it to the processor's")
+        return input_ids.eq(token)
 
     def last_outputs(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, packing: Packing | None = None
@@ -279,7 +287,7 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
     ) -> torch.Tensor:  # fmt: skip
         """h([RET]), the LLM's last output at [RET]: contexts `(n, length)` ending in [RET] -> `(n, d)` float32."""
         hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask, packing)
-        at_ret = (input_ids == self.config.ret_token_id).int().argmax(-1)
+        at_ret = self._at(input_ids, "ret_token_id").int().argmax(-1)
         return hidden[torch.arange(len(hidden), device=hidden.device), at_ret].float()
 
     def encode_contexts(
@@ -338,8 +346,9 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
             if self.config.lambda1:
                 losses["loss_vm"] = self.image_loss(ret_embeds, image_embeds, targets, scale, negatives)
             if self.config.lambda2:
-                given["text_embeds"] = self._text_embeds(targets)
-                losses["loss_tm"] = self.text_loss(ret_embeds, given["text_embeds"], targets, scale)
+                text_embeds = self._text_embeds(targets)
+                given["text_embeds"] = text_embeds
+                losses["loss_tm"] = self.text_loss(ret_embeds, text_embeds, targets, scale)
         loss = total_loss(
             losses.get("loss_cap", 0.0), losses.get("loss_vm", 0.0), losses.get("loss_tm", 0.0),
             self.config.lambda1, self.config.lambda2,

@@ -198,7 +198,8 @@ def save_rows(
     dataset: "datasets.Dataset", folder: Path, max_shard_size: int | str = "500MB", image_folder: Path | None = None
 ) -> list[ArrowFile]:
     """Saves a pool's rows in files of about `max_shard_size`, named by number and content."""
-    limit, parts, size = convert_file_size_to_int(max_shard_size), [[]], 0
+    limit, size = convert_file_size_to_int(max_shard_size), 0
+    parts: list[list[Batch]] = [[]]
     for batch in record_batches(dataset, image_folder):
         if parts[-1] and size + batch.size > limit:
             parts.append([])

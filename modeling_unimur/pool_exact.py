@@ -103,7 +103,8 @@ class Embeddings:
 
     def blocks(self, rows: int, kinds: Collection[str] = MODALITIES) -> Iterator[tuple[int, list[np.ndarray]]]:
         """First row and consecutive views of every block of at most `rows`; one without these `kinds` is left out."""
-        views, start, length = [], 0, 0
+        views: list[np.ndarray] = []
+        start = length = 0
         for chunk_start, chunk in zip(self.starts.tolist(), self.views, strict=False):
             for offset in range(0, len(chunk), rows):
                 view = chunk[offset : offset + rows]

@@ -77,7 +77,7 @@ class PoolIndex:
                 images = embeddings.is_image[start : start + len(block)]
                 index.add(np.ascontiguousarray(block[images if modality == "image" else ~images]))
             indexes[modality], recipes[modality] = index, chosen
-        about = {
+        about: dict[str, Any] = {
             "kind": kind,
             "search": {m: r.search if search is None else search for m, r in recipes.items()},
             "oversample": recipe(kind, embeddings.dimension, 1).oversample if oversample is None else oversample,
@@ -114,7 +114,7 @@ class PoolIndex:
                 continue
             places = self.indexes[kind].search(queries, fetch)[1]
             hits = np.where(places >= 0, rows[places].astype(np.int64), -1)
-            if excluded:
+            if banned is not None and excluded:
                 hits[np.isin(hits, banned)] = -1
             scores, hits = (part[:, :k] for part in self.embeddings.rescored(queries, hits))
             short = np.flatnonzero((hits >= 0).sum(1) < wanted)
@@ -131,13 +131,14 @@ class PoolIndex:
 
     def _measure(self, queries: np.ndarray | None, rng: np.random.Generator) -> dict[str, Any]:
         """The share of each modality's exact ten best that the index returns; one of equal score counts, too."""
-        recalls, asked = {}, queries
+        recalls: dict[str, float] = {}
+        count = 0 if queries is None else len(queries)
         for modality, rows in self._rows.items():
-            own = None
-            asked = queries
-            if queries is None:
+            own, asked = None, queries
+            if asked is None:
                 own = np.sort(rng.choice(rows, min(200, len(rows)), replace=False)).astype(np.int64)
                 asked = self.embeddings.take(own)
+            count = len(asked)
             k = min(10, len(rows) - (own is not None))
             scores = []
             for search in (self.embeddings.top, self.top):
@@ -148,7 +149,7 @@ class PoolIndex:
             exact, approximate = scores
             recalls[modality] = float((approximate >= exact[:, -1:]).mean()) if k else 1.0
         whose = "given" if queries is not None else "of the pool's own embeddings, each without itself"
-        return {"recall_at_10": recalls, "recall_queries": f"{0 if asked is None else len(asked)} {whose}"}
+        return {"recall_at_10": recalls, "recall_queries": f"{count} {whose}"}
 
     def save(self, folder: Path) -> list[str]:
         """Writes a file a modality into a folder; their names, `index-<modality>.faiss`."""

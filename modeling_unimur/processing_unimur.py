@@ -177,7 +177,7 @@ class UniMuRProcessor(ProcessorMixin):
             except ValueError as error:
                 raise located(error, f"dialogue {item}") from error
             rows.append(row)
-        batch = self._pad(rows)
+        batch: dict[str, Any] = {**self._pad(rows)}
         if images:
             batch["pixel_values"] = self.preprocess(images)
             batch["image_indices"] = torch.arange(len(images))
@@ -200,10 +200,11 @@ class UniMuRProcessor(ProcessorMixin):
         room = self.max_length - len(self._prefix) - len(end)
         # Tokenised in one call, which a pool's many texts feel; one that is too long goes the way of dialogues.
         rows = self._tokenize(list(texts))
-        return BatchFeature(self._pad([
+        ids = [
             [*self._prefix, *row, *end] if len(row) <= room else self._serialise([[text]], end=end, item=i)[0]
             for i, (row, text) in enumerate(zip(rows, texts, strict=True), first)
-        ]))  # fmt: skip
+        ]
+        return BatchFeature({**self._pad(ids)})
 
     def clip_texts(self, texts: Sequence[str], *, first: int = 0) -> BatchFeature:
         """

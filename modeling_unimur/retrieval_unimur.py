@@ -1,7 +1,7 @@
 """Section 3.4: embeddings of dialogues, images and texts, pools of candidates, and replies out of them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -39,10 +39,9 @@ class RetrievalMixin:
 
     if TYPE_CHECKING:  # what the model brings
         config: UniMuRConfig
+        processor: UniMuRProcessor
         W_t2m: torch.nn.Linear
 
-        @property
-        def processor(self) -> UniMuRProcessor: ...
         @property
         def fingerprint(self) -> dict[str, Any]: ...
         @property
@@ -58,6 +57,17 @@ class RetrievalMixin:
         def last_outputs(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor: ...
 
     # Embeddings
+
+    @overload
+    def embed_dialogues(
+        self, dialogues: Any, batch_size: int = ..., show_progress_bar: bool | None = ..., *,
+        convert_to_numpy: Literal[False] = ...,
+    ) -> torch.Tensor: ...  # fmt: skip
+    @overload
+    def embed_dialogues(
+        self, dialogues: Any, batch_size: int = ..., show_progress_bar: bool | None = ..., *,
+        convert_to_numpy: Literal[True],
+    ) -> np.ndarray: ...  # fmt: skip
 
     def embed_dialogues(
         self, dialogues: Any, batch_size: int = 32, show_progress_bar: bool | None = None, *,
@@ -81,6 +91,17 @@ class RetrievalMixin:
         warn_of_turns(items)
         return self._embed("dialogues", items, single, batch_size, show_progress_bar, convert_to_numpy)
 
+    @overload
+    def embed_images(
+        self, images: Any, batch_size: int = ..., show_progress_bar: bool | None = ..., *,
+        convert_to_numpy: Literal[False] = ...,
+    ) -> torch.Tensor: ...  # fmt: skip
+    @overload
+    def embed_images(
+        self, images: Any, batch_size: int = ..., show_progress_bar: bool | None = ..., *,
+        convert_to_numpy: Literal[True],
+    ) -> np.ndarray: ...  # fmt: skip
+
     def embed_images(
         self, images: Any, batch_size: int = 32, show_progress_bar: bool | None = None, *,
         convert_to_numpy: bool = False,
@@ -90,6 +111,17 @@ class RetrievalMixin:
         by path. Otherwise as `embed_dialogues`.
         """
         return self._embed("images", *as_items("images", images), batch_size, show_progress_bar, convert_to_numpy)
+
+    @overload
+    def embed_texts(
+        self, texts: Any, batch_size: int = ..., show_progress_bar: bool | None = ..., *,
+        convert_to_numpy: Literal[False] = ...,
+    ) -> torch.Tensor: ...  # fmt: skip
+    @overload
+    def embed_texts(
+        self, texts: Any, batch_size: int = ..., show_progress_bar: bool | None = ..., *,
+        convert_to_numpy: Literal[True],
+    ) -> np.ndarray: ...  # fmt: skip
 
     def embed_texts(
         self, texts: Any, batch_size: int = 32, show_progress_bar: bool | None = None, *,

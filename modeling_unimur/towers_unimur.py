@@ -6,11 +6,11 @@ image-text models is a line of `FAMILIES` and, where it encodes otherwise, a bra
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import transformers
@@ -112,8 +112,22 @@ def clip_text_length(config: PreTrainedConfig) -> int | None:
 # Encoding
 
 
+class ImageTextModel(Protocol):
+    """What is read of an image-text model; the projections only where its [`Family`] has them."""
+
+    vision_model: Callable[..., Any]
+    text_model: Callable[..., Any]
+    visual_projection: Callable[[torch.Tensor], torch.Tensor]
+    text_projection: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
 @torch.no_grad()
-def encode_images(clip: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_images(clip: ImageTextModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     One pass of the visual tower: `(i, 3, h, w)` -> its pooled output `(i, c)` and the image embedding `(i, clip_width)`,
     float32, neither normalised.
@@ -125,7 +139,7 @@ def encode_images(clip: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[to
 
 
 @torch.no_grad()
-def encode_texts(clip: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def encode_texts(clip: ImageTextModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The text embedding `(n, clip_width)`, float32, not normalised."""
     if family(clip.config).full_length:  # its text tower pools at the last position, padding or not
         return clip.text_model(input_ids=input_ids).pooler_output.float()
@@ -288,7 +302,7 @@ def _load_tower(config, part: str, arguments: Mapping[str, Any]) -> PreTrainedMo
         if part == "clip_model":
             family(tower_config)
         loader = AutoModelForCausalLM if part == "text_model" else AutoModel
-        tower, info = loader.from_pretrained(
+        loaded = loader.from_pretrained(
             name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True,
             **arguments_of_part(part, arguments),
         )  # fmt: skip
@@ -298,6 +312,7 @@ def _load_tower(config, part: str, arguments: Mapping[str, Any]) -> PreTrainedMo
             f"loaded. Pass {part}_name_or_path=... (and {part}_revision=...) to from_pretrained if it lies "
             f"elsewhere. The cause: {error}"
         ) from error
+    tower, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     check_loaded(info, f"the base {part} {name!r}")
     return tower
 

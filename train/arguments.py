@@ -259,7 +259,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, UniMuRTrainin
     argv = list(argv) or ["--config", str(CONFIGS / "miniature.yaml")]
     if argv[0].endswith((".yaml", ".yml")) and not argv[0].startswith("-"):
         argv.insert(0, "--config")
-    parser = _Parser((ModelArguments, DataArguments, UniMuRTrainingArguments), description=__doc__)
+    kinds: Any = (ModelArguments, DataArguments, UniMuRTrainingArguments)  # transformers' annotation fits no dataclass
+    parser = _Parser(kinds, description=__doc__)
     files, flags = _split_configs(argv)
     given: dict[str, Any] = {}
     known = {action.dest: action for action in parser._actions}

@@ -34,6 +34,9 @@ POOLED, PROJECTED, WORDS = "pooled", "projected", "words"  # an image's two feat
 PAIR_VIEWS, DOCUMENT_VIEWS = (STATE, POOLED, PROJECTED, TEXT, WORDS), (STATE, POOLED, PROJECTED)
 RIDGES, POWERS = (1e-4, 1e-3, 1e-2, 1e-1), (0.0, 0.25, 0.5, 0.75, 1.0)  # of the paper's alignment
 WORDS_RIDGE = 1e-2  # of W_i2t
+TOO_FEW = "the closed form needs at least two pairs besides those held out"
+
+Map = tuple[torch.Tensor, torch.Tensor]  # weight and bias
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class Sums:
         numbers = {name: self.held.number(name) for name in places}
         self.fit(rows, [place for name, at in places.items() if numbers[name] is None for place in at])
         for name, at in places.items():
-            if numbers[name] is not None:
-                self.held.add(numbers[name], {view: value[at].cpu() for view, value in rows.items()})
+            number = numbers[name]
+            if number is not None:
+                self.held.add(number, {view: value[at].cpu() for view, value in rows.items()})
         self.fit_surplus(slack=self.held.size)
 
     def fit_surplus(self, slack: int = 0) -> None:
@@ -90,19 +94,26 @@ class Sums:
         without = sum(gather_object([self.moments is None]))
         if without == PartialState().num_processes:
             return self
-        if without:
+        if self.moments is None or without:
             raise ValueError(f"{without} of the processes had no row to add up: use fewer processes or more shards")
         self.moments.reduce()
         self.held.gather()
         self.fit_surplus()
         return self
 
+    @property
+    def fitted(self) -> Moments:
+        """The moments of the rows that are fitted. Raises `ValueError` where there is none."""
+        if self.moments is None:
+            raise ValueError(TOO_FEW)
+        return self.moments
+
     def whole(self) -> Moments:
         """The moments of all rows, those held out too."""
-        rest = Moments(self.moments.widths, self.moments.device)
+        rest = Moments(self.fitted.widths, self.fitted.device)
         for rows in filter(self._enters, self.held.rows()):
             rest.add({view: value for view, value in _stacked(rows).items() if view in self.views})
-        return self.moments + rest
+        return self.fitted + rest
 
     def _enters(self, rows: Rows) -> bool:
         """A document whose reply has no image is held out to be asked for, and enters no moments."""
@@ -127,7 +138,7 @@ class ClosedForm:
         pairs: captions that count in it.
     """
 
-    maps: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    maps: dict[str, Map]
     setting: dict[str, Any]
     recall: dict[Any, float]
     score: float | None
@@ -172,33 +183,34 @@ def solve_canonical(pairs: Sums, documents: Sums | None = None, grid: Grid | Non
     if documents is not None and documents.moments is None:
         logger.warning("no document has a reply with an image: they do not count in the closed form")
         documents = None
-    replies = [r for r in (pair_replies(pairs.held), documents and document_replies(documents.held)) if r is not None]
-    fitted = Correlations(pairs.moments, documents and documents.moments)
-    shares = grid.document_shares if documents else (0.0,)
+    of_documents = None if documents is None else document_replies(documents.held)
+    replies = [r for r in (pair_replies(pairs.held), of_documents) if r is not None]
+    fitted = Correlations(pairs.fitted, None if documents is None else documents.fitted)
+    shares = (0.0,) if documents is None else grid.document_shares
     recall: dict[Setting, float] = {}
     for feature, ridge, text_weight, share in product(grid.features, grid.ridges, grid.text_weights, shares):
         directions = fitted.directions(feature, ridge, text_weight, share)
-        limit = min(len(directions[1]), int(pairs.moments.count) - 1)
+        limit = min(len(directions[1]), int(pairs.fitted.count) - 1)
         for width, power in product(_widths(grid.widths, limit), grid.powers):
             setting = Setting(feature, width, ridge, power, text_weight, share)
-            maps = fitted.cut(directions, setting)
-            recall[setting] = _mean([r.recall(maps.of(STATE), maps.of(feature), feature) for r in replies])
+            cut = fitted.cut(directions, setting)
+            recall[setting] = _mean([r.recall(cut.of(STATE), cut.of(feature), feature) for r in replies])
     setting, score = _best(recall, bool(replies))
-    whole = Correlations(pairs.whole(), documents and documents.whole())
+    whole = Correlations(pairs.whole(), None if documents is None else documents.whole())
     maps = whole.maps(setting).maps
     solved = {"W_t2m": maps[STATE], "W_v2m": maps[setting.feature], "W_x2m": maps[TEXT]}
-    return _finished(solved, whole.pairs, asdict(setting), recall, score, documents and whole.documents)
+    return _finished(solved, whole.pairs, asdict(setting), recall, score, whole.documents)
 
 
 def solve_paper(pairs: Sums, ridges: Sequence[float] = RIDGES, powers: Sequence[float] = POWERS) -> ClosedForm:
     """The paper's alignment from what was summed; the views and errors of `solve_canonical`."""
     _check_enough(pairs)
     replies = pair_replies(pairs.held)
-    moments, whole = pairs.moments, pairs.whole()
-    spectra = tuple(Spectrum(moments.covariance(v, v), f"the {v} of a pair") for v in (STATE, PROJECTED))
-    recall = {}
+    moments, whole = pairs.fitted, pairs.whole()
+    states, images = (Spectrum(moments.covariance(v, v), f"the {v} of a pair") for v in (STATE, PROJECTED))
+    recall: dict[tuple[float, float], float] = {}
     for ridge, power in product(ridges, powers):
-        weight, bias = (t.float() for t in matching_map(moments, ridge, power, STATE, PROJECTED, spectra))
+        weight, bias = (t.float() for t in matching_map(moments, ridge, power, STATE, PROJECTED, (states, images)))
         # Of images alone: this form returns no image out of a pool of both.
         recall[ridge, power] = replies.image_recall(lambda h, w=weight, b=bias: h @ w.T + b) if replies else 0.0
     (ridge, power), score = _best(recall, replies is not None)
@@ -207,8 +219,8 @@ def solve_paper(pairs: Sums, ridges: Sequence[float] = RIDGES, powers: Sequence[
 
 
 def _check_enough(pairs: Sums) -> None:
-    if pairs.moments is None or pairs.moments.count < 2:
-        raise ValueError("the closed form needs at least two pairs besides those held out")
+    if pairs.fitted.count < 2:
+        raise ValueError(TOO_FEW)
 
 
 def _widths(wanted: Sequence[int], limit: int) -> list[int]:
@@ -229,11 +241,14 @@ def _best(recall: dict[Any, float], by_recall: bool) -> tuple[Any, float | None]
     """The first of the best, so that equals are the same in every run; with nothing held out the middle of the grid."""
     if not by_recall:
         return list(recall)[len(recall) // 2], None
-    best = max(recall, key=recall.get)
+    best = max(recall, key=recall.__getitem__)
     return best, recall[best]
 
 
-def _finished(solved, pairs: Moments, setting, recall, score, documents: Moments | None = None) -> ClosedForm:
+def _finished(
+    solved: dict[str, Map], pairs: Moments, setting: dict[str, Any], recall: dict[Any, float], score: float | None,
+    documents: Moments | None = None,
+) -> ClosedForm:  # fmt: skip
     if WORDS in pairs.widths:
         solved["W_i2t"] = ridge_map(pairs, WORDS_RIDGE, POOLED, WORDS)
     maps = {name: (weight.float(), bias.float()) for name, (weight, bias) in solved.items()}

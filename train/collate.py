@@ -29,7 +29,7 @@ class SkipCounter:
     Counts are plain dicts, so that they can come back from loader workers and other processes and be added up here.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.seen = 0
@@ -115,7 +115,10 @@ class PairCollator:
         self._epoch.fill_(epoch)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        items, images, names, skips = [], [], [], SkipCounter()
+        items: list[dict[str, Any]] = []
+        images: list[Any] = []
+        names: list[str] = []
+        skips = SkipCounter()
         for row in rows:
             problem, why = known_problem(row)
             if problem is None:
@@ -169,7 +172,7 @@ class PairCollator:
         captions = usable_captions(row["captions"])
         if not captions:
             return [], [], "empty_caption"
-        chosen = range(1)
+        chosen: Sequence[int] = range(1)
         if self.every_caption:
             chosen = range(len(captions))
         elif self.caption == "random":

@@ -75,7 +75,10 @@ def check(gguf: Path) -> None:
             raise ValueError(f"{gguf} is no GGUF: its first four bytes are not 'GGUF'")
     try:
         reader = GGUFReader(gguf)
-        family = reader.get_field("general.architecture").contents()
+        architecture = reader.get_field("general.architecture")
+        if architecture is None:
+            raise KeyError("general.architecture")
+        family = architecture.contents()
     # The reader slices a memory map by what the header says, and fails in many ways where the map is too short.
     except Exception as error:
         raise ValueError(f"{gguf} is truncated or broken ({error}): fetch it again") from error

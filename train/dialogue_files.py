@@ -83,7 +83,7 @@ def load_dialogues(path: str | Path, image_folder: str | Path | None = None) -> 
 
 
 def load_rows(
-    train_data: str | None, dialogues: str | None, image_folder: str | None = None
+    train_data: str | list[str] | None, dialogues: str | None, image_folder: str | None = None
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, InterleavedDocuments | None]:
     """
     Pairs of [`train.data.load_pairs`] and documents of [`load_dialogues`]. Without pairs they are the documents' own, see
@@ -92,14 +92,14 @@ def load_rows(
     Raises:
         ValueError: neither is named, pairs are streamed beside dialogues, or as those say.
     """
-    if train_data is None and dialogues is None:
-        raise ValueError(
-            "--train_data is missing: a folder or file of image-caption pairs, or 'miniature'; or give --dialogues"
-        )
     documents = None if dialogues is None else load_dialogues(dialogues, image_folder)
-    if train_data is None and documents is not None:
+    if train_data is None:
+        if documents is None:
+            raise ValueError(
+                "--train_data is missing: a folder or file of image-caption pairs, or 'miniature'; or give --dialogues"
+            )
         return documents.pairs(), documents
-    pairs = load_pairs(str(train_data), image_folder=image_folder)
+    pairs = load_pairs(train_data, image_folder=image_folder)
     if documents is not None and isinstance(pairs, datasets.IterableDataset):
         raise ValueError(
             f"--dialogues beside the streamed archives of {train_data} is not supported: unpack them into a folder, whose "

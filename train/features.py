@@ -37,7 +37,9 @@ class CachedPairs(Dataset):
     """
 
     def __init__(self, rows: datasets.Dataset, table: CachedTable, temporary: Any = None):
-        self.rows, self.table, self.caption_table, self.starts = rows, table, None, None
+        self.rows, self.table = rows, table
+        self.caption_table: CachedTable | None = None
+        self.starts: list[int] = []
         self.rates: dict[str, float] = {}
         self._temporary = [temporary]  # a folder nobody named lives as long as what was read from it
 
@@ -82,8 +84,7 @@ def cache_image_features(
     Raises:
         StaleCacheError, CorruptCacheError, OSError: see [`train.cache.build_cache`].
     """
-    temporary = tempfile.TemporaryDirectory() if folder is None else None
-    folder = Path(folder or temporary.name)
+    folder, temporary = _folder(folder)
     parts = [range(s, min(s + PART_ROWS, len(images))) for s in range(0, len(images), PART_ROWS)]
     rates = Rates(workers)
 
@@ -142,8 +143,7 @@ def cache_caption_states(
     Raises:
         StaleCacheError, CorruptCacheError, OSError: see [`train.cache.build_cache`].
     """
-    temporary = tempfile.TemporaryDirectory() if folder is None else None
-    folder = Path(folder or temporary.name)
+    folder, temporary = _folder(folder)
     with_states = states_are_frozen(model)
     parts = [range(s, min(s + PART_ROWS, len(pairs))) for s in range(0, len(pairs), PART_ROWS)]
     texts = [[usable_captions(row) for row in pairs.rows[rows.start : rows.stop]["captions"]] for rows in parts]
@@ -241,7 +241,15 @@ class MatchingStates(Dataset):
         }  # fmt: skip
 
 
-def _alone(temporary: Any) -> dict[str, int]:
+def _folder(named: str | Path | None) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
+    """Where parts are written, and the temporary folder that it is where none is named."""
+    if named is not None:
+        return Path(named), None
+    temporary = tempfile.TemporaryDirectory()
+    return Path(temporary.name), temporary
+
+
+def _alone(temporary: Any) -> dict[str, Any]:
     """A temporary folder is the process's own, so it makes every part itself."""
     return {} if temporary is None else {"rank": 0, "world": 1}
 

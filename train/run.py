@@ -20,9 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a fol
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import (
-    set_seed,
-)
+from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -51,11 +49,19 @@ logger = logging.get_logger("train")
 SHUFFLED = 2_000  # undecoded pairs of streamed shards that are mixed, besides the shards' order: some 100 MB of photos
 
 
+def towers(model_args: ModelArguments) -> tuple[str, str]:
+    """The LLM and CLIP that are named. Raises `ValueError` where one is not."""
+    text_model, clip_model = model_args.text_model, model_args.clip_model
+    if text_model is None or clip_model is None:
+        name = "text_model" if text_model is None else "clip_model"
+        raise ValueError(f"--{name} is missing: a folder or a Hub name such as facebook/opt-6.7b")
+    return text_model, clip_model
+
+
 def make_processor(model_args: ModelArguments) -> UniMuRProcessor:
     """The processor of two towers: CLIP's preprocessing and both tokenizers."""
     return UniMuRProcessor.from_pretrained_towers(
-        model_args.text_model,
-        model_args.clip_model,
+        *towers(model_args),
         text_revision=model_args.text_model_revision,
         clip_revision=model_args.clip_model_revision,
         n_visual_tokens=model_args.n_visual_tokens,
@@ -175,15 +181,13 @@ def make_model(model_args: ModelArguments, args: UniMuRTrainingArguments) -> Uni
     """
     if model_args.model is not None:
         return UniMuRModel.from_pretrained(model_args.model)
-    for name in ("text_model", "clip_model"):
-        if getattr(model_args, name) is None:
-            raise ValueError(f"--{name} is missing: a folder or a Hub name such as facebook/opt-6.7b")
-    if model_args.text_model.lower().endswith(".gguf"):
+    text_model, _ = towers(model_args)
+    if text_model.lower().endswith(".gguf"):
         folder = Path(model_args.text_model_dir or Path(args.output_dir) / "text_model")
         with args.main_process_first(desc="the GGUF"):
-            model_args.text_model = str(dequantise(model_args.text_model, folder))
+            model_args.text_model = str(dequantise(text_model, folder))
     model = UniMuRModel.from_pretrained_towers(
-        model_args.text_model, model_args.clip_model, make_processor(model_args),
+        *towers(model_args), make_processor(model_args),
         ret_init=model_args.ret_init, dtype=model_args.dtype, **model_args.config_fields(),
     )  # fmt: skip
     if model_args.lora_rank:
@@ -208,24 +212,27 @@ def cache(data: TrainingData, model: UniMuRModel, data_args: DataArguments, args
     """Puts what is frozen in the place of the images, and by choice of the captions."""
     if data.streamed:
         raise ValueError("--cache_features needs data with a length; shards are streamed: leave it out for them")
-    folder = data_args.cache_dir
+    folder = None if data_args.cache_dir is None else Path(data_args.cache_dir)
     if folder is None and data_args.source != "miniature":
         folder = Path(args.output_dir) / "features"
-    places = [folder and Path(folder) / part for part in ("images", "captions")]
+    images, captions, dialogue_images = (
+        None if folder is None else folder / part for part in ("images", "captions", "dialogue_images")
+    )
     model.to(args.device)
     counts = SkipCounter()
     workers = args.dataloader_num_workers or spare_cores(args.device, args.world_size)
-    data.rows = cache_image_features(data.pairs, model, counts, folder=places[0], workers=workers)
+    data.rows = cache_image_features(data.pairs, model, counts, folder=images, workers=workers)
     counts.check(args.max_bad_share)
     if args.process_index == 0:  # every process has the counts of all, and the trainer adds up the processes'
         data.skips.update(counts.counts, counts.seen, counts.examples)
     if data_args.cache_captions and not model.config.n_drawing_tokens:  # [IMG] tokens behind [RET] need the LLM
-        data.rows = cache_caption_states(data.rows, model, places[1])
+        data.rows = cache_caption_states(data.rows, model, captions)
     if data.documents is not None:
         rows = data.rows
         if data.documents.images is not data.pairs:
-            folder = places[0] and places[0].with_name("dialogue_images")
-            rows = cache_image_features(data.documents.images, model, SkipCounter(), folder=folder, workers=workers)
+            rows = cache_image_features(
+                data.documents.images, model, SkipCounter(), folder=dialogue_images, workers=workers
+            )
         data.documents.use_images(rows)
 
 
@@ -283,8 +290,8 @@ def make_validation(
     if data.held_pairs is None and data.held_documents is None:
         if args.eval_strategy != "no":
             raise ValueError(
-                f"--eval_strategy {args.eval_strategy.value}: there is nothing to validate on. Give --eval_data, or hold out "
-                "a share of the training data with --eval_share 0.02"
+                f"--eval_strategy {IntervalStrategy(args.eval_strategy).value}: there is nothing to validate on. Give "
+                "--eval_data, or hold out a share of the training data with --eval_share 0.02"
             )
         return None
     if args.fsdp:
@@ -350,6 +357,8 @@ def train(
     resume, closed = where_to_resume(args), None
     if resume is not None and model_args.alignment == "canonical":
         former = UniMuRConfig.from_pretrained(resume)
+        if former.shared_width is None:
+            raise ValueError(f"{resume} is of the paper's alignment: resume it with --alignment paper")
         model.set_shared_space(former.shared_width, former.matching_feature)
     elif model_args.init != "random" and model_args.model is None:
         closed = solve(data, model, collator, model_args, args)
@@ -406,7 +415,7 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(args.seed)
     data = load_data(model_args, data_args, args)
     if data.streamed and args.max_steps < 0:
-        args.max_steps = _steps(streamed_length(data_args.source), data_args.eval_share, args)
+        args.max_steps = _steps(streamed_length(data_args.source or []), data_args.eval_share, args)
     model = make_model(model_args, args)
     targets = learn_to_draw(model, model_args, args) if model_args.n_drawing_tokens else None
     if data_args.cache_features and args.schedule != "drawing":

@@ -5,7 +5,7 @@ appear whole and a resumed run that is the interrupted one.
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,10 +142,10 @@ class UniMuRTrainer(Trainer):
     model: Any  # a UniMuRModel, wrapped where it is sharded
 
     def __init__(
-        self, *args, groups: list[int] | None = None, validation: Validation | None = None,
-        order: Mapping[str, Any] | None = None, **kwargs,
+        self, *, groups: list[int] | None = None, validation: Validation | None = None,
+        order: Mapping[str, Any] | None = None, **kwargs: Any,
     ):  # fmt: skip
-        super().__init__(*args, eval_dataset=validation, **kwargs)
+        super().__init__(eval_dataset=validation, **kwargs)
         self.groups, self.validation = groups, validation
         self.skips = SkipCounter()
         self.drawing_targets: DrawingTargets | None = None
@@ -247,7 +247,7 @@ class UniMuRTrainer(Trainer):
 
     def fill_bank(self) -> None:
         """Adds the last step's images to the bank of negatives; every process takes part."""
-        if self._to_bank is not None:
+        if self.bank is not None and self._to_bank is not None:
             self.bank.add(self._to_bank)
             self._to_bank = None
 
@@ -435,10 +435,11 @@ class UniMuRTrainer(Trainer):
     def _check_one_batch(self) -> None:
         """Refuses data with a length that do not fill one batch, where what is less is dropped."""
         batch = self.args.train_batch_size * self.args.world_size
-        if self.streamed or not self.args.dataloader_drop_last or len(self.train_dataset) >= batch:
+        rows = self.train_dataset
+        if not isinstance(rows, Sized) or not self.args.dataloader_drop_last or len(rows) >= batch:
             return
         raise ValueError(
-            f"{len(self.train_dataset)} pairs fill no batch of {batch}, and --dataloader_drop_last leaves out what is less: "
+            f"{len(rows)} pairs fill no batch of {batch}, and --dataloader_drop_last leaves out what is less: "
             "lower --per_device_train_batch_size, or give --dataloader_drop_last false"
         )
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -163,10 +163,10 @@ class Validation:
                 None if text is None else texts.setdefault(text, len(texts)),
                 None if image is None else images.setdefault(image, len(images)),
             ))  # fmt: skip
-        places = {name: place for place, name in enumerate(self.documents.dataset.images["id"])}
+        table = cast(InterleavedDocuments, self.documents.dataset).images
+        places = {name: place for place, name in enumerate(table["id"])}
         width = next(iter(queries.values())).shape[0]
         text_embeds = model.embed_texts(list(texts)).cpu() if texts else torch.zeros(0, width)
-        table = self.documents.dataset.images
         image_embeds = _unified(model, table, range(len(places)))[[places[name] for name in images]]
         asked = torch.stack(list(queries.values()))
         return reply_recall(asked, text_embeds, image_embeds, [t for t, _ in labels], [i for _, i in labels])

@@ -62,6 +62,13 @@ def test_a_full_checkpoint_saved_again_is_still_full(tiny, tmp_path):
     assert torch.equal(again.embed_dialogues(DIALOGUES), model.embed_dialogues(DIALOGUES))
 
 
+def test_only_the_main_process_writes_what_lies_beside_the_weights(tiny, tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "by place", False)
+    model.save_pretrained(tmp_path / "by name", is_main_process=False)
+    assert not list(tmp_path.rglob("processor_config.json"))
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_loads_in_a_process_without_the_package(tiny, tmp_path, full):
     model = tiny()

@@ -183,6 +183,13 @@ def test_forward_without_inputs_says_what_it_needs(tiny):
         tiny()(contexts=tiny().processor.pairs(None, ["a"])["contexts"])
 
 
+def test_a_config_without_token_ids_is_named(fresh):
+    model = fresh()
+    model.config.ret_token_id = None
+    with pytest.raises(ValueError, match="no ret_token_id"):
+        model.embed_dialogues("hi")
+
+
 def test_nan_weights_are_named(fresh):
     model = fresh()
     model.W_t2m.weight.data[0, 0] = float("nan")

@@ -134,7 +134,7 @@ def test_a_document_whose_image_was_left_out_is_counted():
 
     made = documents(datasets.Dataset.from_list([row("target")]))
     batch = PairCollator(make_processor())([made[0], made[1]])
-    assert batch["skipped"] == {"missing": 1} and batch["n_seen"] == 2 and len(batch["ret_input_ids"]) == 1
+    assert batch["skipped"] == {"missing": 1} and batch["n_seen"] == 2 and len(batch["contexts"]["input_ids"]) == 1
 
 
 def test_what_a_reader_says_is_wrong_is_counted():

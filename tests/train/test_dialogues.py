@@ -264,6 +264,15 @@ def test_what_is_no_layout_is_refused(tmp_path):
         load_rows(None, None)
 
 
+def test_several_archives_of_pairs_are_read_one_after_another(tmp_path):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            add(tar, f"{number}.png", png(number))
+            add(tar, f"{number}.txt", f"caption {number}".encode())
+    pairs, documents = load_rows([str(tmp_path / "0.tar"), str(tmp_path / "1.tar")], None)
+    assert documents is None and [row["captions"] for row in pairs] == [["caption 0"], ["caption 1"]]
+
+
 def test_the_miniature_written_out_reads_back_as_the_same_documents(tmp_path):
     from train.miniature.dialogues import chat_messages, interleaved
     from train.miniature.prepare import training_documents, training_pairs

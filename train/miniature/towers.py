@@ -79,8 +79,8 @@ def opt_tokenizer(corpus: Sequence[str], max_length: int = 160, vocab_size: int 
     )
 
 
-def bpe_parts(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a trained BPE tokenizer."""
+def bpe_parts(tokenizer: Tokenizer) -> tuple[dict[str, int], Any]:
+    """Vocabulary and merges of a trained BPE tokenizer; the merges as pairs, which transformers takes and does not annotate."""
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
@@ -359,14 +359,13 @@ def _document_batches(
     batches = []
     for start in range(0, len(rows), 4 * batch_size):
         near = sorted(rows[start : start + 4 * batch_size], key=lambda row: len(row[0]))
-        near = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
-        batches += [near[i] for i in torch.randperm(len(near)).tolist()]
+        alike = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+        batches += [alike[i] for i in torch.randperm(len(alike)).tolist()]
     for chosen in batches:
         length = max(len(ids) for ids, _ in chosen)
         pad = tokenizer.pad_token_id
-        ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in chosen])
-        weights = torch.tensor([w + [0.0] * (length - len(w)) for _, w in chosen])
-        yield ids, (ids != pad).long(), weights
+        padded = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in chosen])
+        yield padded, (padded != pad).long(), torch.tensor([w + [0.0] * (length - len(w)) for _, w in chosen])
 
 
 # --------------------------------------------------------------------------------------------------------- shared

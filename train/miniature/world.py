@@ -193,7 +193,7 @@ class Scene:
 
 # ------------------------------------------------------------------------------------------------------- pictures
 @lru_cache(maxsize=1024)
-def _parse(text: str) -> tuple[tuple[str, tuple[int, int, int], tuple[float, ...]], ...]:
+def _parse(text: str) -> tuple[tuple[str, tuple[int, ...], tuple[float, ...]], ...]:
     """(kind, colour, coordinates in painted pixels) of each shape."""
     shapes = []
     for part in filter(None, (p.strip() for p in text.split(";"))):
