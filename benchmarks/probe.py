@@ -43,12 +43,13 @@ class PixelProbe:
         for name in ATTRIBUTES:
             weight, bias = self.maps[name]
             read = (centred @ weight + bias).argmax(1)
-            found[name] = 100 * float((read == self._one_hot(name, scenes).argmax(1)).float().mean())
+            share = (read == self._one_hot(name, scenes).argmax(1)).double().mean()
+            found[name] = round(100 * float(share), 1)
         return found
 
     def chance(self) -> dict[str, float]:
         """The same of a guess, in percent."""
-        return {name: 100 / len(values) for name, values in self.values.items()}
+        return {name: round(100 / len(values), 1) for name, values in self.values.items()}
 
     def _pixels(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """`(n, 3 side side)` float32 in 0..1."""

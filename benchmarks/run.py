@@ -42,13 +42,14 @@ def compare(
     source: str = "miniature",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """
-    Every system on one protocol, each against the first over the same items.
+    Every system on one protocol, each against the first over the same items: all of `data`, or the protocol's `limit`.
 
     Returns:
         One result per system: protocol, data, system, seed, `metrics` (value, 95 % interval, items) and `first_less_this`
         (the first system's value less this one's, with its paired 95 % interval).
     """
     results, first = [], None
+    data = data.first(protocol.settings.get("limit"))
     for system in systems:
         start = time.perf_counter()
         system.begin()

@@ -1,6 +1,7 @@
 """Systems that draw: a diffusion model on its own words, and a model that chooses between drawing and retrieving."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -27,7 +28,11 @@ class TextToImage(System):
     @property
     def revision(self) -> dict[str, Any]:
         config = self.model.config
-        return {"pipeline": config.drawing_model_name_or_path, "pipeline_revision": config.drawing_model_revision}
+        name = str(config.drawing_model_name_or_path)
+        return {
+            "pipeline": Path(name).name if Path(name).is_dir() else name,
+            "pipeline_revision": config.drawing_model_revision,
+        }
 
     def begin(self) -> None:
         self.truncated = 0

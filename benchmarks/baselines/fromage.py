@@ -18,6 +18,7 @@ from benchmarks.systems import Embedder, ImageReplies
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuROutput
 from modeling_unimur.batch_unimur import Captions, Contexts, Images, Targets
 from modeling_unimur.checkpoint_unimur import CheckpointModel
+from modeling_unimur.generation_unimur import Drawing
 from modeling_unimur.losses_unimur import caption_loss, info_nce
 from modeling_unimur.processing_unimur import IGNORE
 
@@ -97,6 +98,8 @@ class FromageModel(UniMuRModel):
         self.W_v2m = nn.Linear(config.image_feature_width, config.embedding_width)
         self.ret_embedding = nn.Parameter(torch.empty(config.text_width))
         self.logit_scale = nn.Parameter(torch.empty(1))
+        if config.n_drawing_tokens:  # GILL, which is FROMAGe and draws
+            self.drawing = Drawing(config)
         self.make_towers()
         self.post_init()
         self.freeze()

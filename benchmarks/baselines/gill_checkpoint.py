@@ -16,9 +16,9 @@ from transformers import AutoConfig, CLIPConfig
 
 from benchmarks.baselines.fromage import FromageModel
 from benchmarks.baselines.fromage_checkpoint import ARGUMENTS, WEIGHTS, _checked, _read
-from benchmarks.schema import BadDataError, read_json, require
-from modeling_unimur.towers_unimur import non_finite_tensors
+from modeling_unimur.identity_unimur import non_finite_tensors
 from train.arguments import ModelArguments
+from train.json_files import BadDataError, read_json, require
 from train.run import make_processor
 
 TABLE = "model.input_embeddings.weight"  # GILL's prune_model_ckpt.py leaves the [IMG] rows alone in it

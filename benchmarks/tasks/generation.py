@@ -22,7 +22,7 @@ OPTIONAL: set[str] = {"caption"}
 
 def run(system: System, data: Dialogues, protocol: Protocol, clip: System | None = None) -> dict[str, Measure]:
     """
-    Asks `system` for the picture of each of the first `limit` dialogues: what it draws, or, where it cannot, the image of
+    Asks `system` for the picture of each dialogue: what it draws, or, where it cannot, the image of
     the pool that it ranks first. `clip`, or else the system itself, embeds the pictures.
 
     Returns:
@@ -35,7 +35,6 @@ def run(system: System, data: Dialogues, protocol: Protocol, clip: System | None
     Raises:
         DoesNotApplyError: the system neither draws nor retrieves.
     """
-    data = data.first(protocol["limit"])
     contexts = Contexts(data, protocol["serialisation"], protocol["context"], protocol["squash"])
     drawn = _drawn(system, data, contexts)
     measures, pictures = _retrieved(system, data, contexts, protocol, drawn is not None)

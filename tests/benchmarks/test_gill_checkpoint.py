@@ -9,8 +9,8 @@ from torch import nn
 
 from benchmarks.baselines.fromage import FromageModel
 from benchmarks.baselines.gill_checkpoint import MAPPER, main
-from benchmarks.schema import BadDataError
 from tests.tiny import make_pipeline, make_towers
+from train.json_files import BadDataError
 
 
 class Mapper(nn.Module):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from transformers.dynamic_module_utils import get_imports
 
 from modeling_unimur import UniMuRModel
 from modeling_unimur.generation_unimur import drawing_loss
@@ -34,6 +35,12 @@ def test_a_model_without_generation_is_what_it_was(fresh, tmp_path, monkeypatch)
     assert not any("drawing" in name for name in model.state_dict())
     with pytest.raises(ValueError, match="cannot draw"):
         model.generate("hello")
+
+
+def test_remote_code_does_not_ask_for_diffusers():
+    import modeling_unimur.generation_unimur as module
+
+    assert "diffusers" not in get_imports(module.__file__)
 
 
 def test_generation_keeps_embeddings_fingerprint_and_pools(fresh):
