@@ -11,6 +11,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from train.command import require, run_command
+
+if __name__ == "__main__":
+    require("bench", "accelerate", "evaluate", "matplotlib", "yaml")
+
 import torch
 
 from modeling_unimur import CandidatePool, Retrieval, UniMuRModel
@@ -149,4 +154,4 @@ def write_photos(split: Split, folder: Path, count: int = 60) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
