@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from train.command import run_command
 from train.parallel import side_by_side
 
 from .ablation import Row, run_test, run_validation
@@ -142,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

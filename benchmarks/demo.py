@@ -11,6 +11,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from train.command import require, run_command
+
+if __name__ == "__main__":
+    require("bench", "accelerate", "evaluate", "matplotlib", "yaml")
+
 import torch
 
 from modeling_unimur import CandidatePool, Retrieval, UniMuRModel
@@ -106,9 +111,16 @@ def replies(model: UniMuRModel, split: Split) -> list[tuple[dict, Retrieval]]:
     return rows
 
 
-def packed(model: UniMuRModel, split: Split) -> CandidatePool:
-    """One pool of the split's replies, its facts and their pictures."""
-    pools = [(group, group.dialogues[0]["pool"]) for group in (split.responses, split.facts)]
+def packed(model: UniMuRModel, split: Split, replies: int | None = None) -> CandidatePool:
+    """
+    One pool of the split's replies, its facts and their pictures; of the replies, those of the first `replies` dialogues
+    that are answered by a picture, or all candidates.
+    """
+    facts, candidates = split.facts.dialogues[0]["pool"], split.responses.dialogues[0]["pool"]
+    if replies is not None:
+        gold = [d["gold"] for d in split.responses.dialogues if d["gold"]["image_ids"]][:replies]
+        candidates = {kind: [i for ids in gold for i in ids[kind]] for kind in ("image_ids", "text_ids")}
+    pools = [(split.responses, candidates), (split.facts, facts)]
     images = [i for _, pool in pools for i in pool["image_ids"]]
     scenes = {i: group.images[i] for group, pool in pools for i in pool["image_ids"]}
     texts = {i: group.texts[i] for group, pool in pools for i in pool["text_ids"]}
@@ -142,4 +154,4 @@ def write_photos(split: Split, folder: Path, count: int = 60) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

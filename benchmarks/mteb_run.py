@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train.command import run_command
+
 from .output import write_json
 
 DEFAULT_TASKS = ("Flickr30kT2IRetrieval", "Flickr30kI2TRetrieval", "MSCOCOT2IRetrieval", "MSCOCOI2TRetrieval")
@@ -77,4 +79,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.command import require, run_command
+
+if __name__ == "__main__":
+    require("bench", "accelerate", "evaluate", "matplotlib", "yaml")
+
 import numpy as np
 
 from . import claims, plots, real_page
@@ -24,13 +29,13 @@ from .tables import PLAIN
 RESULTS = Path(__file__).parent / "results"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/report"), help="towers and systems, by seed")
     parser.add_argument("--output", type=Path, default=Path("runs/report"), help="folder of the json and the page")
     parser.add_argument("--page", action="store_true", help="only write the page")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not arguments.page:
         from .miniature import measure_demo, measure_seed, train_systems
 
@@ -226,4 +231,4 @@ def _speed(measured: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

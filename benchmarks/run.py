@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.command import require, run_command
+
+if __name__ == "__main__":
+    require("bench", "accelerate", "evaluate", "matplotlib", "yaml")
+
 import torch
 
-from train.command import run_command
-
+from .arguments import positive, usable_device
 from .baselines.clip import ClipBaseline
 from .data import load_data
 from .load import SYSTEMS, load
@@ -76,7 +80,18 @@ def compare(
     return results
 
 
+def chosen(task: str, variants: Sequence[str] | None, *, miniature: bool) -> list[Protocol]:
+    """A task's protocols, or those variants of it alone. Raises `ValueError` that names a variant there is not."""
+    every = protocols(task, miniature=miniature)
+    known = [protocol.variant for protocol in every]
+    for variant in variants or ():
+        if variant not in known:
+            raise ValueError(f"--variant {variant}: {task} has {', '.join(known)}")
+    return [protocol for protocol in every if not variants or protocol.variant in variants]
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Raises `ValueError` or `OSError`: a variant or a system is unknown, or a model or the data cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--model", required=True, help="a UniMuR checkpoint: a folder or a name on the Hub")
@@ -90,18 +105,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--data", help="folder of the data set as it is published; by default the miniature")
     parser.add_argument("--split", help="instead of the protocol's")
     parser.add_argument("--variant", action="append", help="of the protocol; by default every one")
-    parser.add_argument("--limit", type=int, help="only the first N items, for a trial")
+    parser.add_argument("--limit", type=positive, help="only the first N items, for a trial")
     parser.add_argument("--manifest", help="VIST: file of the photo ids to keep")
     parser.add_argument(
         "--max_missing_share", type=float, default=MAX_MISSING_SHARE, help="of items that may be left out"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmarks"), help="folder of the json and the table"
     )
     arguments = parser.parse_args(argv)
 
+    measured = chosen(arguments.task, arguments.variant, miniature=arguments.data is None)
     systems = [load("unimur", arguments.model)]
     for baseline in arguments.baseline:
         kind, _, path = baseline.partition("=")
@@ -110,9 +126,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         system.model.to(arguments.device)
     clip = ClipBaseline(systems[0].model)
     results = []
-    for protocol in protocols(arguments.task, miniature=arguments.data is None):
-        if arguments.variant and protocol.variant not in arguments.variant:
-            continue
+    for protocol in measured:
         data = load_data(
             protocol, arguments.data, split=arguments.split, manifest=arguments.manifest,
             max_missing_share=arguments.max_missing_share,
@@ -122,8 +136,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         results += compare(
             systems, data.first(arguments.limit), protocol, clip=clip, seed=arguments.seed, source=source
         )
-    if not results:
-        raise ValueError(f"{arguments.task} has no variant {', '.join(arguments.variant)}")
     table = markdown(arguments.task, results, paper(arguments.task))
     write_json(arguments.output / f"{arguments.task}.json", results)
     (arguments.output / f"{arguments.task}.md").write_text(table)

@@ -17,15 +17,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.command import run_command
+from train.command import require, run_command
 
-try:
-    import uvicorn
+if __name__ == "__main__":
+    require("serve", "fastapi", "uvicorn")
 
-    from .connections import BoundedConnection, ConnectionLimits
-    from .endpoint import Limits, make_app
-except ImportError as error:
-    raise ImportError(f"{error}; the endpoint's server needs: pip install 'modeling-unimur[serve]'") from error
+import uvicorn
+
+from .connections import BoundedConnection, ConnectionLimits
+from .endpoint import Limits, make_app
 
 TOKEN = "UNIMUR_TOKEN"
 GRACE_SECONDS = 60  # for the requests under way when the server is stopped
@@ -90,7 +90,11 @@ def check_token_argument(token: str | None, host: str) -> None:
     """Refuses with a `ValueError` a token that no header can hold, and an address that others reach without a token."""
     if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
         raise ValueError(f"--token (or {TOKEN}) must be printable ASCII without spaces around it")
-    if token is None and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
+    try:
+        reachable = host != "localhost" and not ipaddress.ip_address(host).is_loopback
+    except ValueError as error:
+        raise ValueError(f"--host {host!r} is no address: give one such as 127.0.0.1") from error
+    if token is None and reachable:
         raise ValueError(f"--host {host} can be reached from other machines: give --token, or {TOKEN}")
 
 
@@ -99,11 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     check_token_argument(arguments.token, arguments.host)
-    listening = listen(arguments.host, arguments.port)
-    handler = load_handler(arguments.folder)
-    host, port = listening.getsockname()[:2]
-    print(f"listening on http://{host}:{port}", flush=True)
-    make_server(handler, token=arguments.token).run(sockets=[listening])
+    with listen(arguments.host, arguments.port) as listening:
+        handler = load_handler(arguments.folder)
+        host, port = listening.getsockname()[:2]
+        print(f"listening on http://{host}:{port}", flush=True)
+        make_server(handler, token=arguments.token).run(sockets=[listening])
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from .towers_unimur import (
     load_towers,
     plain_name,
     positions,
+    refuse_no_folder,
     split_arguments,
 )
 
@@ -159,7 +160,12 @@ class CheckpointModel(PreTrainedModel):
         # Kept from the config, which would take `dtype` and its like for fields.
         loading = {key: kwargs.pop(key) for key in LOADING_ARGUMENTS if key in kwargs and key != "attn_implementation"}
         hub = {key: loading[key] for key in (*HUB_ARGUMENTS, "force_download", "proxies") if key in loading}
-        config, rest = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **hub, **kwargs)
+        named = str(config or name)
+        try:
+            config, rest = cls.config_class.from_pretrained(named, return_unused_kwargs=True, **hub, **kwargs)
+        except OSError as error:
+            refuse_no_folder(named, error)
+            raise
         return config, rest | loading
 
     @classmethod

@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -290,6 +291,30 @@ def load_towers(config, **arguments: Any) -> tuple[PreTrainedModel, PreTrainedMo
     return language_model, clip
 
 
+def read_config(name: str, **hub: Any) -> PreTrainedConfig:
+    """The config of a folder or a name on the Hub. Raises `OSError` that names it, and what it was taken for."""
+    try:
+        return AutoConfig.from_pretrained(name, **hub)
+    except OSError as error:
+        refuse_no_folder(name, error)
+        raise
+
+
+def refuse_no_folder(name: str, error: OSError) -> None:
+    """Of a name that is no folder transformers' own error speaks of the Hub alone: raises an `OSError` of both."""
+    if not Path(name).is_dir():
+        raise OSError(f"{name!r} is no folder here, and could not be loaded from the Hub either: {error}") from error
+
+
+def check_language_model(config: PreTrainedConfig, name: str) -> None:
+    """Refuses with a `ValueError` a config that is no causal language model's."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"text_model {name!r} is of type {config.model_type!r}, which is no causal language model: give one such as "
+            "facebook/opt-1.3b"
+        )
+
+
 def _load_tower(config, part: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     name, revision = getattr(config, f"{part}_name_or_path"), getattr(config, f"{part}_revision") or "main"
     hub = {
@@ -298,9 +323,11 @@ def _load_tower(config, part: str, arguments: Mapping[str, Any]) -> PreTrainedMo
         if k in arguments
     }
     try:
-        tower_config = AutoConfig.from_pretrained(name, revision=revision, **hub)
+        tower_config = read_config(name, revision=revision, **hub)
         if part == "clip_model":
             family(tower_config)
+        else:
+            check_language_model(tower_config, name)
         loader = AutoModelForCausalLM if part == "text_model" else AutoModel
         loaded = loader.from_pretrained(
             name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -399,13 +426,12 @@ def load_processors(
     `clip_tokenizer`, `clip_text_length` and, where the LLM's config names its positions, `max_length`.
 
     Raises:
-        ValueError: `clip_model` is of no supported family.
+        ValueError: `clip_model` is of no supported family, or `text_model` no causal language model.
+        OSError: a tower is not there.
     """
     text, clip = {"revision": text_revision or "main"}, {"revision": clip_revision or "main"}
-    text_config, clip_config = (
-        AutoConfig.from_pretrained(text_model, **text),
-        AutoConfig.from_pretrained(clip_model, **clip),
-    )
+    text_config, clip_config = read_config(text_model, **text), read_config(clip_model, **clip)
+    check_language_model(text_config, text_model)
     kind, limit = family(clip_config), positions(text_config)
     return {
         "image_processor": getattr(transformers, kind.image_processor).from_pretrained(clip_model, **clip),

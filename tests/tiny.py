@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from modeling_unimur import UniMuRModel, UniMuRProcessor
+from train.command import run_command
 
 SENTENCES = ["a panda in a red hat eats bamboo", "show me a dog on the beach", "what does it look like?", "thanks!"]
 LETTERS = sorted(set(map(chr, range(33, 127))) | {"Ġ", "Ċ"})
@@ -205,11 +206,15 @@ def make_model(folder: Path, kind: str = "opt", seed: int = 0, **fields) -> UniM
     return model.eval()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Raises `ValueError`: a folder holds no vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--out", "--text-vocab", "--clip-vocab"):
         parser.add_argument(name, type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    for option, folder in (("--text-vocab", arguments.text_vocab), ("--clip-vocab", arguments.clip_vocab)):
+        if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            raise ValueError(f"{option} {folder} holds no vocab.json: give the folder of a tokenizer's vocabulary")
     torch.manual_seed(0)
     tokenizer = GPT2Tokenizer.from_pretrained(arguments.text_vocab)
     config = GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=256, vocab_size=len(tokenizer))
@@ -223,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

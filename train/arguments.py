@@ -1,20 +1,19 @@
 """What `train/run.py` can be given: the towers and the model, the data, and the training; from yaml files and flags."""
 
-import difflib
 import inspect
 import json
 import re
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_unimur import UniMuRConfig
 from modeling_unimur.configuration_unimur import CHOICES, DRAWING_FIELDS
 from train.closed_form import Grid
+from train.command import DTYPES, Parser, unknown
 from train.trainer import UniMuRTrainingArguments
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -66,7 +65,7 @@ class ModelArguments(ConfigArguments):
     clip_model: str | None = field(default=None, metadata={"help": "The frozen CLIP: a folder or a Hub name."})
     text_model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
     clip_model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the towers: auto, bfloat16, float16 or float32."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the towers.", "choices": list(DTYPES)})
     ret_init: str | None = field(
         default=None, metadata={"help": "Token that [RET] starts from; the mean row by default."}
     )
@@ -227,11 +226,6 @@ class DataArguments:
         return self.train_data[0] if self.train_data and len(self.train_data) == 1 else self.train_data
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists every argument")
-
-
 class _Yaml(yaml.SafeLoader):
     """YAML 1.2's plain words: `no`, `off` and `yes` are words, and only `true` and `false` are truth values."""
 
@@ -260,20 +254,20 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, UniMuRTrainin
     if argv[0].endswith((".yaml", ".yml")) and not argv[0].startswith("-"):
         argv.insert(0, "--config")
     kinds: Any = (ModelArguments, DataArguments, UniMuRTrainingArguments)  # transformers' annotation fits no dataclass
-    parser = _Parser(kinds, description=__doc__)
+    parser = Parser(kinds, description=__doc__)
     files, flags = _split_configs(argv)
     given: dict[str, Any] = {}
-    known = {action.dest: action for action in parser._actions}
+    known = parser.known()
     for file in files:
-        given |= _settings(file, set(known))
+        given |= _settings(file, known)
     values: list[str] = []
     for name, value in given.items():
         values += _as_flags(name, value)
-    model_args, data_args, args, unknown = parser.parse_args_into_dataclasses(
+    model_args, data_args, args, rest = parser.parse_args_into_dataclasses(
         args=values + flags, return_remaining_strings=True
     )
-    if unknown:
-        raise ValueError(_unknown(unknown[0].partition("=")[0].lstrip("-"), set(known), unknown[0]))
+    if rest:
+        raise unknown(rest[0], known)
     if (data_args.eval_data or data_args.eval_share) and args.eval_strategy == "no":
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, args.logging_steps
     return model_args, data_args, args
@@ -304,13 +298,8 @@ def _settings(file: Path, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"--config {file}: expected settings as 'name: value' lines, got a {type(settings).__name__}")
     for name in settings:
         if name not in known:
-            raise ValueError(_unknown(str(name), known, f"the setting {name!r} of {file}"))
+            raise unknown(str(name), known, f"the setting {name!r} of {file}")
     return settings
-
-
-def _unknown(name: str, known: set[str], what: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{what} is not known" + (f": did you mean {close[0]}?" if close else "; --help lists every argument")
 
 
 def _as_flags(name: str, value: Any) -> list[str]:

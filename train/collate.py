@@ -53,7 +53,7 @@ class SkipCounter:
         """Raises [`TooManyBadPairsError`] where more than `max_share` of the pairs were left out."""
         if self.share > max_share:
             limit = f"more than the {max_share:.1%} allowed"
-            raise TooManyBadPairsError(f"{self}: {limit}. Mend the data or raise --max_bad_share{self.details()}")
+            raise TooManyBadPairsError(f"{self}: {limit}. Fix the data or raise --max_bad_share{self.details()}")
 
     def details(self) -> str:
         """The examples, one a line and each line led by a line break; empty where none was kept."""

@@ -21,21 +21,26 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a folder of the repository, not a package
 
+if __name__ == "__main__":
+    from train.command import require
+
+    require("train", "accelerate", "matplotlib", "yaml")
+
 import datasets
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from modeling_unimur import CandidatePool, UniMuRModel
 from modeling_unimur.images_unimur import BadImageError, decode_image
+from modeling_unimur.inputs_unimur import check_count
 from modeling_unimur.pool_arrow import write_arrow
 from modeling_unimur.pool_files import EXTRAS, adopt
 from train.cache import sha256, write_json
 from train.collate import SkipCounter
-from train.command import run_command
+from train.command import DTYPES, Parser, run_command, unknown
 from train.extract import content_hash, image_hints, values_hash
 from train.rows import BadRowError, Folder, check_text, is_image, printable
 from train.text_files import read_lines
@@ -70,7 +75,7 @@ class EmbedArguments:
     )
     shard_size: int = field(default=10_000, metadata={"help": "Candidates a file."})
     batch_size: int = field(default=32, metadata={"help": "Candidates a forward pass."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the towers: auto, bfloat16, float16 or float32."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the towers.", "choices": list(DTYPES)})
     keep_images: str = field(
         default="bytes",
         metadata={"help": "Copy the images into the pool, or keep their paths only.", "choices": ["bytes", "path"]},
@@ -79,6 +84,12 @@ class EmbedArguments:
         default=0.01,
         metadata={"help": "Stop where more of the candidates cannot be read; they are left out and listed."},
     )
+
+    def __post_init__(self):
+        for name in ("shard_size", "batch_size"):
+            check_count(f"--{name}", getattr(self, name))
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"--max_bad_share {self.max_bad_share}: expected a share from 0, none, to 1, all")
 
 
 class Shard(NamedTuple):
@@ -110,8 +121,7 @@ def main(argv: list[str] | None = None) -> CandidatePool | None:
         OSError: the disk is full; the message says where the run stopped.
         TooManyBadPairsError: more than `--max_bad_share` of a process's candidates were left out.
     """
-    parser = HfArgumentParser(EmbedArguments)  # type: ignore[arg-type]  # whose hints know no dataclass
-    (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     # Devices of unlike speed wait for each other at the end, beyond the half hour that is usual.
     # By itself accelerate runs each of several CPU processes as if it were alone.
     accelerator = Accelerator(
@@ -150,6 +160,15 @@ def main(argv: list[str] | None = None) -> CandidatePool | None:
     pool = assemble(folder, shards, made_by, images) if accelerator.is_main_process else None
     accelerator.end_training()
     return pool
+
+
+def parse(argv: list[str]) -> EmbedArguments:
+    """Raises `ValueError`: an argument is unknown or missing, or a value cannot be used."""
+    parser = Parser(EmbedArguments)  # type: ignore[arg-type]  # whose hints know no dataclass
+    args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest:
+        raise unknown(rest[0], parser.known())
+    return args
 
 
 def prepare(folder: Path, shards: Sequence[Shard]) -> None:

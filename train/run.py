@@ -17,6 +17,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a folder of the repository, not a package
 
+if __name__ == "__main__":
+    from train.command import require
+
+    require("train", "accelerate", "matplotlib", "yaml")
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -327,12 +332,19 @@ def make_trainer(
 
 
 def where_to_resume(args: UniMuRTrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` names; `last` is the newest whole one, or none where there is none."""
+    """
+    The checkpoint that `--resume_from_checkpoint` names; `last` is the newest whole one, or none where there is none.
+    Raises `ValueError` where another is no folder.
+    """
     if args.process_index == 0:
         restore(args.output_dir)
     PartialState().wait_for_everyone()
     named = args.resume_from_checkpoint
     if named != "last":
+        if named is not None and not Path(named).is_dir():
+            raise ValueError(
+                f"--resume_from_checkpoint {named} is no folder: give a checkpoint-<step> of an earlier run, or last"
+            )
         return named
     newest = newest_whole(args.output_dir)
     logger.warning(

@@ -35,6 +35,11 @@ BANK = "negatives_bank.safetensors"
 LEFT_OUT = {
     "captioning": ("contexts", "targets"), "matching": ("captions",), "drawing": ("captions", "targets", "images"),
 }  # fmt: skip
+NOT_NEGATIVE = (
+    "learning_rate", "matching_learning_rate", "warmup_steps", "weight_decay", "num_train_epochs", "negatives_bank",
+    "state_noise", "max_bad_share",
+)  # fmt: skip
+AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 MATCHING_TENSORS = ("W_t2m", "W_v2m", "logit_scale", "logit_bias")
 
 
@@ -105,6 +110,12 @@ class UniMuRTrainingArguments(TrainingArguments):
     _argument_group_name = "the training: these, and transformers' own"
 
     def __post_init__(self):
+        for name in NOT_NEGATIVE:
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         if "tensorboard" in (self.report_to or "") and not is_tensorboard_available():
             raise ImportError("--report_to tensorboard needs it: pip install 'modeling-unimur[tensorboard]'")
         if self.eval_steps is not None and self.eval_strategy == "no":

@@ -15,6 +15,7 @@ from transformers import AutoConfig, CLIPConfig
 from benchmarks.baselines.fromage import FromageModel
 from modeling_unimur.identity_unimur import non_finite_tensors
 from train.arguments import ModelArguments
+from train.command import run_command
 from train.json_files import BadDataError, read_json, require
 from train.run import make_processor
 
@@ -189,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ from benchmarks.miniature import table
 from benchmarks.output import stage, write_json
 from modeling_unimur import UniMuRModel
 from train.arguments import CONFIGS
+from train.command import run_command
 from train.parallel import side_by_side
 from train.run import main as train
 
@@ -99,4 +100,4 @@ def against(results: dict[str, dict[str, Measure]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,6 +27,7 @@ from benchmarks.protocols import protocols
 from benchmarks.schema import Dialogues
 from benchmarks.tasks import answers
 from benchmarks.tasks.contexts import context_of
+from train.command import run_command
 from train.miniature.dialogues import without_context_images
 
 from .bench import make_bench
@@ -104,4 +105,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

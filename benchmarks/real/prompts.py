@@ -26,6 +26,7 @@ from benchmarks.metrics import hit_rate_per_item
 from benchmarks.output import write_json
 from modeling_unimur.losses_unimur import visual_matching_loss
 from train.canonical import Setting
+from train.command import run_command
 from train.miniature.world import CAPTIONS, phrases, splits
 
 from .bench import Bench, make_bench
@@ -216,4 +217,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.measure import Measure
 from benchmarks.output import write_json
 from train.canonical import Setting
+from train.command import run_command
 
 from . import visual
 from .bench import DIALOGUE, Bench, make_bench
@@ -164,4 +165,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

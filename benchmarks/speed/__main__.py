@@ -10,6 +10,8 @@ import argparse
 import os
 from pathlib import Path
 
+from train.command import run_command
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the libraries are imported
 
 from . import embedding, profiles, quality, step, texts
@@ -41,4 +43,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessor
 
 from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
+from train.command import run_command
 from train.extract import Decode
 
 from .models import random_model, sentence
@@ -143,4 +144,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

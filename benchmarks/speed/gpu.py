@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, OPTConfig, OPTForCausalLM
 
+from benchmarks.arguments import usable_device
 from benchmarks.output import write_json
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
+from train.command import run_command
 from train.miniature.towers import clip_tokenizer, opt_tokenizer
 
 from .models import sentence
@@ -128,7 +130,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small shapes, for a trial")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=usable_device, default="cuda")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("runs/report"))
@@ -213,4 +215,4 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.command import run_command
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy's, torch's and faiss's threads: read when they are imported
 
 import faiss
@@ -201,4 +203,4 @@ def _print(what: str, ratios: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

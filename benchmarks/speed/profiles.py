@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.output import write_json
+from train.command import run_command
 
 from .step import CACHED, OURS, REFERENCE, STEP_SHAPES, batches, make_model, stepper
 
@@ -62,4 +63,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,6 +29,7 @@ from modeling_unimur import UniMuRModel
 from train.arguments import parse
 from train.closed_form import start
 from train.collate import PairCollator, SkipCounter
+from train.command import run_command
 from train.features import cache_caption_states, cache_image_features
 from train.trainer import UniMuRTrainer
 
@@ -241,4 +242,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

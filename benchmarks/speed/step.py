@@ -23,6 +23,7 @@ import torch
 from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
 from train.bank import NegativesBank
+from train.command import run_command
 
 from .models import SHAPES, random_model, sentence
 from .reference import ReferenceStep, Savings, padded
@@ -242,4 +243,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

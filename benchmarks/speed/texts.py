@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
+from train.command import run_command
 
 from ..language import LanguageSystem
 from .models import SHAPES, random_model, sentence
@@ -88,4 +89,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

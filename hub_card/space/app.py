@@ -13,12 +13,16 @@ import argparse
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 # Read when these libraries are imported; whoever wants to send usage data sets them before.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+if __name__ == "__main__" and find_spec("gradio") is None:
+    sys.exit("error: gradio must be installed for this: pip install -r hub_card/space/requirements.txt")
 
 import torch
 from PIL import Image

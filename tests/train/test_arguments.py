@@ -10,7 +10,7 @@ import pytest
 from modeling_unimur import UniMuRConfig
 from train.arguments import CONFIGS, DERIVED, ConfigArguments, parse
 from train.collate import TooManyBadPairsError
-from train.command import run_command
+from train.command import run_command, sentence
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +90,7 @@ def test_every_configuration_of_the_repository_is_read(name):
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("--x 3: give 4"), FileNotFoundError(2, "No such file", "x"), TooManyBadPairsError("all broken")],
+    [ValueError("--x 3: give 4"), OSError("the Hub is down"), TooManyBadPairsError("all broken")],
 )
 def test_a_mistake_ends_in_its_sentence(error):
     def main():
@@ -99,6 +99,23 @@ def test_a_mistake_ends_in_its_sentence(error):
     with pytest.raises(SystemExit) as end:
         run_command(main)
     assert str(end.value) == f"error: {error}"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            "x does not exist: give the path of a file that does",
+        ),
+        (FileExistsError(17, "File exists", "x"), "x: a file lies where a folder is needed; give another folder"),
+        (NotADirectoryError(20, "Not a directory", "x/y"), "x/y: a file lies where a folder is needed"),
+        (PermissionError(13, "Permission denied", "x"), "x: Permission denied"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_an_error_of_the_system_names_the_file_first(error, message):
+    assert sentence(error).startswith(message)
 
 
 def test_what_is_no_mistake_of_the_user_keeps_its_traceback():
