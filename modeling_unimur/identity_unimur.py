@@ -50,7 +50,7 @@ class Identified(Protocol):
 def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     Parameters of a module sorted by name, each once. Names are the weights' own, without what a LoRA or `torch.compile`
-    adds; an offloaded one is in memory only until the next is asked for.
+    adds; an offloaded one is in memory only until the next one.
     """
     tied = getattr(module, "all_tied_weights_keys", None) or {}
     named = {plain_name(name): (name, tensor) for name, tensor in module.named_parameters()}
@@ -105,7 +105,7 @@ def towers_digest(model: Identified) -> str:
 
 
 def maps_digest(model: Identified) -> str:
-    """Digest of what is trained and of what is beside it, taken anew where a value has changed."""
+    """Digest of the trained tensors and those beside them, taken again where a value has changed."""
     own = [(n, p) for n, p in named_weights(_module(model)) if is_own(model, n)]
     # Hashing megabytes would cost a query as much as its search; the probe sees what is written past autograd.
     probes = [p.flatten()[:: max(1, p.numel() // 64)].float().sum() for _, p in own]
