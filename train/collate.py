@@ -53,7 +53,7 @@ class SkipCounter:
         """Raises [`TooManyBadPairsError`] where more than `max_share` of the pairs were left out."""
         if self.share > max_share:
             limit = f"more than the {max_share:.1%} allowed"
-            raise TooManyBadPairsError(f"{self}: {limit}. Mend the data or raise --max_bad_share{self.details()}")
+            raise TooManyBadPairsError(f"{self}: {limit}. Fix the data or raise --max_bad_share{self.details()}")
 
     def details(self) -> str:
         """The examples, one a line and each line led by a line break; empty where none was kept."""
@@ -78,7 +78,7 @@ class PairCollator:
     A row is a caption pair (`id`, `image`, `captions`) or a document (see [`train.documents.InterleavedDocuments`]),
     its images undecoded or given as cached `image_features` (c float32) and `image_embeds` (q float32). A row with a
     bad image or without a caption is dropped; `skipped` (`dict[str, int]`) counts them by reason and `n_seen` (`int`)
-    all. The first few of each reason are logged by name, in the process that met them. A batch without any usable row
+    all. The first few of each reason are logged by name, in the process that read them. A batch without any usable row
     repeats the last good one, with a warning. Pairs that all have cached
     `text_embeds` (captions, q), and `ret_states` (captions, d), give those of the drawn captions in place of their tokens.
 
@@ -86,7 +86,7 @@ class PairCollator:
         every_caption (`bool`): a pair gives an item for each of its captions, instead of one.
         named (`bool`): a batch also has `names`, the row's id for each image of pairs and for each document, and `replies`,
             the documents' texts.
-        epoch (`int`): with the seed and the row's id, what the draw of captions goes by; set it before each epoch.
+        epoch (`int`): with the seed and the row's id, what the draw of captions depends on; set it before each epoch.
 
     Raises:
         TooManyBadPairsError: no row of the first batch is usable.
@@ -142,7 +142,7 @@ class PairCollator:
             if self._spare is None:
                 raise TooManyBadPairsError(broken)
             # A step needs a pair, in every process. Whether too many are broken is for the counts of all to say.
-            logger.warning(f"{broken}\nthe last good pair is taken once more")
+            logger.warning(f"{broken}\nthe last good pair is taken again")
             items, images, names = list(self._spare[0]), list(self._spare[1]), [self._spare[2]]
         cached = bool(images) and isinstance(images[0], tuple)
         replies = [item["text"] for item in items]
