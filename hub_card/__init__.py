@@ -2,6 +2,6 @@
 
 import os
 
-# Read when these libraries are imported; whoever wants to send usage data sets them before.
+# Read when these libraries are imported; set them before to send usage data.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -74,7 +74,7 @@ class Batcher:
                 answers = await loop.run_in_executor(self._thread, self._answers, list(batch.values()))
                 self._batch_seconds = time.monotonic() - start
                 for future, answer in zip(batch, answers, strict=True):
-                    if future.done():  # its client has gone, or it took too long
+                    if future.done():  # its client has left, or it took too long
                         continue
                     if isinstance(answer, Exception):
                         future.set_exception(answer)

@@ -76,7 +76,7 @@ def check_card(card: ModelCard) -> None:
 
 
 def hidden(*names: str) -> str:
-    """Python source; what runs behind it in a process cannot import these top-level packages."""
+    """Python source; what runs after it in a process cannot import these top-level packages."""
     return HIDDEN.format(names=names)
 
 
@@ -111,7 +111,7 @@ def check_folder(folder: Path, repo_id: str, say: Callable[[str], None] = print)
     Args:
         folder: the repository to be.
         repo_id: its name on the Hub, which the card's snippets use.
-        say: is told each part that passed.
+        say: takes the name of each part that passed.
 
     Raises:
         NotFitError: what fails; nothing should be uploaded then.

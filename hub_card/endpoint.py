@@ -127,7 +127,7 @@ class Bodies:
 
         Raises:
             HTTPException: 408, 413 or 503 as [`make_app`] says, as soon as it is known.
-            ClientDisconnect: the client has gone.
+            ClientDisconnect: the client has left.
         """
         if self.batcher.full:
             raise busy("too many requests wait", self.batcher)

@@ -4,7 +4,7 @@ The endpoint on this machine, as Hugging Face's containers run it: `POST /` with
     python -m hub_card.serve runs/endpoint --port 8080
 
 The folder holds a checkpoint with a `pool/` and its `handler.py` (what `hub_card.push --dry_run` leaves). Requests that
-wait are answered together. On SIGTERM or Ctrl-C those under way are answered, and no others.
+wait are answered together. On SIGTERM or Ctrl-C those that were received are answered, and no others.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .connections import BoundedConnection, ConnectionLimits
 from .endpoint import Limits, make_app
 
 TOKEN = "UNIMUR_TOKEN"
-GRACE_SECONDS = 60  # for the requests under way when the server is stopped
+GRACE_SECONDS = 60  # for the requests that are unanswered when the server is stopped
 
 
 def load_handler(folder: Path) -> Any:

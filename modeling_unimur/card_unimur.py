@@ -17,7 +17,7 @@ TAGS = ["multimodal-retrieval", "image-text-retrieval", "unimur", "sentence-tran
 
 @dataclass(frozen=True)
 class Licence:
-    """A tower's: the Hub's `identifier`, a `name` for readers, where it stands, and whether it forbids commerce."""
+    """A tower's: the Hub's `identifier`, a `name` for readers, where it is written, and whether it forbids commercial use."""
 
     identifier: str
     name: str
@@ -135,7 +135,7 @@ model and CLIP stayed frozen.
 
 ## Intended use and limits
 
-Research on retrieval of text and images for conversations. Whatever it returns stands in the pool it searches: the pool's
+Research on retrieval of text and images for conversations. All that it returns is from the pool it searches: the pool's
 content, and who may see it, are its owner's responsibility. The biases of the frozen language model, of CLIP and of the
 training captions carry over. Scores are cosines, not probabilities, and are not comparable between models. A picture is shown
 when it is the best of what remains beside the best text, whether or not the conversation asks for one.

@@ -1,4 +1,4 @@
-"""Checkpoints of a UniMuR, adapter or full: towers loaded and attached, tensors checked, what lies beside the weights."""
+"""Checkpoints of a UniMuR, adapter or full: towers loaded and attached, tensors checked, what is saved beside the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +117,7 @@ class CheckpointModel(PreTrainedModel):
         source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **hub}
         with _reading(source, cls.config_class):
             config, kwargs = cls._config_of(name, kwargs)
-            # As asked for; transformers writes its default over it.
+            # As the caller gave it: transformers overwrites it by its default.
             attention = {key: getattr(config, key)._attn_implementation for _, key in PARTS.values()}
             own, towers = split_arguments(kwargs) if config.is_adapter else (kwargs, {})
             try:
@@ -152,10 +152,10 @@ class CheckpointModel(PreTrainedModel):
         kwargs = dict(kwargs)
         config = kwargs.pop("config", None)
         if isinstance(config, PreTrainedConfig):
-            asked = kwargs.pop("attn_implementation", None)
+            attention = kwargs.pop("attn_implementation", None)
             config = cast(UniMuRConfig, copy(config))  # by its fields, whichever copy of this file its class is of
-            if asked is not None:
-                config._attn_implementation = asked
+            if attention is not None:
+                config._attn_implementation = attention
             return config, kwargs
         # Kept from the config, which would take `dtype` and its like for fields.
         loading = {key: kwargs.pop(key) for key in LOADING_ARGUMENTS if key in kwargs and key != "attn_implementation"}
@@ -360,7 +360,7 @@ class CheckpointModel(PreTrainedModel):
                 create_pr=create_pr, delete_patterns=FORMER_POOL if pool is not None else None,
             )  # fmt: skip
 
-    # What lies beside the weights
+    # What is saved beside the weights
 
     @property
     def processor(self) -> UniMuRProcessor:
@@ -436,7 +436,7 @@ class CheckpointModel(PreTrainedModel):
 
 def check_processor(config: UniMuRConfig, processor: UniMuRProcessor) -> None:
     """
-    Refuses a processor whose tensors mean another thing to the model.
+    Refuses a processor whose tensors the model would read differently.
 
     Raises:
         ValueError: token ids, `ret_prompt` or `n_visual_tokens` differ, or texts may be longer than a tower's positions.

@@ -98,13 +98,13 @@ class UniMuRConfig(PreTrainedConfig):
             embedding table, so they may lie beyond it.
         alignment (`"paper"` | `"canonical"`): the space in which [RET] and images meet. `"paper"` is Section 3.2's: CLIP's
             own embeddings, as they are. `"canonical"`: the space of canonical correlation, into which `W_v2m` maps images
-            and `W_x2m` CLIP's texts; both are found in closed form (the repository's `train/canonical.py`).
+            and `W_x2m` CLIP's texts; both are solved for in closed form (the repository's `train/canonical.py`).
         shared_width (`int`, *optional*): k, the width of the canonical space; the paper's has CLIP's.
         matching_feature (`"pooled"` | `"projected"`): what `W_v2m` reads of an image: CLIP's output before its
-            projection, or behind it.
+            projection, or after it.
         train_image_map (`bool`, defaults to `False`): train `W_v2m` too, as FROMAGe does; else it is frozen.
         ret_prompt (`str`, defaults to `""`): words before every `[RET]`, such as `"\nKeywords:"`, which ask an LLM that
-            was never taught [RET] for the gist of what came before. The processor puts them there and has to agree.
+            was never taught [RET] for the gist of what came before. The processor adds them and must have the same.
         n_visual_tokens (`int`, defaults to 1): visual tokens an image becomes (FROMAGe 1, GILL 4; the paper is silent).
         image_feature (`"pooled"` | `"projected"`): what `W_i2t` reads: CLIP's pooled output, or the q-dimensional
             embedding that the paper's shared symbol c suggests.

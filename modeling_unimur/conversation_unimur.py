@@ -29,8 +29,8 @@ class Conversation:
     def __init__(self, model: Any):
         if not takes_conversations(model.language_model):
             raise ValueError(
-                f"a conversation goes on from kept keys and values, which a {model.language_model.config.model_type} does not "
-                "have: embed whole dialogues by embed_dialogues"
+                "a conversation continues from cached keys and values, which a "
+                f"{model.language_model.config.model_type} does not have: embed whole dialogues by embed_dialogues"
             )
         self.model = model
         self.turns: list[Turn] = []
@@ -112,13 +112,13 @@ class Conversation:
         ids, ending = processor.turn_ids(self.turns), len(processor.ending)
         if len(ids) + ending <= processor.max_length:
             return ids
-        gone = 0
-        while gone < len(self.turns) - 1 and len(ids) + ending > processor.max_length // 2:
-            gone += 1
-            ids = processor.turn_ids(self.turns[gone:])
-        # Every position moves, and equal ids may stand for other images.
+        dropped = 0
+        while dropped < len(self.turns) - 1 and len(ids) + ending > processor.max_length // 2:
+            dropped += 1
+            ids = processor.turn_ids(self.turns[dropped:])
+        # Every position moves, and equal ids may be of other images.
         self._cache, self._computed = DynamicCache(), []
-        self.turns, self._features = self.turns[gone:], self._features[gone:]
-        self.evicted += gone
-        logger.warning(f"the LLM's {processor.max_length} positions ran out: the {gone} oldest turns were left out")
+        self.turns, self._features = self.turns[dropped:], self._features[dropped:]
+        self.evicted += dropped
+        logger.warning(f"the LLM's {processor.max_length} positions ran out: the {dropped} oldest turns were left out")
         return ids

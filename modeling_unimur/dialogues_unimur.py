@@ -85,7 +85,7 @@ def _check_words(text: str, position: int) -> None:
     if os.path.splitext(text)[1].lower() in SUFFIXES and "\n" not in text and os.path.isfile(text):
         raise ValueError(
             f"turn {position}, {text!r}, names an image file, but a string is words: pathlib.Path({text!r}) shows the "
-            "picture; as words it has to be a message, {'role': 'user', 'content': …}"
+            "picture; as words it must be a message, {'role': 'user', 'content': …}"
         )
 
 

@@ -29,7 +29,7 @@ def thumbnail(image: Image.Image, side: int) -> str:
 
 def figure(item: str | Callable[[], Image.Image], caption: str, side: int = SMALL) -> str:
     """
-    HTML of a text, or of a picture that is decoded now; where that raises a `ValueError`, the reason stands in its
+    HTML of a text, or of a picture that is decoded now; where that raises a `ValueError`, the reason is in its
     place. Every text is escaped.
     """
     if isinstance(item, str):

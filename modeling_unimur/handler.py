@@ -108,8 +108,8 @@ class EndpointHandler:
             n answers; the exception of a request in its place, a `ValueError` where the request is wrong.
         """
         queries = each(lambda given: [query_of(request) for request in given], requests)
-        asked = of_the_good(queries, self._embedded)
-        return of_the_good(asked, self._searched)
+        embedded = of_the_good(queries, self._embedded)
+        return of_the_good(embedded, self._searched)
 
     def _embedded(self, queries: list[Query]) -> list[tuple[Query, torch.Tensor] | Exception]:
         """Each query with its dialogue's embedding `(q,)` float32."""
@@ -119,19 +119,19 @@ class EndpointHandler:
 
         return [pair for part in within_pixels(queries) for pair in each(embed, part)]
 
-    def _searched(self, asked: list[tuple[Query, torch.Tensor]]) -> list[dict[str, Any] | Exception]:
+    def _searched(self, embedded: list[tuple[Query, torch.Tensor]]) -> list[dict[str, Any] | Exception]:
         """The answer to each query and its embedding."""
-        alike = defaultdict(list)
-        for at, (query, _) in enumerate(asked):
-            alike[json.dumps(query.parameters, sort_keys=True)].append(at)
+        groups = defaultdict(list)
+        for at, (query, _) in enumerate(embedded):
+            groups[json.dumps(query.parameters, sort_keys=True)].append(at)
         answers: dict[int, dict[str, Any] | Exception] = {}
-        for places in alike.values():
-            answers |= zip(places, each(self._answers, [asked[at] for at in places]), strict=True)
-        return [answers[at] for at in range(len(asked))]
+        for places in groups.values():
+            answers |= zip(places, each(self._answers, [embedded[at] for at in places]), strict=True)
+        return [answers[at] for at in range(len(embedded))]
 
-    def _answers(self, asked: Sequence[tuple[Query, torch.Tensor]]) -> list[dict[str, Any]]:
+    def _answers(self, embedded: Sequence[tuple[Query, torch.Tensor]]) -> list[dict[str, Any]]:
         """The answers to queries of the same parameters."""
-        replies = self.pool.search(torch.stack([row for _, row in asked]), **asked[0][0].parameters)
+        replies = self.pool.search(torch.stack([row for _, row in embedded]), **embedded[0][0].parameters)
         return [answer_of(reply) for reply in replies]
 
 

@@ -1,4 +1,4 @@
-"""What lives beside a checkpoint's weights: pipeline, endpoint handler, sentence-transformers module, requirements, pool."""
+"""What is saved beside a checkpoint's weights: pipeline, endpoint handler, sentence-transformers module, requirements, pool."""
 
 import importlib.metadata
 import json

@@ -49,7 +49,7 @@ class Identified(Protocol):
 def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     Parameters of a module sorted by name, each once. Names are the weights' own, without what a LoRA or `torch.compile`
-    adds; an offloaded one is in memory only until the next is asked for.
+    adds; an offloaded one is in memory only until the next one.
     """
     tied = getattr(module, "all_tied_weights_keys", None) or {}
     named = {plain_name(name): (name, tensor) for name, tensor in module.named_parameters()}
@@ -104,7 +104,7 @@ def towers_digest(model: Identified) -> str:
 
 
 def maps_digest(model: Identified) -> str:
-    """Digest of what is trained and of what is beside it, taken anew where a value has changed."""
+    """Digest of what is trained and of what is beside it, taken again where a value has changed."""
     # Without what draws, which no embedding depends on: a model that learns to draw keeps its pools.
     own = [(n, p) for n, p in named_weights(_module(model)) if is_own(model, n) and not n.startswith("drawing.")]
     # Hashing megabytes would cost a query as much as its search; the probe sees what is written past autograd.

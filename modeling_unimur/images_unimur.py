@@ -241,7 +241,7 @@ def _check_header(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _check_whole(image: Image.Image, data: bytes | bytearray | memoryview, name: str) -> None:
-    """Refuses an encoded file that is damaged where its decoder would go on with grey or with noise."""
+    """Refuses an encoded file that is damaged where its decoder would continue with grey or with noise."""
     if image.format == "PNG":
         try:
             Image.open(io.BytesIO(data), formats=("PNG",)).verify()  # the checksums, which load() does not read
@@ -265,7 +265,7 @@ def _unidentified(source: Any, name: str) -> BadImageError:
 
 
 def _known_format(start: bytes) -> str | None:
-    """The format, of `REMEDIES`, whose files begin so."""
+    """The format, of `REMEDIES`, whose files begin this way."""
     if start[4:8] == b"ftyp":
         return ISO_BRANDS.get(start[8:12])
     if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):

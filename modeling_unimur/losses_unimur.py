@@ -78,7 +78,7 @@ def visual_matching_loss(
     negatives: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """
-    L_vm = L_v2m + L_m2v, eq. 3-5: symmetric InfoNCE over cosines with in-batch negatives. Rows of the same image, told by
+    L_vm = L_v2m + L_m2v, eq. 3-5: symmetric InfoNCE over cosines with in-batch negatives. Rows of the same image, known by
     its embedding, are not each other's negatives.
 
     Args:

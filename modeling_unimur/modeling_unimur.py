@@ -68,7 +68,7 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
     The model: `language_model` and `clip` frozen; `W_i2t` (image feature to `n_visual_tokens` input embeddings),
     `W_t2m` (last output at [RET] to the unified embedding e), the temperature, and by choice [RET]'s input embedding
     trained. In the canonical alignment also `W_v2m` (image feature to the unified embedding) and `W_x2m` (CLIP's text
-    embedding to the same space), found in closed form and frozen. These tensors are float32 whatever the towers' dtype.
+    embedding to the same space), solved in closed form and frozen. These tensors are float32 whatever the towers' dtype.
     With `n_drawing_tokens` also `drawing`, trained: [IMG] tokens and the mapper to a diffusion model.
     Its verbs are those of [`RetrievalMixin`] and [`DrawingMixin`]; loading and saving are [`CheckpointModel`]'s.
     """

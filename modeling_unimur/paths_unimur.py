@@ -9,7 +9,7 @@ def inside(folder: str | PathLike, name: str | PathLike) -> Path:
     The file of a name in a folder, its links followed. Links of a Hub download lead to the repository's own `blobs`.
 
     Raises:
-        ValueError: it lies outside: by an absolute path, by `..` or by a link.
+        ValueError: it is outside: by an absolute path, by `..` or by a link.
     """
     root = Path(folder).resolve()
     path = root / name
@@ -17,5 +17,5 @@ def inside(folder: str | PathLike, name: str | PathLike) -> Path:
     allowed = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
     # The name itself stays in the folder; only where it leads to may be a blob.
     if ".." in Path(name).parts or root not in path.parents or not any(a in target.parents for a in allowed):
-        raise ValueError(f"{str(name)!r} lies outside {str(folder)!r}: it is not read")
+        raise ValueError(f"{str(name)!r} is outside {str(folder)!r}: it is not read")
     return target

@@ -55,7 +55,7 @@ class MultimodalRetrievalPipeline(Pipeline):
         rows, single = as_dialogues(dialogues)
         given = self._batch_size if batch_size is None else batch_size
         size = 32 if given is None else check_count("batch_size", given)
-        _, _, search = self._sanitize_parameters(**kwargs)  # once, for a pool may have to be embedded
+        _, _, search = self._sanitize_parameters(**kwargs)  # once, since a pool may need embedding
         # A batch is one item of transformers' loop: its own collation knows texts and tensors, not dialogues.
         answers = [reply for start, batch in batches(rows, size) for reply in super(MultimodalRetrievalPipeline, self)
                    .__call__(_Batch(batch, start), batch_size=1, **search)]  # fmt: skip

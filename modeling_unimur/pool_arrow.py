@@ -1,4 +1,4 @@
-"""The rows of a saved pool: Arrow record batches, large enough to be searched where they lie, opened and checked."""
+"""The rows of a saved pool: Arrow record batches, large enough to be searched in place, opened and checked."""
 
 import hashlib
 import os
@@ -57,7 +57,7 @@ class ArrowFile:
     Args:
         name: of the file, in the pool's folder.
         digest: of all of it.
-        messages: where Arrow's own messages (schema, record batches) lie in it: `(start, length)` bytes.
+        messages: where Arrow's own messages (schema, record batches) are in it: `(start, length)` bytes.
         structure: `DIGITS` of the SHA-256 over them, so that no damaged one is ever parsed.
     """
 
@@ -89,14 +89,14 @@ class ArrowFile:
 
 
 def _messages(path: Path) -> list[list[int]]:
-    found, start = [], 0
+    spans, start = [], 0
     with pa.memory_map(str(path)) as source:
         for message in pa.ipc.MessageReader.open_stream(source):
             body = 0 if message.body is None else message.body.size
-            found.append([start, source.tell() - start - body])
+            spans.append([start, source.tell() - start - body])
             start = source.tell()
-        found.append([start, path.stat().st_size - start])  # the end of the stream
-    return found
+        spans.append([start, path.stat().st_size - start])  # the end of the stream
+    return spans
 
 
 def _structure(path: Path, messages: Sequence[Sequence[int]]) -> str:
@@ -141,7 +141,7 @@ def write_arrow(
     Args:
         batches: of [`record_batches`], by default all.
         copy_images: copy images given as paths into it.
-        image_folder: of those paths; by default they are the caller's own and lie anywhere.
+        image_folder: of those paths; by default they are the caller's own and may be anywhere.
 
     Raises:
         OSError: the disk is full or the file cannot be written; nothing is left of it.
@@ -183,7 +183,7 @@ def _with_images(rows: "pa.Table", image_folder: Path | None) -> "pa.Table":
 
 
 def image_path(path: str, image_folder: Path | None) -> str:
-    """Where an image lies that a row only names. Raises `ValueError` where that is outside `image_folder`."""
+    """Where an image is that a row only names. Raises `ValueError` where that is outside `image_folder`."""
     return path if image_folder is None else str(inside(image_folder, path))
 
 
@@ -272,8 +272,8 @@ def path_only(dataset: "datasets.Dataset") -> np.ndarray:
 
 def row_buffers(array: "pa.Array", row: int) -> Iterator[tuple[int, int]]:
     """
-    Address and size of the bytes that one row of a string, binary or struct array is read from, those that say where
-    the next lie first: what asks for one may check it before it asks for the next.
+    Address and size of the bytes that one row of a string, binary or struct array is read from. Offsets come before the
+    bytes they point to, so that the caller can check each before the next is computed.
     """
     place = array.offset + row
     validity = array.buffers()[0]

@@ -1,5 +1,5 @@
 """
-What a pool is, whatever holds its candidates: one contract, and all that does not depend on where they lie.
+What a pool is, whatever holds its candidates: one contract, and all that does not depend on where they are.
 
 Another database is one file: a subclass of [`Pool`] with the seven methods under "What a database does".
 """
@@ -52,7 +52,7 @@ class Pool(ABC):
 
     def __init__(self, made_by: dict[str, Any]):
         self.made_by = made_by
-        self._moments: dict[str, Moments] = {}  # of `statistics`, once asked for
+        self._moments: dict[str, Moments] = {}  # of `statistics`, computed once
 
     # What a database does
 
@@ -147,7 +147,7 @@ class Pool(ABC):
             if not keys:
                 raise IndexError(f"candidate {which} of {len(self)}")
         else:
-            raise TypeError(f"a candidate is asked for by its number or its id, not by {type(which).__name__}")
+            raise TypeError(f"a candidate is indexed by its number or its id, not by {type(which).__name__}")
         return _unranked(self.fetch(keys)[keys[0]])
 
     def check_made_by(self, fingerprint: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ class Pool(ABC):
         return candidate_ids(modality, items, ids, len(self) if start is None else start, self.present)
 
     def check_ids(self, ids: Sequence[Any]) -> None:
-        """Refuses with a `ValueError` ids of new candidates that the pool holds, or one of them twice."""
+        """Refuses with a `ValueError` ids of new candidates that the pool holds, or a duplicate among them."""
         ids = id_strings("ids", ids)
         check_unique(ids)
         present = self.present(ids)
@@ -179,7 +179,7 @@ class Pool(ABC):
             ids: n unique names; by default as [`candidate_ids`] makes them.
 
         Raises:
-            ValueError: an unknown modality, unequal lengths, an id twice, or embeddings of another width, of no length,
+            ValueError: an unknown modality, unequal lengths, a duplicate id, or embeddings of another width, of no length,
                 or with NaN or infinity.
         """
         if modality not in MODALITIES:

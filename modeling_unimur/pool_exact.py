@@ -14,11 +14,11 @@ from .replies_unimur import MODALITIES
 if is_datasets_available():
     import pyarrow.compute as pc
 
-CHUNK = 16_384  # rows read at a time where they have to be copied
+CHUNK = 16_384  # rows read at a time where they must be copied
 # Rows and scores of a block of the search, at most: the scores then stay in the processor's cache.
 BLOCK, SCORES = 2**18, 2**20
-# A float32 product of unit vectors errs by less, and not alike for equal rows: what is so near the k-th place is
-# computed again before it is dropped.
+# A float32 product of unit vectors errs by less, and equal rows may err differently: what is so near the k-th place
+# is computed again before it is dropped.
 ROUNDING = 1e-5
 PENDING = 2**16
 

@@ -134,15 +134,15 @@ class PoolIndex:
         recalls: dict[str, float] = {}
         count = 0 if queries is None else len(queries)
         for modality, rows in self._rows.items():
-            own, asked = None, queries
-            if asked is None:
+            own, used = None, queries
+            if used is None:
                 own = np.sort(rng.choice(rows, min(200, len(rows)), replace=False)).astype(np.int64)
-                asked = self.embeddings.take(own)
-            count = len(asked)
+                used = self.embeddings.take(own)
+            count = len(used)
             k = min(10, len(rows) - (own is not None))
             scores = []
             for search in (self.embeddings.top, self.top):
-                best, places = search(asked, k + (own is not None), (modality,))[modality]
+                best, places = search(used, k + (own is not None), (modality,))[modality]
                 if own is not None:
                     best = np.where(places == own[:, None], -np.inf, best)
                 scores.append(-np.sort(-best, axis=1)[:, :k])
@@ -167,7 +167,7 @@ class PoolIndex:
         Opens a saved index, memory-mapped where faiss can (hnsw, ivf, sq8; the codes of pq are read).
 
         Args:
-            file: where a modality's file lies, `None` for one that is searched exactly.
+            file: where a modality's file is, `None` for one that is searched exactly.
             about: what the pool says of it.
 
         Raises:
@@ -197,7 +197,7 @@ class PoolIndex:
 
 
 def _trained(embeddings: Embeddings, modality: str, kind: str, chosen: Recipe, rng: np.random.Generator) -> Any:
-    """An empty index, trained where it has to be; `None` where the modality has too few candidates for that."""
+    """An empty index, trained where its kind needs it; `None` where the modality has too few candidates for that."""
     faiss = _faiss()
     try:
         index = faiss.index_factory(embeddings.dimension, chosen.factory, faiss.METRIC_INNER_PRODUCT)

@@ -129,7 +129,7 @@ def open_folder(folder: Path) -> tuple[Description, "datasets.Dataset", Guard | 
 
     Raises:
         FileNotFoundError: there is none, or a file of it is missing.
-        ValueError: a file is damaged, lies outside the folder, or is no pool's.
+        ValueError: a file is damaged, is outside the folder, or is no pool's.
     """
     about = Description.read(folder)
     if not about.checked:
@@ -216,7 +216,7 @@ class Saving:
 
 def adopt(folder: Path, names: Sequence[str], made_by: dict[str, Any]) -> None:
     """
-    Makes Arrow files of rows that lie in a folder its pool, without changing them; where they are that already, the pool
+    Makes Arrow files of rows that are in a folder its pool, without changing them; where they are that already, the pool
     stays as it is, with its index.
     """
     rows = [ArrowFile.of(folder / name) for name in names]

@@ -52,7 +52,7 @@ def id_strings(name: str, values: Any) -> list[str]:
 
 
 def check_unique(ids: Sequence[str]) -> None:
-    """Refuses with a `ValueError` ids of which one is given twice."""
+    """Refuses with a `ValueError` ids with a duplicate."""
     if len(set(ids)) < len(ids):
         raise duplicate(Counter(ids).most_common(1)[0][0])
 

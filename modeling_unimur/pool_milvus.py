@@ -34,12 +34,12 @@ CONTENT = ("text", "image_path", "image_base64", "source")
 class MilvusPool(Pool):
     """
     A [`Pool`] in a collection of a Milvus server or, with milvus-lite, of a local file; `append` makes it grow. Tested
-    with the server 2.3.5, the oldest that is taken, and with milvus-lite 3.2; what lies between uses the same calls.
+    with the server 2.3.5, the oldest that is taken, and with milvus-lite 3.2; versions between them have the same calls.
 
     Args:
         uri: a server's address (`"http://host:19530"`) or a local file (`"pool.db"`).
         collection: one that [`MilvusPool.create`] made.
-        image_folder: where the images lie that are too large for the database, under the names that it holds. Nothing
+        image_folder: where the images are that are too large for the database, under the names that it holds. Nothing
             outside of it is read.
         search_params: of the index, such as `{"ef": 128}` for HNSW.
         client_arguments: of `pymilvus.MilvusClient`, such as `token` or `timeout`.
@@ -160,7 +160,7 @@ class MilvusPool(Pool):
         if self.image_folder is None:
             raise ValueError(
                 f"the image {row['id']!r} is not in the database, which names {row['image_path']!r}: open the pool with "
-                "image_folder=, the folder that it lies in"
+                "image_folder=, the folder that it is in"
             )
         return inside(self.image_folder, row["image_path"])
 
@@ -174,7 +174,7 @@ class MilvusPool(Pool):
         try:
             super().check_ids(ids)
         except ValueError as error:
-            raise ValueError(f"{error} (to go on with an interrupted add: skip_existing=True)") from error
+            raise ValueError(f"{error} (to continue an interrupted add: skip_existing=True)") from error
 
     def append(
         self, modality: str, items: Sequence[Any], embeddings: Any, ids: Any = None, *, skip_existing: bool = False
@@ -183,10 +183,10 @@ class MilvusPool(Pool):
         As [`Pool.append`], but into the database: this pool itself grows.
 
         Args:
-            skip_existing: leave out candidates whose ids are there, to go on after an interruption with the same ids.
+            skip_existing: leave out candidates whose ids are there, to continue after an interruption with the same ids.
 
         Raises:
-            ConnectionError: the server was lost; the message says what was inserted and how to go on.
+            ConnectionError: the server was lost; the message says what was inserted and how to continue.
             ValueError: as `add`.
         """
         if not skip_existing:
@@ -214,10 +214,10 @@ class MilvusPool(Pool):
         Copies a [`CandidatePool`] into the database, a batch at a time, out of its memory-mapped files.
 
         Args:
-            skip_existing: leave out candidates whose ids are there, to go on after an interruption.
+            skip_existing: leave out candidates whose ids are there, to continue after an interruption.
 
         Raises:
-            ConnectionError: the server was lost; the message says what was inserted and how to go on.
+            ConnectionError: the server was lost; the message says what was inserted and how to continue.
             ValueError: another model made the pool; an id is there already or too long; a text is longer than 65,535
                 bytes; an image is larger than 48 KiB, and there is no `image_folder`.
         """
@@ -266,7 +266,7 @@ class MilvusPool(Pool):
         except _failures() as error:
             raise ConnectionError(
                 f"Milvus at {self.uri} was lost after {of[0]:,} of {of[1]:,} candidates were inserted ({_reason(error)}): "
-                f"make the same call with skip_existing=True and the same ids to go on from {ids[0]!r}"
+                f"make the same call with skip_existing=True and the same ids to continue from {ids[0]!r}"
             ) from error
 
     def _text(self, id_: str, text: str) -> dict[str, str]:
@@ -275,7 +275,7 @@ class MilvusPool(Pool):
         return {"text": text}
 
     def _image(self, id_: str, image: Any) -> dict[str, str]:
-        """An image in the database, beside it, or, where it lies in `image_folder`, by its name there."""
+        """An image in the database, beside it, or, where it is in `image_folder`, by its name there."""
         reference = image_reference(image)
         data, path = reference["bytes"], reference["path"]
         source = os.path.basename(path) if path else ""
@@ -302,7 +302,7 @@ class MilvusPool(Pool):
         return {"image_path": name, "source": source}
 
     def _within(self, path: str) -> str | None:
-        """An image's name in `image_folder`, `None` where it lies elsewhere."""
+        """An image's name in `image_folder`, `None` where it is elsewhere."""
         if self.image_folder is None:
             return None
         try:

@@ -42,12 +42,12 @@ class CandidatePool(Pool):
     Args:
         dataset: columns `id`, `modality`, `text`, `image` (undecoded), `embedding` (q float32, L2-normalised).
         made_by: the fingerprint of the model that embedded the candidates.
-        image_folder: where the images lie that the rows only name; by default anywhere, for rows of the caller's own.
+        image_folder: where the images are that the rows only name; by default anywhere, for rows of the caller's own.
         unique: the ids are known to be unique, and not read.
 
     Raises:
         ImportError: datasets is not installed.
-        ValueError: an id is in it twice.
+        ValueError: it has a duplicate id.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CandidatePool(Pool):
         self._guard: Guard | None = None  # of the files that the rows are read from
         self._saved: Path | None = None  # where exactly these rows are saved, and as what
         self._about: Description | None = None
-        # Made when first asked for
+        # Made when first needed
         self._embeddings: Embeddings | None = None
         self._rows: dict[str, int] | None = None
         self._items: datasets.Dataset | None = None
@@ -87,7 +87,7 @@ class CandidatePool(Pool):
 
     @property
     def embeddings(self) -> Embeddings:
-        """The embeddings where they lie, and exact search over them."""
+        """The embeddings, memory-mapped where they are, and exact search over them."""
         if self._embeddings is None:
             self._embeddings = Embeddings(self.dataset.data, self._guard)
         return self._embeddings
@@ -207,7 +207,7 @@ class CandidatePool(Pool):
         new = datasets.Dataset.from_dict(rows, features=pool_features(self.dimension))
         if self.index:
             logger.warning(
-                f"the {self.index.about['kind']} index does not cover the {len(ids)} new candidates and is left behind; "
+                f"the {self.index.about['kind']} index does not cover the {len(ids)} new candidates and is dropped; "
                 "the longer pool is searched exactly until build_index is called on it"
             )
         dataset = datasets.concatenate_datasets([self.dataset, new]) if len(self) else new
@@ -231,7 +231,7 @@ class CandidatePool(Pool):
             search: faiss's search parameters, such as `"efSearch=128"` or `"nprobe=64"`; each kind has its own.
             oversample: how many hits a wanted candidate are scored again; each kind has its own.
             queries: `(n, q)` to measure recall with. By default 200 of the pool's own embeddings; real queries
-                lie farther from the pool and its recall is lower for them, so give some where there are any.
+                are farther from the pool and have lower recall, so give some where there are any.
             seed: of the samples that are trained on and measured with.
 
         A modality of too few candidates to train the index with is searched exactly.
@@ -241,12 +241,12 @@ class CandidatePool(Pool):
             ImportError: faiss is not installed.
         """
         check_search(len(self), 1, None)
-        asked = None if queries is None else unit_rows(queries, self.dimension, "queries")
+        rows = None if queries is None else unit_rows(queries, self.dimension, "queries")
         pool = CandidatePool(self.dataset, self.made_by, image_folder=self.image_folder, unique=True)
         pool._guard, pool._saved, pool._about = self._guard, self._saved, self._about
         pool._embeddings, pool._rows, pool._moments = self.embeddings, self._rows, self._moments
         pool.index = PoolIndex.build(
-            self.embeddings, self.made_by, kind, search=search, oversample=oversample, queries=asked, seed=seed
+            self.embeddings, self.made_by, kind, search=search, oversample=oversample, queries=rows, seed=seed
         )
         return pool
 
@@ -318,11 +318,11 @@ class CandidatePool(Pool):
 
         Args:
             index: `False` leaves its index aside and searches exactly.
-            image_folder: where the images lie that the rows only name; without it such rows are refused.
+            image_folder: where the images are that the rows only name; without it such rows are refused.
 
         Raises:
             FileNotFoundError: there is none, or a file of it is missing.
-            ValueError: a file is damaged or lies outside the folder, a row names a file, or its index was built over
+            ValueError: a file is damaged or outside the folder, a row names a file, or its index was built over
                 other candidates.
         """
         _demand_datasets()
@@ -347,7 +347,7 @@ class CandidatePool(Pool):
         image = self.dataset.data.column("image")[int(rows[0])].as_py()
         raise ValueError(
             f"{len(rows)} images of the pool are not in it: row {rows[0]} only names {image['path']!r}. Give "
-            "image_folder=, the folder that they lie in, if you trust the pool to read there"
+            "image_folder=, the folder that they are in, if you trust the pool to read there"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -388,7 +388,7 @@ def _rebuild(
     dataset: "datasets.Dataset", made_by: dict[str, Any], image_folder: Path | None, moments: dict[str, Moments],
     index: tuple[dict[str, Any], dict[str, Any]] | None,
 ) -> CandidatePool:  # fmt: skip
-    """A pickled pool that is not saved; datasets reopens those of its rows that lie in files."""
+    """A pickled pool that is not saved; datasets reopens those of its rows that are in files."""
     pool = CandidatePool(dataset, made_by, image_folder=image_folder, unique=True)
     pool._moments = moments
     if index is not None:

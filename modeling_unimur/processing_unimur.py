@@ -29,8 +29,8 @@ class UniMuRProcessor(ProcessorMixin):
 
     A context becomes `BOS turn \n turn … [RET]`, without a space before `[RET]`, as trained; the parts of a turn follow
     each other directly, and an image becomes `n_visual_tokens` copies of `<image>`. `BOS` is there where the LLM's own
-    tokenizer puts one. Text is never read as a special token, whatever it contains. A `ret_prompt` stands before `[RET]`,
-    tokenised on its own, so that it is the same ids behind every text.
+    tokenizer puts one. Text is never read as a special token, whatever it contains. A `ret_prompt` comes before `[RET]`,
+    tokenised on its own, so that it is the same ids after every text.
 
     Args:
         image_processor: CLIP's.
@@ -93,7 +93,7 @@ class UniMuRProcessor(ProcessorMixin):
         The processor of two pre-trained towers (folders or Hub names).
 
         Args:
-            fields: of the processor, such as `n_visual_tokens`. `max_length` has to be one where the LLM's config names no
+            fields: of the processor, such as `n_visual_tokens`. `max_length` must be one where the LLM's config names no
                 positions.
 
         Raises:
@@ -109,7 +109,7 @@ class UniMuRProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As transformers', which would go on with defaults where a checkpoint has no `processor_config.json`."""
+        """As transformers', which would take defaults where a checkpoint has no `processor_config.json`."""
         values, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "n_visual_tokens" not in values:
             raise OSError(
@@ -150,7 +150,7 @@ class UniMuRProcessor(ProcessorMixin):
 
         Args:
             dialogues: each as [`parse_dialogue`] takes it.
-            end_with_ret: `False` leaves both away, for the LLM to go on from there.
+            end_with_ret: `False` leaves both out, for the LLM to continue from there.
             reserve: positions to keep free for what is to follow.
             first: the number by which messages call the first dialogue.
 

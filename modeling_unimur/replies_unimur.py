@@ -35,7 +35,7 @@ class Undecoded:
 
     @property
     def image(self) -> Image.Image:
-        """RGB, decoded when it is first asked for. Raises a [`BadImageError`] that names the candidate."""
+        """RGB, decoded when it is first read. Raises a [`BadImageError`] that names the candidate."""
         if self._image is None:
             try:
                 self._image = decode_image(self.source)
@@ -77,7 +77,7 @@ class Candidate:
     @property
     def item(self) -> str | Image.Image:
         """
-        The text, or the RGB `PIL.Image`, decoded when it is first asked for.
+        The text, or the RGB `PIL.Image`, decoded when it is first read.
 
         Raises:
             BadImageError: the picture is missing or broken; `reason` says how.
@@ -116,7 +116,7 @@ class Retrieval:
     @property
     def image(self) -> Image.Image | None:
         """
-        The picture of the reply, an RGB `PIL.Image`, decoded when it is first asked for; whether there is one, `best_image`
+        The picture of the reply, an RGB `PIL.Image`, decoded when it is first read; whether there is one, `best_image`
         says without that.
 
         Raises:
@@ -216,7 +216,7 @@ def check_search(size: int, top_k: int, modality: str | None, exclude: Any = (),
 
 
 def differences(made_by: dict[str, Any], fingerprint: dict[str, Any]) -> str:
-    """What differs between the fingerprint of a pool and a model's, in words; empty where nothing does."""
+    """What differs between the fingerprint of a pool and a model's, as text; empty where nothing does."""
     return ", ".join(
         f"{k} ({made_by.get(k)!r} here, {v!r} in the model)" for k, v in fingerprint.items() if made_by.get(k) != v
     )

@@ -78,7 +78,7 @@ class RetrievalMixin:
 
         Args:
             dialogues: one dialogue (a string, an image, or chat messages), or a list of n. A list of strings is a list of
-                dialogues: one dialogue of several turns stands in a list of its own.
+                dialogues: one dialogue of several turns is a list of its own.
             batch_size, show_progress_bar, convert_to_numpy: see [`RetrievalMixin`].
 
         Returns:
@@ -107,7 +107,7 @@ class RetrievalMixin:
         convert_to_numpy: bool = False,
     ) -> torch.Tensor | np.ndarray:  # fmt: skip
         """
-        Unified embeddings of candidate images, each as [`decode_image`] takes it; a folder stands for its images, sorted
+        Unified embeddings of candidate images, each as [`decode_image`] takes it; a folder means its images, sorted
         by path. Otherwise as `embed_dialogues`.
         """
         return self._embed("images", *as_items("images", images), batch_size, show_progress_bar, convert_to_numpy)
@@ -154,7 +154,7 @@ class RetrievalMixin:
         self, inputs: Any, batch_size: int = 32, show_progress_bar: bool | None = None, *,
         convert_to_numpy: bool = True,
     ) -> torch.Tensor | np.ndarray:  # fmt: skip
-        """As `encode`, but that a string and an image too are dialogues of one turn: what is asked with."""
+        """As `encode`, but that a string and an image too are dialogues of one turn: what searches."""
         return self._encode(inputs, batch_size, show_progress_bar, convert_to_numpy, query=True)
 
     def encode_document(
@@ -337,7 +337,7 @@ class RetrievalMixin:
             batch_size, show_progress_bar: see [`RetrievalMixin`].
 
         Raises:
-            ValueError: nothing given, a bad item, an id twice, or not one id for each candidate.
+            ValueError: nothing given, a bad item, a duplicate id, or not one id for each candidate.
         """
         pool = CandidatePool.empty(self.fingerprint)
         return self.extend_pool(pool, images, texts, image_ids=image_ids, text_ids=text_ids,
@@ -438,9 +438,9 @@ def _answer(rows: torch.Tensor, single: bool, convert_to_numpy: bool) -> torch.T
     return rows.numpy() if convert_to_numpy else rows
 
 
-def _progress(steps: Iterable[Any], words: str, count: int, asked: bool | None) -> Iterable[Any]:
+def _progress(steps: Iterable[Any], words: str, count: int, show: bool | None) -> Iterable[Any]:
     """Steps under the package's one rule of progress bars, see [`RetrievalMixin`]."""
-    return tqdm(steps, words, count, disable=asked is False, delay=PATIENCE if asked is None else 0)
+    return tqdm(steps, words, count, disable=show is False, delay=PATIENCE if show is None else 0)
 
 
 def _unit_rows(name: str, value: Any) -> torch.Tensor:

@@ -172,7 +172,7 @@ def check_causal(language_model: PreTrainedModel) -> None:
     Refuses a language model that cannot be UniMuR's, tried out on four positions.
 
     Raises:
-        ValueError: it does not run from input embeddings without its head, or a position sees those behind it.
+        ValueError: it does not run from input embeddings without its head, or a position sees those after it.
     """
     kind = language_model.config.model_type
     device = input_device(language_model)
@@ -189,15 +189,15 @@ def check_causal(language_model: PreTrainedModel) -> None:
     tolerance = 1e-2 if four.dtype in (torch.float32, torch.float64) else 0.1
     if not (four[:, :3] - three).abs().max() <= tolerance * three.abs().max():
         raise ValueError(
-            f"a language model of type {kind!r} lets a position see those behind it: it is an encoder, or its config says "
+            f"a language model of type {kind!r} lets a position see those after it: it is an encoder, or its config says "
             "is_decoder=False. UniMuR needs a causal language model"
         )
 
 
 def takes_conversations(language_model: PreTrainedModel) -> bool:
     """
-    Whether the LLM goes on from keys and values that can be cut back: state-space layers keep a state in their place, and
-    a trunk without position ids cannot be told where it goes on.
+    Whether the LLM can continue from cached keys and values that are cut back: state-space layers keep a state instead, and
+    a trunk without position ids cannot know where it continues.
     """
     stateful = any(getattr(part, "_is_stateful", False) for part in (language_model, language_model.base_model))
     return not stateful and "position_ids" in signature(language_model.base_model.forward).parameters
@@ -243,7 +243,7 @@ def attention_window(config: PreTrainedConfig) -> int | None:
 # Loading
 
 EVERYWHERE, TOWERS, CHECKPOINT = "towers and checkpoint", "towers", "checkpoint"
-# Whom an argument of from_pretrained concerns where the towers lie elsewhere than the trained tensors. What is not listed
+# Which part an argument of from_pretrained concerns where the towers are elsewhere than the trained tensors. What is not listed
 # is the checkpoint's own, as are fields of the config. A full checkpoint is one model, to which all of them apply; but
 # the trained tensors are never quantised and stay float32 there too.
 LOADING_ARGUMENTS = {
@@ -336,7 +336,7 @@ def _load_tower(config, part: str, arguments: Mapping[str, Any]) -> PreTrainedMo
     except OSError as error:
         raise OSError(
             f"this adapter checkpoint needs its base {part} {name!r} at revision {revision!r}, which could not be "
-            f"loaded. Pass {part}_name_or_path=... (and {part}_revision=...) to from_pretrained if it lies "
+            f"loaded. Pass {part}_name_or_path=... (and {part}_revision=...) to from_pretrained if it is "
             f"elsewhere. The cause: {error}"
         ) from error
     tower, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)

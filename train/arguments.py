@@ -154,12 +154,12 @@ class DataArguments:
     dialogue_share: float | None = field(
         default=None,
         metadata={
-            "help": "Their share of an epoch's rows; the kind with too few comes again. What they are by default."
+            "help": "Their share of an epoch's rows; the kind with too few is repeated. By default as many as there are."
         },
     )
     image_folder: str | None = field(
         default=None,
-        metadata={"help": "Images of a tsv or of dialogues; those of dialogues lie beside them by default."},
+        metadata={"help": "Images of a tsv or of dialogues; those of dialogues are beside them by default."},
     )
     miniature: str = field(
         default="runs/miniature", metadata={"help": "Where the miniature's towers are made and kept."}
@@ -175,7 +175,7 @@ class DataArguments:
         default=False,
         metadata={"help": "Run what is frozen once, before training: CLIP on every image and caption and, with [RET] "
                           "frozen and no LoRA, the LLM on every caption. Kept on disk for later runs. The training's "
-                          "--dataloader_num_workers decode; by default every core that is spare."},
+                          "--dataloader_num_workers decode; by default every idle core."},
     )  # fmt: skip
     cache_captions: bool = field(
         default=True, metadata={"help": "Of --cache_features the captions' part; without it only the images'."}
@@ -243,7 +243,7 @@ _Yaml.add_implicit_resolver(
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, UniMuRTrainingArguments]:
     """
     Arguments from yaml files (`--config FILE`, `--config=FILE`, or a first argument that ends in .yaml), flags, or both: a
-    later file wins over an earlier one, and flags win over all; `null` stands for the default. Without any, the
+    later file wins over an earlier one, and flags win over all; `null` means the default. Without any, the
     miniature's yaml.
 
     Raises:

@@ -30,7 +30,7 @@ class NegativesBank:
         return None if self._rows is None else self._rows[: self._filled]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What `load_state_dict` goes on from, place for place, so that sums round alike."""
+        """What `load_state_dict` restores, in the same order, so that sums round the same."""
         rows = torch.empty(0, 0) if self._rows is None else self._rows[: self._filled].clone()
         return {"rows": rows, "next": torch.tensor(self._next), "size": torch.tensor(self.size)}
 

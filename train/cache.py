@@ -27,7 +27,7 @@ Part = tuple[int, dict[str, np.ndarray], dict[str, Any]]
 
 
 class StaleCacheError(ValueError):
-    """A cache that was made of something else than what is asked for."""
+    """A cache made of other data, weights or settings than those of this run."""
 
 
 class CorruptCacheError(OSError):
@@ -44,13 +44,13 @@ def build_cache(
     others' and verifies all.
 
     A part and its record are each written to a temporary file, flushed to the disk and renamed, so that an
-    interruption leaves whole parts only and the next call goes on behind them. `manifest.json` holds the identity and,
+    interruption leaves whole parts only and the next call continues after them. `manifest.json` holds the identity and,
     when all are done, each part's sha256, rows, sources and notes.
 
     Args:
         folder: made where it does not exist.
-        identity: what the values depend on; all of it has to be equal to reuse a part.
-        sources: for each part, its `rows` in words and hashes of what it is made of, by name.
+        identity: what the values depend on; all of it must be equal to reuse a part.
+        sources: for each part, its `rows` as text and hashes of what it is made of, by name.
         make: yields the parts of the numbers it is given, in that order.
         rank, world: of the process; those of torch.distributed by default.
         changed: called with a part's number, the name of a source whose hash differs and the part's record, where a
@@ -62,7 +62,7 @@ def build_cache(
     Raises:
         StaleCacheError: the cache is of another identity or other sources; the message says which.
         CorruptCacheError: the bytes of a part are not those written; the message names it.
-        OSError: the disk is full (`ENOSPC`); the message says at which rows. Nothing half written stays.
+        OSError: the disk is full (`ENOSPC`); the message says at which rows. Nothing is left half written.
     """
     folder = Path(folder)
     if rank is None or world is None:
@@ -92,7 +92,7 @@ def build_cache(
                 errno.ENOSPC,
                 f"the disk is full at part {number + 1} of {len(sources)} in {folder}, rows {sources[number]['rows']}, "
                 f"{table.nbytes:,} bytes. The parts written before it stay: make room and run the same command, which "
-                "goes on from there",
+                "continues from there",
             ) from error
     while True:
         if rank == 0:

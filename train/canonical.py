@@ -1,10 +1,10 @@
 r"""
 The unified space in closed form: regularised canonical correlation between the LLM's state at [RET] and CLIP's image.
 
-What Section 3.2 trains by gradient, W_t2m against CLIP's fixed embeddings, is fitted to captions and asked about
-conversations, in a space where all images lie in one narrow cone. Canonical correlation (Hotelling, Biometrika 1936;
+What Section 3.2 trains by gradient, W_t2m against CLIP's fixed embeddings, is fitted to captions and queried by
+conversations, in a space where all images are in one narrow cone. Canonical correlation (Hotelling, Biometrika 1936;
 regularised by Vinod, J. Econometrics 1976) asks instead which directions of a state h `(d,)` and of an image's feature
-v `(c,)` foretell each other. With S_ab the covariance of a and b over the pairs:
+v `(c,)` predict each other. With S_ab the covariance of a and b over the pairs:
 
     h is whitened by       R_h = (S_hh + rho tr(S_hh)/d I)^-1/2
     v is whitened by       R_v = (S_vv + eps tr(S_vv)/c I)^-1/2

@@ -66,7 +66,7 @@ def restore(output_dir: str | Path) -> None:
 
 def newest_whole(output_dir: str | Path) -> Path | None:
     """
-    The newest of a run's checkpoints from which it can go on; `None` where there is none. A warning names newer ones that
+    The newest of a run's checkpoints from which it can continue; `None` where there is none. A warning names newer ones that
     are not whole, and why.
     """
     numbered = {}
@@ -82,7 +82,7 @@ def newest_whole(output_dir: str | Path) -> Path | None:
 
 
 def what_is_broken(folder: Path) -> str | None:
-    """Why training cannot go on from a checkpoint; `None` where it is whole."""
+    """Why training cannot continue from a checkpoint; `None` where it is whole."""
     if not folder.is_dir():
         return "there is no such folder"
     random_states = [path.name for path in folder.glob("rng_state*.pth")] or ["rng_state.pth"]
@@ -128,5 +128,5 @@ def _sync(folder: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # another save is under way in it, or it is gone
+    with suppress(OSError):  # another save uses it, or it does not exist
         folder.rmdir()

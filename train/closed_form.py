@@ -2,7 +2,7 @@
 Both maps without a gradient step: moments summed in one pass over the data, from which the solution is chosen.
 
 `--init cca` solves the canonical alignment ([`train.canonical`]), `--init closed-form` the paper's ([`train.ridge`]). What
-a solution leaves open is chosen by the replies it finds for pairs, and documents where there are any, that were held out
+a solution leaves open is chosen by the replies it retrieves for pairs, and documents where there are any, that were held out
 ([`train.held_out`]); every pair counts in the maps themselves.
 """
 
@@ -116,7 +116,7 @@ class Sums:
         return self.fitted + rest
 
     def _enters(self, rows: Rows) -> bool:
-        """A document whose reply has no image is held out to be asked for, and enters no moments."""
+        """A document whose reply has no image is held out as a query, and enters no moments."""
         return all(view in rows for view in self.views)
 
 

@@ -78,7 +78,7 @@ class PairCollator:
     A row is a caption pair (`id`, `image`, `captions`) or a document (see [`train.documents.InterleavedDocuments`]),
     its images undecoded or given as cached `image_features` (c float32) and `image_embeds` (q float32). A row with a
     bad image or without a caption is dropped; `skipped` (`dict[str, int]`) counts them by reason and `n_seen` (`int`)
-    all. The first few of each reason are logged by name, in the process that met them. A batch without any usable row
+    all. The first few of each reason are logged by name, in the process that read them. A batch without any usable row
     repeats the last good one, with a warning. Pairs that all have cached
     `text_embeds` (captions, q), and `ret_states` (captions, d), give those of the drawn captions in place of their tokens.
 
@@ -88,7 +88,7 @@ class PairCollator:
             the documents' texts.
         worded (`bool`): a batch of pairs also has `words`, the caption of each item.
         images (`bool`): whether images are read; without them a batch is for the mapper's loss alone.
-        epoch (`int`): with the seed and the row's id, what the draw of captions goes by; set it before each epoch.
+        epoch (`int`): with the seed and the row's id, what the draw of captions depends on; set it before each epoch.
 
     Raises:
         TooManyBadPairsError: no row of the first batch is usable.
@@ -145,7 +145,7 @@ class PairCollator:
             if self._spare is None:
                 raise TooManyBadPairsError(broken)
             # A step needs a pair, in every process. Whether too many are broken is for the counts of all to say.
-            logger.warning(f"{broken}\nthe last good pair is taken once more")
+            logger.warning(f"{broken}\nthe last good pair is taken again")
             items, images, names = list(self._spare[0]), list(self._spare[1]), [self._spare[2]]
         cached = bool(images) and isinstance(images[0], tuple)
         replies = [item["text"] for item in items]

@@ -49,7 +49,7 @@ def make_conversation(
     Args:
         name: its id.
         replies: the turns that are replies. One without a turn before it is counted as `no_context`.
-        problems: turns that are no examples, and why; their turn may lie behind the last one.
+        problems: turns that are no examples, and why; their turn may come after the last one.
     """
     known = dict.fromkeys(replies) | dict(problems or {})
     if 0 in known and known[0] is None:
@@ -170,7 +170,7 @@ def parse_chat(row: dict[str, Any], name: str, images: Any) -> dict[str, Any]:
 
     Args:
         row: `messages` (or ShareGPT's `conversations`), each with `role` and `content` (or `from` and `value`): a text, in
-            which `<image>` stands for the next of the row's `images` (or its one `image`), or a list of parts
+            which `<image>` means the next of the row's `images` (or its one `image`), or a list of parts
             `{"type": "text", "text"}` and `{"type": "image"}` with `image` or `path` (a path or bytes), `index` (into
             `images`), or nothing (the next of `images`). `id` is the conversation's, if it has one.
         name: its id, if it has none.

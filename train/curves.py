@@ -28,7 +28,7 @@ def draw_curves(log: Sequence[dict[str, Any]], path: Path, about: str = "") -> b
     Args:
         log: `trainer.state.log_history`.
         path: of the png.
-        about: what was held out, in words.
+        about: what was held out, as text.
 
     Returns:
         Whether it was drawn: not without matplotlib, which a warning says, and not where nothing was logged.

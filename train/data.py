@@ -62,7 +62,7 @@ def load_pairs(path: Paths, image_folder: str | Path | None = None) -> datasets.
 
     Args:
         path: an image folder, its metadata, a tsv, or what [`train.tars.find_tars`] takes.
-        image_folder: of a tsv, where its images lie.
+        image_folder: of a tsv, where its images are.
 
     Raises:
         ValueError: the path does not exist, or is of no known layout; the message lists them.
@@ -71,7 +71,7 @@ def load_pairs(path: Paths, image_folder: str | Path | None = None) -> datasets.
         path = Path(path)
         if path.suffix.lower() == ".tsv" and path.is_file():
             if image_folder is None:
-                raise ValueError(f"{path} names images: give the folder they lie in with --image_folder")
+                raise ValueError(f"{path} names images: give their folder with --image_folder")
             return read_tsv(path, image_folder)
         if path.suffix.lower() in TABLES and path.is_file():
             return read_image_folder(path.parent, path)
@@ -92,7 +92,7 @@ def read_image_folder(folder: str | Path, metadata: Path | None = None) -> datas
     without a row, which are not used, since nothing says what they show.
 
     Args:
-        folder: that the images lie in.
+        folder: of the images.
         metadata: another file than the first of `METADATA` in it.
 
     Raises:
@@ -133,7 +133,7 @@ def read_named_alike(folder: str | Path) -> datasets.Dataset:
         raise ValueError(f"{folder} has no known layout: {LAYOUTS}")
     alone = sorted(name for name in texts if os.path.splitext(name)[0] not in stems and name.endswith(".txt"))
     if alone:
-        logger.warning(f"{folder}: {len(alone)} texts lie beside no image and are not used, such as {alone[0]}")
+        logger.warning(f"{folder}: {len(alone)} texts are beside no image and are not used, such as {alone[0]}")
     by_stem: dict[str, list[str]] = {}
     for name in sorted(texts):
         by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
@@ -145,15 +145,15 @@ def read_tsv(tsv: str | Path, image_folder: str | Path) -> datasets.Dataset:
     Two columns, with a header that names them (`caption`; `image` or `url`) or without: FROMAGe's captions and file names,
     CC3M's captions and URLs, CC12M's URLs and captions, which the first line tells apart.
 
-    Images behind a URL are looked for under the name the usual downloaders give, `<row>_<crc32 of the URL>`. A file may stand
-    with or without an ending. Nothing is fetched. A row whose file is absent stays, to be counted as `missing` in training;
+    The image of a URL has the name that the usual downloaders give, `<row>_<crc32 of the URL>`, with or without an
+    ending. Nothing is fetched. A row whose file is absent stays, to be counted as `missing` in training;
     a warning counts them. Others are counted as `broken_row` (not two columns), `not_utf8` and `outside_folder`.
 
     Raises:
         ValueError: `image_folder` is no folder, or there is no row.
     """
     if not Path(image_folder).is_dir():
-        raise ValueError(f"--image_folder {image_folder} is not a folder: give the one in which {tsv}'s images lie")
+        raise ValueError(f"--image_folder {image_folder} is not a folder: give the one that holds {tsv}'s images")
     absent: list[str] = []
     pairs = _dataset(_tsv_rows(Path(tsv), Folder(image_folder), absent), tsv)
     _warn_absent(image_folder, tsv, absent)
@@ -180,7 +180,7 @@ def read_tars(path: Paths) -> datasets.IterableDataset:
 
 
 def streamed_length(path: Paths) -> int | None:
-    """How many pairs the archives hold by img2dataset's `_stats.json` files; `None` where one is missing or odd."""
+    """How many pairs the archives hold by img2dataset's `_stats.json` files; `None` where one is missing or invalid."""
     total = 0
     for tar in find_tars(path):
         stats = tar.with_name(f"{tar_stem(tar)}_stats.json")
@@ -199,15 +199,15 @@ def streamed_length(path: Paths) -> int | None:
 
 def _files(folder: Path) -> set[str]:
     """Every file's name in a folder and the folders within."""
-    found = set()
+    files: set[str] = set()
     for where, _, names in os.walk(folder):
         part = Path(where).relative_to(folder)
-        found |= {(part / name).as_posix() for name in names if not name.startswith(".")}
-    return found
+        files |= {(part / name).as_posix() for name in names if not name.startswith(".")}
+    return files
 
 
 def _dataset(rows: Iterator[dict[str, Any]], origin: str | Path) -> datasets.Dataset:
-    # Explicit features: inference from the first rows fails late. In memory: a cache on disk goes by the arguments and
+    # Explicit features: inference from the first rows fails late. In memory: a cache on disk depends on the arguments alone and
     # would outlive a change of the files. In chunks: millions of Python dicts weigh several times their Arrow table.
     chunks = []
     while chunk := list(islice(rows, 10_000)):

@@ -21,7 +21,7 @@ def dequantise(gguf: str | Path, folder: str | Path) -> Path:
     """
     The LLM in a GGUF file as bfloat16 safetensors, with its tokenizer; made once, whole or not at all.
 
-    What its quantisation took away stays away. A folder that an earlier call made of the same file is used as it is.
+    What its quantisation lost stays lost. A folder that an earlier call made of the same file is used as it is.
 
     Args:
         gguf: the file.

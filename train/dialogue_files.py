@@ -70,7 +70,7 @@ def load_dialogues(path: str | Path, image_folder: str | Path | None = None) -> 
     """
     path = Path(path)
     if image_folder is not None and not Path(image_folder).is_dir():
-        raise ValueError(f"--image_folder {image_folder} is not a folder: give the one in which {path}'s images lie")
+        raise ValueError(f"--image_folder {image_folder} is not a folder: give the one that holds {path}'s images")
     source, read = _reader(path)
     keep = temporary_folder()
     images = Images(image_folder or (path if path.is_dir() else source.parent), Path(keep.name) / "images.arrow")
@@ -135,8 +135,8 @@ def _reader(path: Path) -> tuple[Path, Reader]:
 
 
 def _chat_files(folder: Path) -> list[Path]:
-    found = [Path(where) / name for where, _, names in os.walk(folder) for name in names if not name.startswith(".")]
-    kinds = [sorted(file for file in found if file.suffix.lower() == ending) for ending in CHATS]
+    files = [Path(where) / name for where, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+    kinds = [sorted(file for file in files if file.suffix.lower() == ending) for ending in CHATS]
     return next((files for files in kinds if files), [])
 
 
@@ -214,10 +214,10 @@ def _published(file: Path, images: Images) -> Conversations:
 def _whole_object(file: Path) -> dict[str, Any] | None:
     """A file that is one json object; `None` for json lines."""
     try:
-        found = read_json(file)
+        value = read_json(file)
     except BadDataError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _items(file: Path, images: Images) -> Conversations:
@@ -315,13 +315,13 @@ def _vist(file: Path, images: Images) -> Conversations:
             orders, texts = [order for order, *_ in sentences], [text for *_, text in sentences]
             if orders != list(range(VIST_LENGTH)) or not all(map(str.strip, texts)):
                 raise BadRowError("bad_story", f"{file}: story {story} is incomplete")
-            told = [(text, images.named(photo)) for _, photo, text in sentences]
+            steps = [(text, images.named(photo)) for _, photo, text in sentences]
         except BadRowError as error:
             yield bad_conversation(story, error)
             continue
         for k in range(1, VIST_LENGTH):
-            turns: list[Turn] = [[text, photo] for text, photo in told[:k]]
-            text, photo = told[k]
+            turns: list[Turn] = [[text, photo] for text, photo in steps[:k]]
+            text, photo = steps[k]
             yield make_conversation(f"{story}-{k}", [*turns, [text], [photo]], [k + 1])
 
 
@@ -336,7 +336,7 @@ def _archives(tars: list[Path], images: Images) -> Conversations:
 def _archive(tar: Path, images: Images) -> Conversations:
     """
     Members in order, each a turn and each after the first a reply. Those of a document follow each other: they share what
-    stands before the first dot (`doc.0.txt`, `doc.1.jpg`), or else the folder (`doc/0.txt`, `doc/1.jpg`).
+    comes before the first dot (`doc.0.txt`, `doc.1.jpg`), or else the folder (`doc/0.txt`, `doc/1.jpg`).
     """
     name, turns, problem = "", [], None  # type: tuple[str, list[Turn], BadRowError | None]
     documents = 0
@@ -383,7 +383,7 @@ def _member_turn(data: bytes, ending: str, images: Images) -> Turn:
 
 
 def _finished(name: str, turns: list[Turn], problem: BadRowError | None) -> Conversations:
-    """A document of an archive; with a problem, what stands before it is kept and the rest counted once."""
+    """A document of an archive; with a problem, what comes before it is kept and the rest counted once."""
     if not turns and problem is None:
         return
     if problem is not None:

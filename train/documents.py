@@ -47,7 +47,7 @@ class InterleavedDocuments(Dataset):
         for number, replies in enumerate(conversations["replies"]):
             if len(replies) > 1:
                 self._several.add(number)
-            shown = [
+            with_images = [
                 t for t, turn in enumerate(self._turns[number].as_py()) if any(e["image"] is not None for e in turn)
             ]
             for reply in replies:
@@ -56,8 +56,10 @@ class InterleavedDocuments(Dataset):
                     self._problems[len(rows)] = reply["problem"]
                 first = max(0, turn - CONTEXT)
                 long += first > 0
-                at = bisect_left(shown, first)
-                rows.append((number, turn, at < len(shown) and shown[at] < turn and reply["problem"] is None))
+                at = bisect_left(with_images, first)
+                rows.append(
+                    (number, turn, at < len(with_images) and with_images[at] < turn and reply["problem"] is None)
+                )
         table = np.array(rows, dtype=np.int64).reshape(-1, 3)
         self._numbers, self._at, self._shows = table[:, 0], table[:, 1], table[:, 2].astype(bool)
         if long:
@@ -127,7 +129,7 @@ class InterleavedDocuments(Dataset):
 
     def pairs(self) -> datasets.Dataset:
         """
-        The images of the conversations that stand in a turn with words, as caption pairs: for eq. 1-2 and the closed form
+        The images of the conversations that share a turn with words, as caption pairs: for eq. 1-2 and the closed form
         where no other pairs are given.
 
         Raises:
@@ -165,8 +167,8 @@ def mixed(pairs: Any, documents: InterleavedDocuments, share: float | None = Non
 
     Args:
         pairs: caption pairs, cached or not.
-        share: the documents' share of an epoch's rows, between 0 and 1; what they are by default. The kind that has too few
-            rows for it comes again as often as it takes, and nothing is left out.
+        share: the documents' share of an epoch's rows, between 0 and 1; by default as they are. The kind that has too few
+            rows for it is repeated as often as needed, and nothing is left out.
 
     Raises:
         ValueError: the share is not between 0 and 1.

@@ -1,10 +1,10 @@
 """
-Embeds many candidates on several devices into a pool; an interrupted run goes on where it stopped.
+Embeds many candidates on several devices into a pool; an interrupted run continues where it stopped.
 
     accelerate launch train/embed.py --model org/unimur --images photos/ --texts replies.txt --output pool
 
 Every process takes its turn at the shards. A shard is written whole or not at all, then its manifest (rows, SHA-256, what
-made it); what has a manifest is verified and not embedded again. At the end the shards, as they lie, become the pool.
+made it); what has a manifest is verified and not embedded again. At the end the shards, as they are, become the pool.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class EmbedArguments:
     """What is embedded, by what, and where the pool goes."""
 
     model: str = field(metadata={"help": "A UniMuR checkpoint: a folder or a Hub name."})
-    output: str = field(metadata={"help": "The pool's folder; a run that was interrupted goes on in it."})
+    output: str = field(metadata={"help": "The pool's folder; an interrupted run continues in it."})
     images: str | None = field(
         default=None,
         metadata={
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> CandidatePool | None:
         TooManyBadPairsError: more than `--max_bad_share` of a process's candidates were left out.
     """
     args = parse(sys.argv[1:] if argv is None else argv)
-    # Devices of unlike speed wait for each other at the end, beyond the half hour that is usual.
+    # Devices of different speed wait for each other at the end, beyond the half hour that is usual.
     # By itself accelerate runs each of several CPU processes as if it were alone.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> CandidatePool | None:
         if sum(skips.counts.values()) > allowed:
             skips.check(args.max_bad_share)
     accelerator.wait_for_everyone()
-    # What keeps the paths of its images reads them wherever they lie: they are those that this run was given.
+    # Paths of images may be anywhere: they are those that this run was given.
     images = Path(folder.resolve().anchor) if args.keep_images == "path" else None
     pool = assemble(folder, shards, made_by, images) if accelerator.is_main_process else None
     accelerator.end_training()
@@ -173,10 +173,10 @@ def parse(argv: list[str]) -> EmbedArguments:
 
 def prepare(folder: Path, shards: Sequence[Shard]) -> None:
     """
-    Makes the output's folder ready: what an unfinished pool holds beside its shards goes, a finished one stays as it is.
+    Makes the output's folder ready: what an unfinished pool holds beside its shards is deleted, a finished one stays as it is.
 
     Raises:
-        ValueError: another pool lies there.
+        ValueError: another pool is there.
     """
     foreign = {f.name for f in folder.glob("data-*.arrow")} - {shard.file for shard in shards}
     if foreign:
@@ -331,7 +331,7 @@ def verified(
     if not path.is_file():
         return None
     manifest = json.loads(path.read_text())
-    again = f"remove {path} and run again to embed it once more"
+    again = f"remove {path} and run again to embed it again"
     same = manifest["inputs"] == inputs(rows, args)
     if shard.kind == "image" and same:  # the files are read again only where they look changed
         same = manifest["hints"] == hints(rows) or manifest["content"] == content(rows)
@@ -377,7 +377,7 @@ def count(skips: SkipCounter, manifest: dict[str, Any], shard: Shard) -> None:
 def assemble(
     folder: Path, shards: Sequence[Shard], made_by: dict[str, Any], image_folder: Path | None = None
 ) -> CandidatePool:
-    """Makes the shards the pool, as they lie. `image_folder`: as of [`CandidatePool.load_from_disk`]."""
+    """Makes the shards the pool, as they are. `image_folder`: as of [`CandidatePool.load_from_disk`]."""
     manifests = [json.loads((folder / MANIFESTS / f"{shard.name}.json").read_text()) for shard in shards]
     names = [m["file"] for m in manifests if m["rows"]]
     adopt(folder, names, made_by)

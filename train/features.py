@@ -92,7 +92,7 @@ def cache_image_features(
         return image_parts(images, model, [(n, parts[n]) for n in numbers], batch_size, workers, rates)
 
     def changed(number: int, name: str, record: dict) -> bool:
-        # Where a file lies and when it was written is a hint that is cheap to look at; what counts is its bytes.
+        # A file's path and time are hints that are cheap to read; what counts is its bytes.
         return (
             name != "images"
             or values_hash(content_hash(images[i]["image"]) for i in parts[number]) != record["content"]
@@ -138,7 +138,7 @@ def cache_caption_states(
         folder: of the parts; a temporary one by default.
 
     Returns:
-        The pairs with them; what was given stays as it is, so that several LLMs can share it.
+        The pairs with them; the argument stays as it is, so that several LLMs can share it.
 
     Raises:
         StaleCacheError, CorruptCacheError, OSError: see [`train.cache.build_cache`].

@@ -26,7 +26,7 @@ def read_json(path: Path) -> Any:
 
 def read_items(path: Path) -> Iterator[Any]:
     """
-    The items of a json array or of json lines, told apart by the first byte, one at a time: of a file of gigabytes only
+    The items of a json array or of json lines, distinguished by the first byte, one at a time: of a file of gigabytes only
     the text and one item are held.
 
     Raises:
@@ -74,14 +74,14 @@ def list_files(*folders: Path) -> dict[str, Path]:
     File name -> path over `folders`, the first that has a name counting: one listing a folder instead of a look at
     every file. Absent folders are empty.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for folder in folders:
         if folder.is_dir():
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.is_file():
-                        found.setdefault(entry.name, folder / entry.name)
-    return found
+                        files.setdefault(entry.name, folder / entry.name)
+    return files
 
 
 def find_file(folder: Path, *names: str) -> Path:
@@ -103,7 +103,7 @@ def _read_text(path: Path) -> str:
 
 
 def _lines(text: str, path: Path) -> Iterator[Any]:
-    # Not str.splitlines: it also splits at separators that may stand inside a json string, such as U+2028.
+    # Not str.splitlines: it also splits at separators that may be inside a json string, such as U+2028.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 class Moments:
     """
-    Count, sums and products of rows that lie side by side in named views, such as a caption's state and its image.
+    Count, sums and products of rows of several named views, such as a caption's state and its image.
 
     Args:
         widths: view -> width.

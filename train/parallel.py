@@ -32,7 +32,7 @@ def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]], workers: int =
         Exception: whatever a job raised.
     """
     context = multiprocessing.get_context("spawn")
-    # A new process imports the main script, and OpenMP with it, before it runs anything of ours: it has to find this set.
+    # A new process imports the main script, and OpenMP with it, before it runs our code: this must be set by then.
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:

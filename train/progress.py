@@ -17,8 +17,8 @@ class Progress:
     Attributes:
         passes: passes over the data that were begun. Streamed data have no length, so that steps do not give it.
         first_step: optimizer steps before the present pass.
-        order: what the order of streamed data goes by, such as shards, seed and workers, by name; empty for data with a
-            length, whose order goes by the seed and the epoch.
+        order: what the order of streamed data depends on, such as shards, seed and workers, by name; empty for data with a
+            length, whose order depends on the seed and the epoch.
         resumed: whether the present pass was begun before an interruption.
     """
 

@@ -18,7 +18,7 @@ def hits_at(scores: torch.Tensor, labels: torch.Tensor | Sequence[int], ks: Sequ
     """
     `(n, candidates)` scores and each row's own candidate `(n,)` -> `(n, len(ks))` float32: whether it is among the first k.
 
-    Candidates that tie are in any order alike, so a tie over the k-th place counts by its share.
+    Candidates that tie may come in any order, so a tie over the k-th place counts by its share.
     """
     labels = torch.as_tensor(labels, device=scores.device)
     own = scores.gather(1, labels[:, None])

@@ -8,12 +8,12 @@ a and b over the pairs:
     whitening  P = (S_vv + eps tr(S_vv)/q I)^-p                p = 0: none; p = 1/2: whitened once; p = 1: fully
     W_t2m      W = a P B,   b = -W E[h]
 
-L_tm (eq. 6) alone is the ridge with CLIP's text embedding as its target and p = 0. The image target with p > 0 stands
-for L_vm (eq. 3-5): without the mean, and with the common directions of CLIP's embeddings turned down, a cosine with an
+L_tm (eq. 6) alone is the ridge with CLIP's text embedding as its target and p = 0. The image target with p > 0 replaces
+L_vm (eq. 3-5): without the mean, and with the common directions of CLIP's embeddings turned down, a cosine with an
 image tells it apart from the others, which is what InfoNCE asks for. The mean of v does not enter b, since it adds the
 same to every image's score. The factor a gives e_t the mean square length one, that of eq. 6's target.
 
-It ranks images among images and texts among texts. In a pool of both, two texts seen through one map lie closer together
+It ranks images among images and texts among texts. In a pool of both, two texts seen through one map are closer together
 than a text and an image, so that texts come first: search with `calibrate=True` or an `image_bias`, train on from here, or
 take the canonical alignment ([`train.canonical`]), which has no such fault.
 

@@ -124,7 +124,7 @@ class Folder:
             real = os.path.realpath(real)
         if os.path.commonpath([self.root, real]) != self.root:
             raise BadRowError(
-                "outside_folder", f"{name[:200]!r} lies outside {self.path}: copy it there or give the folder it is in"
+                "outside_folder", f"{name[:200]!r} is outside {self.path}: copy it there or give the folder it is in"
             )
         return Path(path)
 

@@ -93,7 +93,7 @@ class TrainingData:
         rows: what the collator gets of them: themselves, or with features in their images' place.
         documents: interleaved documents, or `None`.
         held_pairs, held_documents: what validation is made on; `None` where nothing is held out.
-        held_about: what these are, in words.
+        held_about: what these are, as text.
         skips: what was left out while features were cached.
     """
 
@@ -127,7 +127,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuR
     and its validation split.
 
     Raises:
-        ValueError: nothing or no known layout is named, or documents are asked for where there are none.
+        ValueError: nothing or no known layout is named, or documents are wanted where there are none.
     """
     if data_args.source == "miniature":
         if data_args.dialogues is not None:
@@ -263,7 +263,7 @@ def solve(
 
 def make_collator(data: TrainingData, model: UniMuRModel, data_args: DataArguments, seed: int) -> PairCollator:
     """
-    The collator, which has met a usable pair: a batch whose pairs are all broken needs one, also if it is the first.
+    The collator, which has seen a usable pair: a batch whose pairs are all broken needs one, also if it is the first.
 
     Raises:
         ValueError: no pair is usable.
@@ -290,7 +290,7 @@ def make_validation(
     `--logging_steps`.
 
     Raises:
-        ValueError: validation is asked for and nothing is held out, or the model is sharded.
+        ValueError: validation is wanted and nothing is held out, or the model is sharded.
     """
     if data.held_pairs is None and data.held_documents is None:
         if args.eval_strategy != "no":
@@ -350,7 +350,7 @@ def where_to_resume(args: UniMuRTrainingArguments) -> str | None:
     logger.warning(
         f"{args.output_dir} holds no whole checkpoint: training starts from the beginning"
         if newest is None
-        else f"training goes on from {newest}"
+        else f"training resumes from {newest}"
     )
     return None if newest is None else str(newest)
 
@@ -409,7 +409,7 @@ def save(trainer: UniMuRTrainer, folder: Path, with_towers: bool) -> None:
 
 
 def measure(checkpoint: Path, data: TrainingData, limit: int, device: torch.device) -> dict[str, Any]:
-    """Caption-to-image recall of the saved checkpoint, which is what users load; with what it was measured on, in words."""
+    """Caption-to-image recall of the saved checkpoint, which is what users load; with what it was measured on, as text."""
     model = UniMuRModel.from_pretrained(checkpoint).to(device)
     held = data.held_pairs is not None
     pairs: Iterable[dict[str, Any]] = data.held_pairs if held else data.pairs
@@ -449,7 +449,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def report(summary: dict[str, Any]) -> None:
-    """Prints what was measured, with what it was measured on, and where the checkpoint lies."""
+    """Prints what was measured, with what it was measured on, and where the checkpoint is."""
     for about, key in (("at the end of training", "validation"), ("caption to image", "caption_to_image")):
         measured = dict(summary.get(key, {}))
         if not measured:

@@ -8,7 +8,7 @@ from torch.utils.data import Sampler
 
 class GroupedSampler(Sampler[int]):
     """
-    Shuffled indices whose every run of `batch_size` lies in one group, the groups spread evenly.
+    Shuffled indices whose every run of `batch_size` is of one group, the groups spread evenly.
 
     Pairs are several times shorter than documents, and only documents with images need a gradient through the LLM, so a
     mixed batch would pad and differentiate rows for nothing. Each group's remainder below a batch is left out of the

@@ -35,7 +35,7 @@ class Sample:
         key: a member's name up to its last dot.
         files: bytes by ending in lower case.
         problem: why the sample cannot be used.
-        sides: keys of pictures that go by this key with a dot and more, such as `000.seg.png` beside `000.jpg`.
+        sides: keys of pictures that begin with this key and a dot, such as `000.seg.png` beside `000.jpg`.
     """
 
     key: str
@@ -63,7 +63,7 @@ def find_tars(path: Paths) -> list[Path]:
     """
     if not isinstance(path, str | Path):
         return [tar for part in path for tar in find_tars(part)]
-    # A file whose name happens to look like a pattern is meant as that file.
+    # A file whose name happens to look like a pattern means that file.
     if os.path.isfile(path):
         return [Path(path)] if is_tar(str(path)) else []
     if os.path.isdir(path):
@@ -92,22 +92,22 @@ def tar_stem(path: Path) -> str:
 
 def _expand(pattern: str) -> list[str]:
     """Braces as a shell and webdataset expand them; digits keep their width."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    parts = found[1].split(",")
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    parts = braces[1].split(",")
     if span:
         first, last = span.groups()
         parts = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    return [pattern[: found.start()] + part + rest for part in parts for rest in _expand(pattern[found.end() :])]
+    return [pattern[: braces.start()] + part + rest for part in parts for rest in _expand(pattern[braces.end() :])]
 
 
 def read_samples(path: Path, wanted: Collection[str] = IMAGES | TEXTS) -> Iterator[Sample]:
     """
     The samples of one archive, and of those that were appended to it.
 
-    A key is what stands before the last dot, since keys themselves hold dots; the same key again, in another place or with
+    A key is what comes before the last dot, since keys themselves hold dots; the same key again, in another place or with
     an ending it has already, is another sample. Of a key only one picture is held, its first. What is no sample comes as one
     with a problem: `outside_folder` (a name that leads up or starts at the root), `link`, `too_many_bytes`, and, once for an
     archive, `broken_archive` (its rest is not used) and `no_sample`.
@@ -122,7 +122,7 @@ def read_samples(path: Path, wanted: Collection[str] = IMAGES | TEXTS) -> Iterat
         for tar, member in tar_members(path):
             key, ending = split_ending(member.name)
             if ending not in wanted or not os.path.basename(key) or os.path.basename(key).startswith("."):
-                continue  # no sample: another file, or one that an archiver leaves behind (`._000.jpg`)
+                continue  # no sample: another file, or one that an archiver adds (`._000.jpg`)
             if member.isdir():
                 continue
             while waiting and waiting[-1].key != key and not key.startswith(f"{waiting[-1].key}."):
@@ -195,7 +195,7 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _close(waiting: list[Sample]) -> Iterator[Sample]:
-    """Takes out the last sample, unless it proves to be a side picture of the one that it lies in."""
+    """Takes out the last sample, unless it proves to be a side picture of the one before it."""
     sample = waiting.pop()
     if not sample.whole and sample.problem is None and waiting and not sample.endings & TEXTS:
         waiting[-1].sides.append(sample.key)
@@ -245,7 +245,7 @@ def _open(path: Path) -> IO[bytes]:
 
 def _next_archive(file: IO[bytes], end: int) -> int | None:
     """
-    Where another archive begins behind the zeros that end one; `None` at the file's end. tarfile takes a cut or broken header
+    Where another archive begins after the zeros that end one; `None` at the file's end. tarfile takes a cut or broken header
     for the end, so that its zeros are looked for.
     """
     file.seek(end)

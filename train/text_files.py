@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A row of a table: where it is, in words, and its values by column or what is wrong with it."""
+    """A row of a table: where it is, as text, and its values by column or what is wrong with it."""
 
     where: str
     values: dict[str, Any] | BadRowError
@@ -130,7 +130,7 @@ def _csv_rows(path: Path) -> Iterator[Record]:
     header = next(csv.reader([first.text], delimiter=separator))
     header = [name.strip() for name in header]
     if len(set(header)) < len(header):
-        raise ValueError(f"{path}: the header names a column twice: {', '.join(header)}")
+        raise ValueError(f"{path}: the header has a duplicate column: {', '.join(header)}")
     for line, values in _csv_records(lines, separator, header):
         yield Record(f"{path}, line {line.number}", values)
 
@@ -139,8 +139,8 @@ def _csv_records(
     lines: Iterator[Line], separator: str, header: list[str]
 ) -> Iterator[tuple[Line, dict[str, Any] | BadRowError]]:
     """
-    Records by their first line. A quote that is not closed takes in the lines behind it; where that shows, its line alone is
-    bad and those behind are read again by themselves.
+    Records by their first line. A quote that is not closed takes in the lines after it; where that shows, its line alone is
+    bad and those after it are read again by themselves.
     """
     csv.field_size_limit(MAX_TEXT)
     waiting: deque[Line] = deque()
@@ -199,9 +199,9 @@ def listed(value: Any, name: str) -> Any:
     check_text(text, name)
     for read in (json.loads, ast.literal_eval):
         try:
-            found = read(text)
+            parsed = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(found, list):
-            return found
+        if isinstance(parsed, list):
+            return parsed
     raise BadRowError("bad_caption", f"{name} has the brackets of a list and is none: {printable(text[:80])!r}")

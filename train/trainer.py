@@ -104,7 +104,7 @@ class UniMuRTrainingArguments(TrainingArguments):
                           "--metric_for_best_model; never by default."},
     )  # fmt: skip
     early_stopping_threshold: float = field(
-        default=0.0, metadata={"help": "By how much a validation has to be better to count for that."}
+        default=0.0, metadata={"help": "By how much a validation must be better to count for that."}
     )
 
     _argument_group_name = "the training: these, and transformers' own"
@@ -122,11 +122,11 @@ class UniMuRTrainingArguments(TrainingArguments):
             self.eval_strategy = "steps"
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError(
-                "--early_stopping_patience goes by the best model so far: give --load_best_model_at_end true too"
+                "--early_stopping_patience compares with the best model so far: give --load_best_model_at_end true too"
             )
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
-            # Of streamed data one process would otherwise collate for all, and cut batches whose parts have unlike lengths.
+            # Of streamed data one process would otherwise collate for all, and cut batches whose parts have different lengths.
             self.accelerator_config.dispatch_batches = False
         if self.schedule != "joint" and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # a step leaves out one of the maps
@@ -139,7 +139,7 @@ class UniMuRTrainer(Trainer):
     Args:
         groups: each row's kind, where batches are to be of one kind (see [`train.sampler.GroupedSampler`]).
         validation: what `--eval_steps` measures.
-        order: of streamed data, what their order goes by beside the loader's settings, such as shards and seed, by name;
+        order: of streamed data, what their order depends on beside the loader's settings, such as shards and seed, by name;
             a run is only resumed in the same order.
 
     Attributes:
@@ -307,7 +307,7 @@ class UniMuRTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """
-        Measures `validation`, logs it and returns it, each name behind `eval_`; see [`train.validation.Validation`].
+        Measures `validation`, logs it and returns it, each name after `eval_`; see [`train.validation.Validation`].
 
         Raises:
             ValueError: there is no validation, or another data set is given.
@@ -388,7 +388,7 @@ class UniMuRTrainer(Trainer):
                 logger.warning(f"{resume_from_checkpoint} holds no {BANK}: the bank of negatives starts empty")
 
     def _issue_warnings_after_load(self, load_result):
-        # The towers are not in an adapter's checkpoint; what is trained has to be.
+        # The towers are not in an adapter's checkpoint; what is trained must be.
         lost = [name for name in load_result.missing_keys if name.split(".")[0] in self.model.own_tensors]
         if lost or load_result.unexpected_keys:
             raise ValueError(f"the checkpoint has other tensors: without {lost}, with {load_result.unexpected_keys}")

@@ -36,7 +36,7 @@ class Validation:
         pool: how many pairs and how many conversations are taken, from the first.
         batch_size: of the losses, over all processes: the training's, so that eq. 4 has as many negatives.
         workers: processes that decode.
-        about: what was held out, in words.
+        about: what was held out, as text.
 
     Broken pairs and conversations are left out, and counted in `skips`.
 
@@ -93,7 +93,7 @@ class Validation:
     @torch.no_grad()
     def measure(self, model: UniMuRModel, prepare: Prepare) -> dict[str, float]:
         """
-        Every process takes part and gets the same result. Nothing random is drawn, so that training goes on as without it.
+        Every process takes part and gets the same result. Nothing random is drawn, so that training continues as without it.
 
         Args:
             model: not wrapped for several processes.
@@ -168,8 +168,8 @@ class Validation:
         width = next(iter(queries.values())).shape[0]
         text_embeds = model.embed_texts(list(texts)).cpu() if texts else torch.zeros(0, width)
         image_embeds = _unified(model, table, range(len(places)))[[places[name] for name in images]]
-        asked = torch.stack(list(queries.values()))
-        return reply_recall(asked, text_embeds, image_embeds, [t for t, _ in labels], [i for _, i in labels])
+        query_embeds = torch.stack(list(queries.values()))
+        return reply_recall(query_embeds, text_embeds, image_embeds, [t for t, _ in labels], [i for _, i in labels])
 
 
 class _Means:

@@ -1,4 +1,4 @@
-"""The page itself: where everything stands, and what happens on which click."""
+"""The page itself: where everything is, and what happens on which click."""
 
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def build(app: App, *, miniature: bool = False, links: dict[str, str] | None = N
                     -0.5, 0.5, value=0.0, step=0.01, label="Answer by words or by pictures", elem_id="bias",
                     buttons=[],
                 )  # fmt: skip
-                found = gr.HTML(elem_id="found", js_on_load=UNFOLD)
+                hits = gr.HTML(elem_id="found", js_on_load=UNFOLD)
         with gr.Accordion("Add your own pictures to the pool", open=False, elem_id="own"):
             upload = gr.File(
                 file_count="multiple",
@@ -129,7 +129,7 @@ def build(app: App, *, miniature: bool = False, links: dict[str, str] | None = N
         def on_show(session: Session, image_bias: float, event: gr.EventData) -> list[Any]:
             return attempt(app.show, session, event._data["at"], image_bias)[1]
 
-        outputs = [session, talk, examples, again, side, found, size]
+        outputs = [session, talk, examples, again, side, hits, size]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         box.submit(on_say, [box, session, bias], [*outputs, box, count], **private)
         box.change(None, box, count, js=COUNT, **private)

@@ -24,7 +24,7 @@ MAX_TEXT = 2_000  # characters
 # is. On 324 validation dialogues of the miniature (pool of 1,012 texts and 432 pictures) the best text was the correct one
 # in 100, 95 and 70 % of the three cases, the best picture in 100, 77 and 41 %.
 SURE = ((0.6, "sure"), (0.15, "fairly sure"), (0.0, "unsure"))
-# Openings of a conversation, in the words that the miniature knows; a number is a picture of the strip that is shown first.
+# Openings of a conversation, in the words that the miniature knows; a number is a picture of the strip that comes first.
 # Which are offered is decided by the model: those that it answers by a picture.
 OPENINGS: tuple[tuple[str, int | None], ...] = (
     ("i met a penguin today. it had a blue beanie on. it spends the day playing the harp on the lawn. can i see it?", None),
@@ -88,14 +88,14 @@ class Session:
 
     Attributes:
         turns: the replies among them.
-        asked: how many of them there were when the last reply was retrieved.
+        queried: how many of the turns the last reply was retrieved for.
         pool: the pool with the visitor's pictures; `None` is everybody's.
         uploads: how many pictures the visitor has added.
         reply: the last `Retrieval`.
     """
 
     turns: tuple[Turn, ...] = ()
-    asked: int = 0
+    queried: int = 0
     pool: Any = None
     uploads: int = 0
     reply: Any = None
@@ -103,10 +103,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Example:
-    """A first turn that a visitor may send: its words, the picture it shows, and the picture that stands for it."""
+    """A first turn that a visitor may send: its words, its picture, and the picture on its button."""
 
     text: str
-    shown: Picture | None
+    picture: Picture | None
     thumbnail: Picture | None
 
 
@@ -115,7 +115,7 @@ class App:
     Args:
         model: a loaded UniMuR.
         pool: what it searches.
-        openings: words, and the number of a picture of `strip` that is shown first or `None`.
+        openings: words, and the number of a picture of `strip` that comes first or `None`.
     """
 
     def __init__(self, model: Any, pool: Any, openings: Sequence[tuple[str, int | None]] = OPENINGS):
@@ -126,7 +126,7 @@ class App:
 
     @cached_property
     def strip(self) -> list[Picture]:
-        """Some of the pool's pictures, evenly from its first to its last; those that cannot be read are passed over."""
+        """Some of the pool's pictures, evenly from its first to its last; those that cannot be read are left out."""
         table = self.pool.dataset.with_format(None)
         rows = np.flatnonzero(pc.equal(table.data.column("modality"), "image"))
         if not len(rows):
@@ -150,12 +150,12 @@ class App:
             if at is None or at < len(self.strip)
         ]
         examples = []
-        for text, shown in offered:
+        for text, picture in offered:
             (reply,) = self._answered(
-                Session(turns=(self._turn(text, [shown] if shown else []),), asked=1), 0.0
+                Session(turns=(self._turn(text, [picture] if picture else []),), queried=1), 0.0
             ).turns[1:]
             if reply.pictures:
-                examples.append(Example(text, shown, shown or reply.pictures[0]))
+                examples.append(Example(text, picture, picture or reply.pictures[0]))
         return examples[:OFFERED]
 
     def say(self, session: Session, text: str | None, files: Iterable[str], image_bias: float) -> Session:
@@ -175,11 +175,11 @@ class App:
     def try_example(self, session: Session, at: int, image_bias: float) -> Session:
         """Adds an example as a turn, and the reply to it. Raises `ValueError` as `say` does."""
         example = self.examples[at]
-        return self._say(session, example.text, [example.shown] if example.shown else [], image_bias)
+        return self._say(session, example.text, [example.picture] if example.picture else [], image_bias)
 
     def rank_again(self, session: Session, image_bias: float) -> Session:
         """The last turn answered again, by another bias or out of a larger pool."""
-        return self._answered(session, image_bias) if session.asked else session
+        return self._answered(session, image_bias) if session.queried else session
 
     def add_pictures(self, session: Session, files: Sequence[str], image_bias: float) -> Session:
         """Adds a visitor's own pictures to the visitor's pool. Raises `ValueError` as `say` does."""
@@ -202,13 +202,13 @@ class App:
     def _say(self, session: Session, text: str | None, pictures: Sequence[Picture], image_bias: float) -> Session:
         if len(session.turns) + 2 > MAX_TURNS:
             raise ValueError(f"A conversation has at most {MAX_TURNS} turns, replies included: start again.")
-        shown = sum(len(turn.pictures) for turn in session.turns if turn.role == "user")
-        if shown + len(pictures) > MAX_IMAGES:
+        count = sum(len(turn.pictures) for turn in session.turns if turn.role == "user")
+        if count + len(pictures) > MAX_IMAGES:
             raise ValueError(
-                f"At most {MAX_IMAGES} pictures go into a conversation; {shown} are there already: show fewer, or start again."
+                f"At most {MAX_IMAGES} pictures go into a conversation; {count} are there already: show fewer, or start again."
             )
         turns = (*session.turns, self._turn(text, pictures))
-        return self._answered(replace(session, turns=turns, asked=len(turns)), image_bias)
+        return self._answered(replace(session, turns=turns, queried=len(turns)), image_bias)
 
     def _turn(self, text: str | None, pictures: Sequence[Picture]) -> Turn:
         text = (text or "").strip()
@@ -219,14 +219,14 @@ class App:
         return Turn("user", text or None, tuple(pictures))
 
     def _answered(self, session: Session, image_bias: float) -> Session:
-        asked, pool = session.turns[: session.asked], session.pool or self.pool
-        query = self.model.embed_dialogues([[turn.message for turn in asked]])
-        exclude = excluded(asked, pool.counts)
+        turns, pool = session.turns[: session.queried], session.pool or self.pool
+        query = self.model.embed_dialogues([[turn.message for turn in turns]])
+        exclude = excluded(turns, pool.counts)
         (reply,) = pool.search(query, top_k=LISTED, exclude=exclude, image_bias=float(image_bias))
         kinds = [kind for kind, item in (("text", reply.text), ("image", reply.image)) if item is not None]
         best = {kind: closest(pool, query, kind, exclude) for kind in kinds}
-        turn = turn_of(reply.text, best, *self.unread(asked))
-        return replace(session, turns=(*asked, turn), reply=reply)
+        turn = turn_of(reply.text, best, *self.unread(turns))
+        return replace(session, turns=(*turns, turn), reply=reply)
 
     def _picture(self, file: str) -> Picture:
         try:
@@ -251,7 +251,7 @@ def turn_of(text: str | None, best: dict[str, list[Any]], forgotten: int, cut: b
 
 
 def excluded(turns: Sequence[Turn], counts: dict[str, int]) -> list[str]:
-    """What a conversation has said and shown, the newest of it where more would leave nothing of a modality to say."""
+    """Ids of the replies and pictures of a conversation; only the newest where all would leave no candidate of a modality."""
     texts = [turn.text_id for turn in turns if turn.text_id is not None]
     images = [picture.id for turn in turns for picture in turn.pictures if picture.id is not None]
     kept = []

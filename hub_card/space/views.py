@@ -78,16 +78,16 @@ def _turn(turn: Turn, mark: str) -> str:
     if turn.role == "user":
         pictures = "".join(picture(p, SIDE, f"you showed: {p.name}") for p in turn.pictures)
         return f'<div class="u-turn u-user {mark}" aria-label="You">{pictures}{words}</div>'
-    shown = "".join(
+    pictures = "".join(
         f"<figure>{picture(p, SIDE, p.name)}<figcaption>{escape(p.name)}</figcaption></figure>" for p in turn.pictures
     )
     if turn.also:
         also = "".join(picture(p, THUMBNAIL, p.name) for p in turn.also)
-        shown += f'<div class="u-also"><span>also found</span><div>{also}</div></div>'
-    shown = f'<div class="u-shown">{shown}</div>' if shown else ""
+        pictures += f'<div class="u-also"><span>also found</span><div>{also}</div></div>'
+    pictures = f'<div class="u-shown">{pictures}</div>' if pictures else ""
     sure = f'<p class="u-sure" title="by how far the best is ahead of the next best">{escape(turn.sure)}</p>'
     return (
-        f'<div class="u-turn u-reply {mark}" aria-label="UniMuR">{shown}<div class="u-text">'
+        f'<div class="u-turn u-reply {mark}" aria-label="UniMuR">{pictures}<div class="u-text">'
         f"{words or '<p class=u-words>(only a picture)</p>'}{sure if turn.sure else ''}</div></div>"
     )
 
@@ -138,10 +138,10 @@ def counter(length: int) -> str:
     return f'<span class="u-count{over}">{length:,} of {MAX_TEXT:,} characters</span>'
 
 
-def picture(shown: Picture, side: int, alt: str) -> str:
+def picture(drawn: Picture, side: int, alt: str) -> str:
     """An `img` of at most `side` pixels; small pictures keep their pixels crisp."""
-    crisp = ' class="u-crisp"' if max(shown.image.size) <= 128 else ""
-    return f'<img{crisp} src="{_data(shown.image, side)}" alt="{escape(alt)}">'
+    crisp = ' class="u-crisp"' if max(drawn.image.size) <= 128 else ""
+    return f'<img{crisp} src="{_data(drawn.image, side)}" alt="{escape(alt)}">'
 
 
 def _data(image: Image.Image, side: int) -> str:

@@ -41,9 +41,9 @@ def test_metadata_is_the_hubs(tmp_path):
     assert PIPELINE_TAG in pipeline_tags() and {"feature-extraction", "text-classification"} <= pipeline_tags()
     assert again.data.library_name == "transformers" and "multimodal-retrieval" in again.data.tags
     assert again.data.license == "apache-2.0"
-    (found,) = again.data.eval_results
-    assert found.metric_value == 0.25 and "0.200 to 0.300" in found.metric_name
-    assert found.dataset_config == "corrected, version 1"
+    (result,) = again.data.eval_results
+    assert result.metric_value == 0.25 and "0.200 to 0.300" in result.metric_name
+    assert result.dataset_config == "corrected, version 1"
     assert "| visdial | VisDial v1.0, val split | corrected, version 1 | R@1 0.250 (0.200-0.300; 100) |" in again.text
 
 
@@ -76,13 +76,13 @@ def test_figures_that_are_none_are_refused(figures):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [("pipeline_tag", "multimodal-telepathy", "none of the Hub's tasks"), ("tags", ["two words"], "not one word")],
 )
-def test_the_check_of_a_card_finds_what_the_hubs_own_lets_pass(field, value, told):
+def test_the_check_of_a_card_finds_what_the_hubs_own_lets_pass(field, value, message):
     card = model_card(config(), "org/x")
     setattr(card.data, field, value)
-    with pytest.raises(NotFitError, match=told):
+    with pytest.raises(NotFitError, match=message):
         check_card(card)
 
 
@@ -96,10 +96,10 @@ def test_the_check_of_a_card_finds_nan():
 def test_results_are_read_from_both_kinds_of_json(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps([record(), record(system="CLIP")]))
     (tmp_path / "report.json").write_text(json.dumps({"seed": 0, "results": [record(task="vist")]}))
-    found = read_results([tmp_path / "run.json", tmp_path / "report.json"], {"towers": "t", "maps": "m"})
-    assert [(r.task, r.value, r.low, r.high, r.n) for r in found] == [
+    results = read_results([tmp_path / "run.json", tmp_path / "report.json"], {"towers": "t", "maps": "m"})
+    assert [(r.task, r.value, r.low, r.high, r.n) for r in results] == [
         ("visdial", 0.25, 0.2, 0.3, 100), ("vist", 0.25, 0.2, 0.3, 100)]  # fmt: skip
-    assert found[0].protocol == "corrected, version 1" and found[0].dataset == "miniature, test split"
+    assert results[0].protocol == "corrected, version 1" and results[0].dataset == "miniature, test split"
 
 
 def test_results_of_other_weights_or_of_nobody_are_refused(tmp_path):

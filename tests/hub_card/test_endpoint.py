@@ -78,9 +78,9 @@ def test_it_answers_as_retrieve_does(ask, model):
     assert (answer["image"] is None) is (reply.image is None)
     assert [c["id"] for c in answer["candidates"]] == [c.id for c in reply.candidates]
     assert [c["score"] for c in answer["candidates"]] == pytest.approx([c.score for c in reply.candidates], abs=1e-5)
-    shown = next(c for c in answer["candidates"] if c["modality"] == "image")
-    original = next(c for c in reply.candidates if c.id == shown["id"]).item
-    with Image.open(io.BytesIO(base64.b64decode(shown["image"]))) as sent:
+    image = next(c for c in answer["candidates"] if c["modality"] == "image")
+    original = next(c for c in reply.candidates if c.id == image["id"]).item
+    with Image.open(io.BytesIO(base64.b64decode(image["image"]))) as sent:
         assert sent.tobytes() == original.tobytes()
 
 

@@ -87,10 +87,10 @@ def test_everything_loads_from_the_repository_id(hub, folder):
         assert type(AutoProcessor.from_pretrained(name, trust_remote_code=True)).__name__ == "UniMuRProcessor"
         assert AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == "unimur"
         retrieve = pipeline("multimodal-retrieval", model=name, trust_remote_code=True)
-        found = retrieve(["look", Image.open("photo-1.jpg")])  # of the pool packed beside the model
-        assert found["text"] == "you are welcome." and len(found["candidates"]) == 3
+        reply = retrieve(["look", Image.open("photo-1.jpg")])  # of the pool packed beside the model
+        assert reply["text"] == "you are welcome." and len(reply["candidates"]) == 3
         same = model.retrieve(["look", Image.open("photo-1.jpg")], model.packed_pool)
-        assert [c["id"] for c in found["candidates"]] == [c.id for c in same.candidates]
+        assert [c["id"] for c in reply["candidates"]] == [c.id for c in same.candidates]
         encoder = SentenceTransformer(name, trust_remote_code=True)
         theirs = torch.from_numpy(encoder.encode(["hello", "a panda"]))
         assert torch.allclose(theirs, model.embed_texts(["hello", "a panda"]), atol=1e-5)

@@ -178,7 +178,7 @@ def test_what_its_users_do_not_have_the_check_has_not_either(made, monkeypatch, 
         check_folder(made, "org/x", say=lambda part: None)
 
 
-def test_a_snippet_that_fails_is_shown(made):
+def test_a_snippet_that_fails_is_named(made):
     readme = made / "README.md"
     failing = "```python\nraise SystemExit('no such thing')\n```\n\n## Use"
     readme.write_text(readme.read_text().replace("## Use", failing, 1))

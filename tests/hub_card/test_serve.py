@@ -107,7 +107,7 @@ def test_requests_that_wait_are_answered_together():
         time.sleep(0.5)
         handler.go.set()
         assert first.result()[2] == {"echo": 0}
-        assert [asked.result()[2] for asked in rest] == [{"echo": at} for at in range(1, 9)]
+        assert [answer.result()[2] for answer in rest] == [{"echo": at} for at in range(1, 9)]
     assert handler.batches == [1, 4, 4]
 
 
@@ -253,7 +253,7 @@ def test_what_is_no_request_is_400_and_harms_nobody(data):
         assert ask(port, "hi")[0] == 200
 
 
-def test_a_token_is_asked_for_before_the_body_is_read():
+def test_a_token_is_required_before_the_body_is_read():
     with served(Echo(), token="secret") as port:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"},
                         {"Authorization": "Bearer sécret"}):  # fmt: skip
@@ -292,10 +292,10 @@ def test_sigterm_answers_what_is_under_way_and_ends(tmp_path):
         idle = send(port, b"")
         assert ask(port, "hi")[0] == 401
         with ThreadPoolExecutor(8) as clients:
-            asked = [clients.submit(ask, port, at, Authorization="Bearer from-the-environment") for at in range(8)]
+            answers = [clients.submit(ask, port, at, Authorization="Bearer from-the-environment") for at in range(8)]
             time.sleep(0.5)
             process.send_signal(signal.SIGTERM)
-            assert [a.result()[::2] for a in asked] == [(200, {"echo": at}) for at in range(8)]
+            assert [a.result()[::2] for a in answers] == [(200, {"echo": at}) for at in range(8)]
         assert process.wait(timeout=10) == -signal.SIGTERM
         assert idle.recv(1) == b""
     finally:

@@ -51,14 +51,14 @@ def listed(session):
 
 def test_a_turn_is_answered_and_the_reply_is_part_of_the_dialogue(app, checkpoint):
     first = app.say(Session(), " hello ", [], 0.0)
-    assert [turn.role for turn in first.turns] == ["user", "assistant"] and first.asked == 1
+    assert [turn.role for turn in first.turns] == ["user", "assistant"] and first.queried == 1
     assert first.turns[0].message == {"role": "user", "content": [{"type": "text", "text": "hello"}]}
     second = app.say(first, "", [str(checkpoint / "7.png")], 0.0)
     assert [turn.role for turn in second.turns] == ["user", "assistant", "user", "assistant"]
     exclude = [id_ for id_ in (first.turns[1].text_id, *(p.id for p in first.turns[1].pictures)) if id_]
     reply = app.model.retrieve([turn.message for turn in second.turns[:3]], app.pool, top_k=8, exclude=exclude)
     assert listed(second) == [c.id for c in reply.candidates]
-    assert first.asked == 1 and len(first.turns) == 2  # a session is never changed, only followed
+    assert first.queried == 1 and len(first.turns) == 2  # a session is never changed, only followed
 
 
 def test_a_reply_holds_the_best_picture_those_that_came_next_and_their_names(app):
@@ -180,7 +180,7 @@ def test_a_conversation_is_bounded_in_pictures_and_turns(app, checkpoint):
         ValueError, match=r"At most 16 pictures go into a conversation; 15 are there already: .*start again"
     ):
         app.say(session, "", [photo] * 2, 0.0)
-    assert app.say(session, "", [photo], 0.0).asked == 3
+    assert app.say(session, "", [photo], 0.0).queried == 3
     with pytest.raises(ValueError, match="at most 64 turns, replies included: start again"):
         app.say(replace(session, turns=session.turns[:1] * 63), "hi", [], 0.0)
 
@@ -198,8 +198,8 @@ def test_nothing_from_outside_becomes_markup(app):
     page = views.conversation(session)
     assert "<img" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
     named = replace(app.strip[0], name='"><script>', id="x")
-    for shown in (views.strip([named]), views.picture(named, 100, named.name)):
-        assert "<script>" not in shown
+    for html in (views.strip([named]), views.picture(named, 100, named.name)):
+        assert "<script>" not in html
 
 
 def test_the_ranking_marks_what_the_reply_uses_and_shows_no_bare_numbers(app):
@@ -214,8 +214,10 @@ def test_the_ranking_marks_what_the_reply_uses_and_shows_no_bare_numbers(app):
 def test_the_examples_are_those_openings_that_are_answered_by_a_picture(app):
     openings = [(f"opening {letter}", None) for letter in "abcdefgh"] + [("look!", 1), ("never", 99)]
     offered = App(app.model, app.pool, openings).examples
-    shows = {text: app.model.retrieve(text, app.pool).image is not None for text, shown in openings if shown is None}
-    assert [e.text for e in offered if e.shown is None] == [text for text in shows if shows[text]][: len(offered)]
+    shows = {
+        text: app.model.retrieve(text, app.pool).image is not None for text, picture in openings if picture is None
+    }
+    assert [e.text for e in offered if e.picture is None] == [text for text in shows if shows[text]][: len(offered)]
     assert all(e.thumbnail is not None for e in offered) and "never" not in {e.text for e in offered}
     assert App(app.model, app.pool, []).examples == [] and views.examples([]) == ""
 

@@ -15,12 +15,12 @@ FAMILIES = {"gemma2": (True, True), "bloom": (False, False), "mistral": (True, T
 
 @pytest.mark.parametrize(("kind", "expected"), FAMILIES.items())
 def test_a_family_works(kind, expected):
-    found = families.check(kind)
-    assert found["works"] and found["packs"] == expected[0]
+    result = families.check(kind)
+    assert result["works"] and result["packs"] == expected[0]
     if expected[1]:
-        assert found["converses"] is True
+        assert result["converses"] is True
     else:
-        assert "a conversation goes on from kept keys and values" in found["converses"]
+        assert "a conversation continues from cached keys and values" in result["converses"]
 
 
 def test_sequences_beyond_the_window_are_padded_and_it_says_so(tmp_path, monkeypatch, caplog):

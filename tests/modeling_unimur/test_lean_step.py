@@ -57,13 +57,13 @@ def test_packed_losses_and_gradients_are_the_padded_ones(fresh, kind, attention)
     model = fresh(kind, train_ret_embedding=True)
     model.language_model.set_attn_implementation(attention)
     padded, expected = gradients(model, batch_of(model, pack=False))
-    packed, found = gradients(model, batch_of(model, pack=True))
+    packed, actual = gradients(model, batch_of(model, pack=True))
     for name in ("loss_cap", "loss_vm", "loss_tm"):
         assert torch.allclose(packed[name], padded[name], atol=1e-5), name
-    assert set(found) == set(expected) == {
+    assert set(actual) == set(expected) == {
         "W_i2t.weight", "W_i2t.bias", "W_t2m.weight", "W_t2m.bias", "ret_embedding", "logit_scale"}  # fmt: skip
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, atol=1e-5 * float(gradient.abs().max() + 1)), name
+        assert torch.allclose(actual[name], gradient, atol=1e-5 * float(gradient.abs().max() + 1)), name
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -132,8 +132,8 @@ def test_activation_checkpointing_engages_and_changes_nothing(fresh):
     layer = model.language_model.base_model.get_decoder().layers[0] if hasattr(
         model.language_model.base_model, "get_decoder") else model.language_model.base_model.decoder.layers[0]  # fmt: skip
     layer.fc1.register_forward_hook(lambda *_: runs.append(1))
-    _, found = gradients(model, batch_of(model, pack=True))
+    _, actual = gradients(model, batch_of(model, pack=True))
     assert len(runs) == 4  # two passes, each again in the backward pass (a context shows images)
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, atol=1e-6), name
+        assert torch.allclose(actual[name], gradient, atol=1e-6), name
     assert not layer.fc1.training

@@ -210,8 +210,8 @@ def test_sentence_transformers_half_too(fresh, tmp_path):
     fresh().save_pretrained(tmp_path / "c", with_towers=True)
     encoder = sentence.SentenceTransformer(str(tmp_path / "c"), trust_remote_code=True, device="cpu")
     expected = torch.tensor(encoder.encode(["a dog"]))
-    found = torch.tensor(encoder.half().encode(["a dog"])).float()
-    assert (found * expected).sum() > 0.98
+    halved = torch.tensor(encoder.half().encode(["a dog"])).float()
+    assert (halved * expected).sum() > 0.98
 
 
 def test_nothing_is_float64_on_the_device(fresh, monkeypatch):

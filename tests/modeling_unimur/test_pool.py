@@ -41,7 +41,7 @@ def test_scores_are_cosines_in_one_order():
 
 
 @pytest.mark.parametrize(
-    ("texts", "images", "shown"),
+    ("texts", "images", "with_image"),
     [
         ((10, 60), (30,), True),  # text, image: both
         ((30, 60), (10,), True),  # image, text: both
@@ -50,10 +50,10 @@ def test_scores_are_cosines_in_one_order():
         ((10,), (89,), True),  # nothing else remains
     ],
 )
-def test_the_reply_of_section_3_4(texts, images, shown):
+def test_the_reply_of_section_3_4(texts, images, with_image):
     (reply,) = pool_of(texts, images).search(QUERY, top_k=1)
     assert reply.text == f"text at {min(texts)}"
-    assert (reply.image is not None) is shown
+    assert (reply.image is not None) is with_image
     assert len(reply.candidates) == 1
 
 
@@ -86,8 +86,8 @@ def test_image_bias_and_calibration_move_images_only_as_said():
     (plain,), (calibrated,) = pool.search(QUERY), pool.search(QUERY, calibrate=True)
     cosines = torch.cos(torch.deg2rad(torch.tensor([50.0, 60, 85])))
     expected = (cosines - cosines.mean()) / cosines.std(correction=0)
-    found = {c.id: c.score for c in calibrated.candidates}
-    assert [found[f"image-{i}"] for i in range(3)] == pytest.approx(expected.tolist(), abs=1e-4)
+    scores = {c.id: c.score for c in calibrated.candidates}
+    assert [scores[f"image-{i}"] for i in range(3)] == pytest.approx(expected.tolist(), abs=1e-4)
     order = [[c.id for c in r.candidates if c.modality == "image"] for r in (plain, calibrated)]
     assert order[0] == order[1]
 

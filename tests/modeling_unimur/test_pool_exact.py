@@ -19,7 +19,7 @@ def unit(n, seed=0, q=8):
 
 
 def mixed_pool(sizes=(7, 13, 1, 40, 29)):
-    """Runs of images and texts by turns, so that blocks hold both; every fifth embedding stands twice."""
+    """Runs of images and texts by turns, so that blocks hold both; every fifth embedding has a duplicate."""
     pool, picture_ = CandidatePool.empty(MADE_BY), picture(0)
     for i, n in enumerate(sizes):
         embeddings = unit(n, seed=i)
@@ -51,9 +51,9 @@ def test_every_blocking_gives_the_order_of_a_full_sort(monkeypatch, tmp_path, bl
     queries = torch.cat([unit(5, seed=9), pool_rows(pool, [0, 20])])
     for k in (1, 3, 60):
         for kinds in (("image",), ("text",), ("image", "text")):
-            found = pool.embeddings.top(queries.numpy(), k, kinds, np.array([0, 3, 21, 70]))
-            assert set(found) == set(kinds)
-            for kind, (scores, rows) in found.items():
+            best = pool.embeddings.top(queries.numpy(), k, kinds, np.array([0, 3, 21, 70]))
+            assert set(best) == set(kinds)
+            for kind, (scores, rows) in best.items():
                 expected = by_sorting(pool, queries, k, kind, {0, 3, 21, 70})
                 assert np.array_equal(scores[:, : expected[0].shape[1]], expected[0])
                 assert np.array_equal(rows[:, : expected[1].shape[1]], expected[1])

@@ -37,11 +37,11 @@ def test_each_kind_finds_nearly_what_exact_search_finds(pool, kind):
     about = indexed.index.about
     assert about["recall_queries"] == "50 given" and set(about["recall_at_10"]) == {"image", "text"}
     assert pool.index is None
-    found, exact = ids(indexed, queries, modality="text"), ids(pool, queries, modality="text")
-    hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact, strict=True)])
+    approximate, exact = ids(indexed, queries, modality="text"), ids(pool, queries, modality="text")
+    hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(approximate, exact, strict=True)])
     assert hits == pytest.approx(about["recall_at_10"]["text"], abs=1e-6)
     assert hits >= (0.95 if kind in ("hnsw", "sq8", "pq", "ivf") else 0.5)
-    for one, other in zip(found, exact, strict=True):
+    for one, other in zip(approximate, exact, strict=True):
         assert all(dict(other).get(i, s) == s for i, s in one)  # to the last bit
 
 
@@ -67,8 +67,8 @@ def test_excluded_ids_never_come_and_their_places_are_filled(pool):
 
 def test_where_the_index_returns_too_few_the_rest_is_exact(pool):
     indexed = pool.build_index("IVF64,Flat", search="nprobe=1", oversample=1)
-    found = ids(indexed, unit(30, 7), top_k=40, modality="text")
-    assert all(len(reply) == 40 for reply in found)
+    hits = ids(indexed, unit(30, 7), top_k=40, modality="text")
+    assert all(len(reply) == 40 for reply in hits)
 
 
 def test_low_recall_is_a_warning(pool, monkeypatch):

@@ -22,15 +22,15 @@ def unit(n):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A folder in the place of the Hub; what was asked of it."""
-    asked = {}
+    """A folder in the place of the Hub; what was calls of it."""
+    calls = {}
 
     def create(repo_id, **arguments):
-        asked["create"] = arguments
+        calls["create"] = arguments
         return SimpleNamespace(repo_id=f"someone/{repo_id}")
 
     def upload(*, repo_id, folder_path, **arguments):
-        asked["upload"] = arguments
+        calls["upload"] = arguments
         repo = tmp_path / repo_id
         for pattern in arguments["delete_patterns"]:
             for file in repo.glob(pattern):
@@ -39,16 +39,16 @@ def hub(monkeypatch, tmp_path):
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
     def download(repo_id, **arguments):
-        asked["download"] = arguments
+        calls["download"] = arguments
         return str(tmp_path / repo_id)
 
     monkeypatch.setattr(sharing, "create_repo", create)
     monkeypatch.setattr(
-        sharing, "create_branch", lambda repo_id, **arguments: asked.update(branch=arguments["branch"])
+        sharing, "create_branch", lambda repo_id, **arguments: calls.update(branch=arguments["branch"])
     )
     monkeypatch.setattr(sharing, "upload_folder", upload)
     monkeypatch.setattr(sharing, "snapshot_download", download)
-    return SimpleNamespace(asked=asked, folder=tmp_path)
+    return SimpleNamespace(calls=calls, folder=tmp_path)
 
 
 def test_a_pool_is_pushed_in_shards_and_opened_again(hub):
@@ -56,11 +56,11 @@ def test_a_pool_is_pushed_in_shards_and_opened_again(hub):
     pool = pool.append("text", ["a", "b"], unit(2))
     url = pool.push_to_hub("mine", max_shard_size=1, private=True, revision="v1")
     assert url == "https://hub/commit/1"
-    assert hub.asked["create"] == {"repo_type": "dataset", "private": True, "token": None, "exist_ok": True}
-    assert hub.asked["branch"] == "v1"
-    assert hub.asked["upload"]["repo_type"] == "dataset" and hub.asked["upload"]["revision"] == "v1"
+    assert hub.calls["create"] == {"repo_type": "dataset", "private": True, "token": None, "exist_ok": True}
+    assert hub.calls["branch"] == "v1"
+    assert hub.calls["upload"]["repo_type"] == "dataset" and hub.calls["upload"]["revision"] == "v1"
     again = CandidatePool.from_hub("someone/mine", revision="v1", local_files_only=True)
-    assert hub.asked["download"] == {"repo_type": "dataset", "revision": "v1", "local_files_only": True}
+    assert hub.calls["download"] == {"repo_type": "dataset", "revision": "v1", "local_files_only": True}
     assert again.made_by == MADE_BY
     one, other = pool.search(unit(1))[0], again.search(unit(1))[0]
     assert [(c.id, c.score) for c in one.candidates] == [(c.id, c.score) for c in other.candidates]

@@ -98,7 +98,7 @@ def test_a_conversation_is_the_whole_dialogue(tmp_path, kind):
     for at, turn in enumerate(TURNS):
         whole = model.embed_dialogues([TURNS[: at + 1]])[0]
         assert torch.allclose(talk.say(turn).embed(), whole, atol=1e-5), at
-        # Neither the words nor [RET] stay among what was said.
+        # Neither the words nor [RET] stay among the turns.
         assert talk._cache.get_seq_length() == len(model.processor.turn_ids(talk.turns))
 
 

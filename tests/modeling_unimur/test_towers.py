@@ -69,12 +69,12 @@ def test_it_trains(towers, fields):
 
 def test_siglip_without_its_text_length_is_refused(tmp_path):
     text, clip = make_towers(tmp_path, clip_kind="siglip")
-    right = UniMuRProcessor.from_pretrained_towers(text, clip)
-    assert right.clip_text_length == 16 and right.clip_texts(["a"])["clip_input_ids"].shape == (1, 16)
-    short = UniMuRProcessor(right.image_processor, right.tokenizer, right.clip_tokenizer, max_length=128)
+    processor = UniMuRProcessor.from_pretrained_towers(text, clip)
+    assert processor.clip_text_length == 16 and processor.clip_texts(["a"])["clip_input_ids"].shape == (1, 16)
+    short = UniMuRProcessor(processor.image_processor, processor.tokenizer, processor.clip_tokenizer, max_length=128)
     with pytest.raises(ValueError, match="needs 16: make the processor with clip_text_length=16"):
         UniMuRModel.from_pretrained_towers(str(text), str(clip), short)
-    assert short.fingerprint != right.fingerprint  # a pool's texts would be others
+    assert short.fingerprint != processor.fingerprint  # a pool's texts would be others
     with pytest.raises(ValueError, match="it is another model's tokenizer"):
         UniMuRModel.from_pretrained_towers(str(text), str(clip), make_processor(clip_text_length=16))
 

@@ -29,11 +29,11 @@ def test_the_bank_keeps_the_last_images():
 
 def test_the_loss_is_that_of_a_batch_with_more_images():
     texts, images, more = unit(4, seed=1), unit(4, seed=2), unit(6, seed=3)
-    found = visual_matching_loss(texts, images, 10.0, more)
-    right = torch.arange(4)
+    loss = visual_matching_loss(texts, images, 10.0, more)
+    labels = torch.arange(4)
     logits = 10 * texts @ torch.cat([images, more]).T
-    expected = F.cross_entropy(logits, right) + F.cross_entropy(10 * images @ texts.T, right)
-    assert torch.allclose(found, expected)
+    expected = F.cross_entropy(logits, labels) + F.cross_entropy(10 * images @ texts.T, labels)
+    assert torch.allclose(loss, expected)
     assert torch.equal(visual_matching_loss(texts, images, 10.0, more[:0]), visual_matching_loss(texts, images, 10.0))
 
 

@@ -39,7 +39,7 @@ def test_a_batch_without_a_usable_pair_repeats_the_last_good_one(caplog):
     collate = PairCollator(make_processor(), caption="first")
     good = collate([row("0", captions=["a"]), row("1", captions=["b"])])
     batch = collate([row("2", b""), row("3", captions=[" "])])
-    assert "all 2 pairs of a batch are broken" in caplog.text and "once more" in caplog.text
+    assert "all 2 pairs of a batch are broken" in caplog.text and "is taken again" in caplog.text
     assert batch["skipped"] == {"empty": 1, "empty_caption": 1} and batch["n_seen"] == 2
     assert batch["contexts"]["input_ids"].tolist() == good["contexts"]["input_ids"][1:].tolist()
     assert torch.equal(batch["images"]["pixel_values"], good["images"]["pixel_values"][1:])
@@ -99,7 +99,7 @@ def test_captions_are_drawn_per_epoch_and_reproducibly():
 
 
 def documents(images):
-    see, target = ["see", ImageId("shown")], ["here", ImageId("target")]
+    see, target = ["see", ImageId("context")], ["here", ImageId("target")]
     return InterleavedDocuments.of(
         [make_conversation("d", [see, ["more!"], target], [2]), make_conversation("e", [["more!"], ["here"]], [1])],
         images,
@@ -110,15 +110,15 @@ def test_documents_and_pairs_in_one_batch():
     import datasets
 
     images = datasets.Dataset.from_list(
-        [row(name, encode(picture(i))) for i, name in enumerate(("target", "shown", "other"))]
+        [row(name, encode(picture(i))) for i, name in enumerate(("target", "context", "other"))]
     )
     made = documents(images)
     processor = make_processor(n_visual_tokens=1)
     batch = PairCollator(processor)([row("p"), made[0], made[1]])
-    assert len(batch["images"]["pixel_values"]) == 3  # the pair's, the document's shown and target
+    assert len(batch["images"]["pixel_values"]) == 3  # the pair's, the document's context and target
     assert torch.allclose(
         batch["images"]["pixel_values"][1], processor.pixels([picture(1)])[0]
-    )  # sorted: shown before target
+    )  # sorted: context before target
     assert batch["captions"]["image_indices"].tolist() == [0]
     assert batch["contexts"]["image_indices"].tolist() == [1]
     rows = {name: batch["targets"][name].tolist() for name in ("image_rows", "image_indices", "text_rows")}

@@ -66,7 +66,7 @@ def test_image_folder_csv_and_its_errors(tmp_path):
         with pytest.raises(ValueError, match=r"metadata\.csv has the columns .*expected 'file_name'"):
             load_pairs(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,caption,caption\na.png,b,c\n")
-    with pytest.raises(ValueError, match="names a column twice"):
+    with pytest.raises(ValueError, match="has a duplicate column"):
         load_pairs(tmp_path)
     (tmp_path / "metadata.csv").write_text("\ufefffile_name,caption\na.png,from a spreadsheet\n", encoding="utf-8")
     assert load_pairs(tmp_path)[0]["captions"] == ["from a spreadsheet"]
@@ -88,8 +88,8 @@ def test_image_folder_csv_and_its_errors(tmp_path):
         ('{"file_name": 5, "caption": "x"}', "no_file_name"),
         ('{"file_name": "a", "caption": "half \\ud83d"}', "half_character: 'caption' has half a character"),
         ('{"file_name": "\\ud83d.png", "caption": "x"}', "half_character: 'file_name' has half a character"),
-        ('{"file_name": "../private.png", "caption": "x"}', "outside_folder: '../private.png' lies outside"),
-        ('{"file_name": "/etc/hostname", "caption": "x"}', "outside_folder: '/etc/hostname' lies outside"),
+        ('{"file_name": "../private.png", "caption": "x"}', "outside_folder: '../private.png' is outside"),
+        ('{"file_name": "/etc/hostname", "caption": "x"}', "outside_folder: '/etc/hostname' is outside"),
         ('{"file_name": "a\\u0000", "caption": "x"}', None),
     ],
 )
@@ -203,7 +203,7 @@ def test_images_with_a_text_of_the_same_name(tmp_path, caplog):
         rows = list(load_pairs(tmp_path))
     assert [row["id"] for row in rows] == ["1.jpg", "2.PNG", "3.jpg", "more/1.webp"]
     assert reasons(rows) == ({"not_utf8": 1}, [["one"], [], ["two", "deux"]]) and rows[3]["url"] == "u"
-    assert "1 texts lie beside no image and are not used, such as README.txt" in caplog.text
+    assert "1 texts are beside no image and are not used, such as README.txt" in caplog.text
 
 
 def test_more_rows_than_a_chunk_keep_their_order(tmp_path):
@@ -349,7 +349,7 @@ def test_shards_by_file_folder_pattern_braces_or_list(tmp_path):
     with pytest.raises(ValueError, match=r"2 of its 5 archives do not exist, such as .*00011\.tar"):
         find_tars(str(tmp_path / "{00008..00012}.tar"))
     (folder / "deep" / "out.tar").symlink_to(tmp_path / "00008.tar")
-    with pytest.raises(ValueError, match=r"out\.tar' lies outside"):
+    with pytest.raises(ValueError, match=r"out\.tar' is outside"):
         find_tars(folder)
 
 

@@ -1,4 +1,4 @@
-"""A GGUF becomes a folder once, whole or not at all; what is no usable GGUF is said so."""
+"""A GGUF becomes a folder once, whole or not at all; any other file is refused with its reason."""
 
 import json
 

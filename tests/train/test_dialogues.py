@@ -21,12 +21,12 @@ def lines(path, rows):
     return path
 
 
-def said(role, *parts):
+def message(role, *parts):
     content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
     return {"role": role, "content": content}
 
 
-def shown(image=None, **keys):
+def image_part(image=None, **keys):
     return {"type": "image", **({} if image is None else {"image": image}), **keys}
 
 
@@ -66,14 +66,14 @@ def test_chat_messages_as_the_ecosystem_writes_them(tmp_path):
     for i in (1, 2):
         picture(i).save(tmp_path / f"{i}.png")
     parts = [
-        said("system", "be kind"), said("user", shown(), "what is it?"), said("assistant", "a cat"),
-        said("user", "show me another"), said("assistant", "here:", shown()),
+        message("system", "be kind"), message("user", image_part(), "what is it?"), message("assistant", "a cat"),
+        message("user", "show me another"), message("assistant", "here:", image_part()),
     ]  # fmt: skip
     by_index = json.loads(json.dumps(parts))
     by_index[1]["content"][0] = {"type": "image", "index": 0, "text": None}
     by_index[4]["content"][1] = {"type": "image", "index": 1, "text": None}
     by_path = json.loads(json.dumps(parts))
-    by_path[1]["content"][0], by_path[4]["content"][1] = shown("1.png"), {"type": "image", "path": "2.png"}
+    by_path[1]["content"][0], by_path[4]["content"][1] = image_part("1.png"), {"type": "image", "path": "2.png"}
     own = [
         {"from": {"assistant": "gpt", "user": "human"}.get(m["role"], m["role"]), "value": m["content"]}
         for m in CHAT["messages"]
@@ -126,9 +126,9 @@ def test_every_kind_of_bad_chat_is_counted_by_its_line(tmp_path):
         "no_context": {"messages": [assistant, user]},
         "no_reply": {"messages": [user, user]},
         "duplicate_id": {"id": "good", "messages": [user, assistant]},
-        "outside_folder": {"messages": [said("user", shown("../1.png")), assistant]},
-        "url_image": {"messages": [said("user", {"type": "image_url", "image_url": {"url": "http://x/1.png"}}), assistant]},
-        "bad_image": {"messages": [said("user", shown([1])), assistant]},
+        "outside_folder": {"messages": [message("user", image_part("../1.png")), assistant]},
+        "url_image": {"messages": [message("user", {"type": "image_url", "image_url": {"url": "http://x/1.png"}}), assistant]},
+        "bad_image": {"messages": [message("user", image_part([1])), assistant]},
         "half_character": '{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "x"}]}',
         "not_utf8": "",
     }  # fmt: skip
@@ -192,8 +192,8 @@ def test_mmdialogs_training_file(tmp_path):
 
 
 def test_visdials_training_file(tmp_path):
-    def change(found):
-        found["data"]["dialogs"][1]["dialog"] = []
+    def change(file):
+        file["data"]["dialogs"][1]["dialog"] = []
 
     folder = visdial(tmp_path / "v", "train", images=(7, 8), change=change, dense=False)
     (folder / "VisualDialog_train2018").rename(folder / "train2014")
@@ -338,8 +338,8 @@ def test_a_run_trains_on_ones_own_chats_and_counts_what_is_bad(tmp_path, cached)
     towers, chats = make_towers(tmp_path / "towers"), []
     for i in range(8):
         picture(i).save(tmp_path / f"{i}.png")
-        words = [said("user", f"say {i}"), said("assistant", f"word {i}")]
-        shows = [said("user", "and", shown(f"{i}.png")), said("assistant", shown(f"{i}.png"))]
+        words = [message("user", f"say {i}"), message("assistant", f"word {i}")]
+        shows = [message("user", "and", image_part(f"{i}.png")), message("assistant", image_part(f"{i}.png"))]
         chats.append({"messages": [*words, *shows]})
     (tmp_path / "7.png").write_bytes(b"broken")
     path = lines(tmp_path / "chats.jsonl", [*chats, "{", {"messages": []}])

@@ -1,4 +1,4 @@
-"""Candidates embedded by one or two processes, interrupted or not, are the same files, and the pool they make is right."""
+"""Candidates embedded by one or two processes, interrupted or not, are the same files, and make the same pool."""
 
 import json
 import os

@@ -56,21 +56,21 @@ def test_a_picture_depends_on_its_scene_and_its_jitter(parts):
 
 
 def test_responses_follow_from_their_context(parts):
-    said = responses(parts["test"], 400, 3)
-    assert len({said.texts[i] for i in said.texts}) == 400 == len(said.dialogues)
-    for dialogue in said.dialogues:
+    dialogue_set = responses(parts["test"], 400, 3)
+    assert len({dialogue_set.texts[i] for i in dialogue_set.texts}) == 400 == len(dialogue_set.dialogues)
+    for dialogue in dialogue_set.dialogues:
         last = dialogue["turns"][dialogue["target_turn"] - 1]["elements"][-1]["text"]
         assert dialogue["wants_image"] is bool(dialogue["gold"]["image_ids"]) is (last in ASK_IMAGE)
         context = [e for t in dialogue["turns"][:-1] for e in t["elements"]]
-        scene = said.scenes[dialogue["dialogue_id"]]
+        scene = dialogue_set.scenes[dialogue["dialogue_id"]]
         words = " ".join(e["text"] for e in context if e["type"] == "text")
-        shown = [said.images[e["image_id"]] for e in context if e["type"] == "image"]
+        pictured = [dialogue_set.images[e["image_id"]] for e in context if e["type"] == "image"]
         if dialogue["image_informs"]:
             assert scene.animal not in words and scene.hat not in words
-            assert (shown[0].animal, shown[0].hat) == (scene.animal, scene.hat) and shown[0] != scene
+            assert (pictured[0].animal, pictured[0].hat) == (scene.animal, scene.hat) and pictured[0] != scene
         else:
-            assert scene.animal in words and scene.hat in words and not shown
-    informed = [d for d in said.dialogues if d["image_informs"]]
+            assert scene.animal in words and scene.hat in words and not pictured
+    informed = [d for d in dialogue_set.dialogues if d["image_informs"]]
     assert len(informed) > 100
     bare = without_context_images(informed)
     assert not any(e["type"] == "image" for d in bare for t in d["turns"][:-1] for e in t["elements"])
@@ -124,7 +124,7 @@ def test_jobs_run_side_by_side_in_processes_of_their_own(monkeypatch):
     import os
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    at_start = (Path.read_bytes, {"self": Path("/proc/self/environ")})  # what OpenMP found, not what was set later
+    at_start = (Path.read_bytes, {"self": Path("/proc/self/environ")})  # what OpenMP read, not what was set later
     done = side_by_side([(os.getpid, {})] * 3 + ([at_start] if Path("/proc").is_dir() else []), workers=2)
     assert len({os.getpid(), *(d.result for d in done[:3])}) == 4
     assert all(d.seconds >= 0 and d.memory > 0 for d in done)

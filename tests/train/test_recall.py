@@ -52,8 +52,8 @@ class Perfect:
 def test_a_perfect_model_has_full_recall_with_a_row_for_each_caption(tmp_path):
     rows = flickr(tmp_path / "f")
     assert len(rows) == 20
-    found = caption_to_image_recall(Perfect(), rows, 20)
-    assert found["R@1"] == 100 and found["pool"] == 4
+    recalls = caption_to_image_recall(Perfect(), rows, 20)
+    assert recalls["R@1"] == 100 and recalls["pool"] == 4
     grouped = one_row_an_image(rows)
     assert len(grouped) == 4 and grouped[2]["captions"] == [f"cccccc {c}" for c in range(5)]
     assert grouped[2]["image"]["path"].endswith("2.png") and grouped.column_names == rows.column_names
@@ -77,8 +77,8 @@ def test_rows_of_one_image_are_no_negatives():
 
 
 def test_no_pair_at_all_has_no_recall(tmp_path):
-    found = caption_to_image_recall(make_model(tmp_path), [{"image": None, "captions": ["x"]}], 5)
-    assert math.isnan(found["R@1"]) and (found["pool"], found["left out"]) == (0, 1)
+    recalls = caption_to_image_recall(make_model(tmp_path), [{"image": None, "captions": ["x"]}], 5)
+    assert math.isnan(recalls["R@1"]) and (recalls["pool"], recalls["left out"]) == (0, 1)
 
 
 def test_replies_by_section_3_4():
@@ -88,10 +88,10 @@ def test_replies_by_section_3_4():
     queries = torch.tensor([
         [0.9, 0.1, 0, 0, 0.5, 0], [0, 0.9, 0.3, 0, 0, 0.2], [0, 0, 0.9, 0.1, 0.5, 0], [0.9, 0, 0, 0.4, 0, 0.1],
     ])  # fmt: skip
-    found = reply_recall(queries, texts, images, [0, 1, 2, 3], [0, 1, None, None])
-    assert found["image_rate"] == 50 and found["image_rate_text_only"] == 50
-    assert found["reply_R@1"] == pytest.approx(100 * (3 + 1) / 6)  # one text is second, one image is not shown
-    assert found["reply_image_R@1"] == 100 and found["reply_R@5"] == pytest.approx(100 * 5 / 6)
+    recalls = reply_recall(queries, texts, images, [0, 1, 2, 3], [0, 1, None, None])
+    assert recalls["image_rate"] == 50 and recalls["image_rate_text_only"] == 50
+    assert recalls["reply_R@1"] == pytest.approx(100 * (3 + 1) / 6)  # one text is second, one image is not shown
+    assert recalls["reply_image_R@1"] == 100 and recalls["reply_R@5"] == pytest.approx(100 * 5 / 6)
     words = reply_recall(queries, texts, torch.zeros(0, 6), [0, 1, 2, 3], [None] * 4)
     assert words["image_rate_text_only"] == 0 and "image_rate" not in words
 

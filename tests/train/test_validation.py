@@ -62,8 +62,8 @@ def test_it_measures_what_the_model_does_for_a_user(tmp_path):
     assert measured["image_R@1"] == pytest.approx(100 * (ranks[:, 0] == torch.arange(4)).float().mean().item())
     assert measured["image_R@5"] == 100 and dict(validation.skips.counts) == {"empty": 1}
     texts = [f"reply {name}" for name in "abcd"]
-    shown = model.processor.decode(spoken[2]["image"])
-    content = [{"type": "text", "text": "like this"}, {"type": "image", "image": shown}]
+    image = model.processor.decode(spoken[2]["image"])
+    content = [{"type": "text", "text": "like this"}, {"type": "image", "image": image}]
     contexts = [["show me"], [{"role": "user", "content": content}], ["thanks"], ["how old is it?"]]
     pool = model.build_pool(images=[model.processor.decode(spoken[i]["image"]) for i in (0, 1)], texts=texts)
     replies = model.retrieve(contexts, pool)

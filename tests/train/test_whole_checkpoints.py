@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, and what a kill leaves behind is gone on from, bit for bit."""
+"""Checkpoints appear whole or not at all, and a killed run resumes from what it left, bit for bit."""
 
 import json
 import logging

@@ -65,13 +65,13 @@ def _turns(contents: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _reply(scene: Scene, ask: str, rng: random.Random) -> str:
-    """The gold reply's words: the scene told again."""
+    """The gold reply's words: the scene in other words."""
     template = rng.choice(REPLY_IMAGE if ask in ASK_IMAGE else REPLY_TEXT[ask])
     extra = {"n": rng.choice(NUMBERS), "name": rng.choice(NAMES), "plural": plural(scene.animal)}
     return template.format(**phrases(scene, rng), **extra)
 
 
-def _told(scene: Scene, ask: str, rng: random.Random) -> list[list[dict[str, Any]]]:
+def _in_words(scene: Scene, ask: str, rng: random.Random) -> list[list[dict[str, Any]]]:
     """A context of words: the scene in two turns, the other speaker between, the request at the end."""
     words = phrases(scene, rng)
     openings, endings = rng.choice(((TELL_WHO, TELL_WHAT), (TELL_WHERE, TELL_THERE)))
@@ -79,13 +79,13 @@ def _told(scene: Scene, ask: str, rng: random.Random) -> list[list[dict[str, Any
     return [[_text(first)], [_text(rng.choice(LISTEN))], [_text(second)], [_text(ask)]]
 
 
-def _shown(scene: Scene, image_id: str, ask: str, rng: random.Random) -> list[list[dict[str, Any]]]:
+def _with_picture(scene: Scene, image_id: str, ask: str, rng: random.Random) -> list[list[dict[str, Any]]]:
     """A context whose picture gives the animal and its hat, and whose words give the rest."""
     contents = [[_text(rng.choice(SHOW_FRIEND)), _image(image_id)]]
-    told = _text(rng.choice(IMAGINE).format(**phrases(scene, rng)))
+    moved = _text(rng.choice(IMAGINE).format(**phrases(scene, rng)))
     if rng.random() < 0.5:
-        return [*contents, [_text(rng.choice(LISTEN))], [told], [_text(ask)]]
-    contents[0].append(_text(" " + told["text"]))
+        return [*contents, [_text(rng.choice(LISTEN))], [moved], [_text(ask)]]
+    contents[0].append(_text(" " + moved["text"]))
     return [*contents, [_text(ask)]]
 
 
@@ -155,9 +155,9 @@ def responses(
         if informs:
             shown_id = f"{name}-context-{i}"
             result.images[shown_id] = rng.choice(friends)
-            contents = _shown(scene, shown_id, ask, rng)
+            contents = _with_picture(scene, shown_id, ask, rng)
         else:
-            contents = _told(scene, ask, rng)
+            contents = _in_words(scene, ask, rng)
         result.texts[text_id] = text
         result.scenes[text_id] = result.scenes[dialogue_id] = scene
         reply = [_text(text)]
@@ -195,10 +195,10 @@ def visdial(scenes: Sequence[Scene], n: int, seed: int = 0, *, name: str = "visd
     result = DialogueSet()
     for i, scene in enumerate(rng.sample(scenes, n)):
         words = phrases(scene, rng)
-        asked = [rng.choice(options) for options in QUESTIONS.values()]
-        asked += rng.sample(IDLE_QUESTIONS, rounds - len(asked))
-        rng.shuffle(asked)
-        contents = [[_text(line.format(**words))] for pair in asked for line in pair]
+        questions = [rng.choice(options) for options in QUESTIONS.values()]
+        questions += rng.sample(IDLE_QUESTIONS, rounds - len(questions))
+        rng.shuffle(questions)
+        contents = [[_text(line.format(**words))] for pair in questions for line in pair]
         image_id = f"{name}-image-{i}"
         result.images[image_id] = result.scenes[f"{name}-{i}"] = scene
         gold = {"text_ids": [], "image_ids": [image_id]}

@@ -28,7 +28,7 @@ N_DOCUMENTS = 8_000
 class Miniature:
     """
     What `train/run.py` needs of it, the seconds its parts took, and the peak memory of the processes that pre-trained
-    the towers, in GiB (zero for towers found on disk).
+    the towers, in GiB (zero for towers that were on disk).
     """
 
     text_model: str
@@ -43,7 +43,7 @@ def prepare(folder: str | Path, seed: int = 0) -> Miniature:
     """
     Makes the miniature, or takes the towers an earlier call with the same seed left in `folder/towers`.
 
-    Only scenes of the train split are shown or spoken of.
+    Only scenes of the train split appear in pictures or words.
 
     Args:
         folder: where the towers go.

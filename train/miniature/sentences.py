@@ -1,4 +1,4 @@
-"""What is said in the miniature's dialogues: `{}` places are filled by [`train.miniature.dialogues`]."""
+"""The sentences of the miniature's dialogues: `{}` places are filled by [`train.miniature.dialogues`]."""
 
 ASK_IMAGE = (
     "show me!",
@@ -82,7 +82,7 @@ TELL_THERE = (
     "there was {an_a} in {an_h}, {v}.",
 )
 LISTEN = ("oh, tell me more.", "really?", "and then?", "how nice.", "what was it up to?")
-# With a picture: who it is stands in the picture, and the words move it elsewhere.
+# With a picture: the picture gives who it is, and the words move it elsewhere.
 SHOW_FRIEND = ("here is my friend.", "look who i met.", "this is my friend.", "do you remember this one?")
 IMAGINE = (
     "now imagine it {v} {p}.",

@@ -1,7 +1,7 @@
 """The miniature's two towers: a CLIP and an OPT of under a million parameters each, pre-trained on train scenes.
 
 Each is saved as a folder shaped like a Hub repository, so that everything downstream loads it as it loads a real
-tower. What stands in for web-scale pre-training is written down in `documents`: its figures depend on it.
+tower. What replaces web-scale pre-training is written down in `documents`: its figures depend on it.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _train_clip(
 
 
 # ------------------------------------------------------------------------------------------------------------ OPT
-# (text before the tail, tail): the tail is what the [RET] state has to foretell.
+# (text before the tail, tail): the tail is what the [RET] state must predict.
 Document = tuple[str, str]
 
 
@@ -218,14 +218,14 @@ def documents(scenes: Sequence[Scene], n: int, rng: random.Random) -> list[Docum
 
     A language model of this size carries no summary of a text in its last state unless its training text asks for
     one; web text does so with hashtags, keywords and alt texts, and so do these documents. Where a dialogue shows an
-    image, its alt text's words stand in the image's place, in any order, and a dialogue that asks for a picture is
+    image, its alt text's words take the image's place, in any order, and a dialogue that asks for a picture is
     tagged "photo", one that asks for words "chat".
     """
     made: list[Document] = []
     while len(made) < n:
         spoken = responses(scenes, len(scenes), rng.randrange(1 << 30), image_share=0.5, informed_share=0.5)
-        asked = visdial(scenes, len(scenes), rng.randrange(1 << 30))
-        for group, share in ((spoken, 1.0), (asked, 0.5)):
+        questions = visdial(scenes, len(scenes), rng.randrange(1 << 30))
+        for group, share in ((spoken, 1.0), (questions, 0.5)):
             for dialogue in group.dialogues:
                 if rng.random() < share:
                     made.append(_dialogue_document(dialogue, group, rng))
@@ -238,14 +238,14 @@ def documents(scenes: Sequence[Scene], n: int, rng: random.Random) -> list[Docum
             else:
                 made.append((_words(scene, rng) + " " + captions(scene, rng, 1)[0], ""))
         made += [(text, alt_text(spoken.scenes[text_id], rng)) for text_id, text in spoken.texts.items()]
-        for _ in range(len(scenes) // 200):  # common knowledge is told often: one document in twenty-five
+        for _ in range(len(scenes) // 200):  # common knowledge comes often: one document in twenty-five
             made += _fact_documents(rng)
     rng.shuffle(made)
     return made[:n]
 
 
 def _fact_documents(rng: random.Random) -> list[Document]:
-    """For each animal: what it eats, asked and told, and the wish to know what it looks like."""
+    """For each animal: what it eats, as question and answer, and a question for what it looks like."""
     made = []
     for (animal, food), (question, answer) in zip(FAVOURITES.items(), facts(), strict=True):
         made.append((question, _tail([animal, "eating", food, "chat"], rng)))
@@ -260,7 +260,7 @@ def _tail(tags: list[str], rng: random.Random) -> str:
 
 
 def _words(scene: Scene, rng: random.Random) -> str:
-    """What stands in an image's place: the scene's words, in any order, each after a space."""
+    """What takes an image's place: the scene's words, in any order, each after a space."""
     return " " + alt_text(scene, rng, "")
 
 
@@ -352,15 +352,15 @@ def _document_batches(
     rows = []
     for body, tail in zip(bodies, tails, strict=True):
         tail = [*tail[1:], tokenizer.eos_token_id]  # without the BOS of its own
-        # The first "#" is not foretold: [RET] is put there, whatever the text.
+        # The first "#" is not predicted: [RET] is put there, whatever the text.
         weights = [body_weight] * (len(body) + 1) + [1.0] * (len(tail) - 1)
         rows.append((body + tail, weights))
     # Sorted by length within a few batches only: sorted over all, a batch would hold one kind of document.
     batches = []
     for start in range(0, len(rows), 4 * batch_size):
         near = sorted(rows[start : start + 4 * batch_size], key=lambda row: len(row[0]))
-        alike = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
-        batches += [alike[i] for i in torch.randperm(len(alike)).tolist()]
+        chunks = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+        batches += [chunks[i] for i in torch.randperm(len(chunks)).tolist()]
     for chosen in batches:
         length = max(len(ids) for ids, _ in chosen)
         pad = tokenizer.pad_token_id

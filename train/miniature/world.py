@@ -377,5 +377,5 @@ def splits(seed: int = 0, train: int = 10_000, validation: int = 1_800, test: in
         chosen[name] = unseen + seen
         random.Random(f"{name}-{seed}").shuffle(chosen[name])
     if len(rest) < train:
-        raise ValueError(f"the world has {len(rest)} scenes left for training, {train} were asked for")
+        raise ValueError(f"the world has {len(rest)} scenes left for training, {train} are wanted")
     return {"train": rest[:train], **chosen}
