@@ -45,10 +45,8 @@ def main(argv: list[str] | None = None) -> None:
             seconds = train_systems(folder, seed)
             results = measure_seed(folder, seed)
             seconds["total"] = time.perf_counter() - start
-            write_json(
-                arguments.output / f"seed-{seed}.json",
-                {"seed": seed, "seconds": seconds, "results": results, "demo": measure_demo(folder)},
-            )
+            write_json(arguments.output / f"seed-{seed}.json", {"seed": seed, "seconds": seconds, "results": results})
+            write_json(arguments.output / f"demo-{seed}.json", {"seed": seed, "columns": measure_demo(folder)})
             print(f"seed {seed}: {seconds['total']:.0f} s", flush=True)
     print(f"written: {page(arguments.output)}")
 

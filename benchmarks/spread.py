@@ -15,13 +15,12 @@ Columns = Mapping[str, Mapping[str, list[float]]]
 
 def published(folder: Path = RESULTS) -> tuple[list[int], Columns]:
     """
-    The seeds whose `seed-N.json` in `folder` holds the demo's columns, and those columns; none where none does.
+    The seeds of `demo-N.json` in `folder`, which hold the demo's columns as `benchmarks.report` measured them, and those columns.
     """
-    files = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
-    files = [file for file in files if "demo" in file]
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("demo-*.json"))]
     columns: dict[str, dict[str, list[float]]] = {}
     for file in files:
-        for system, values in file["demo"].items():
+        for system, values in file["columns"].items():
             for measure, value in values.items():
                 columns.setdefault(system, {}).setdefault(measure, []).append(value)
     return [file["seed"] for file in files], columns

@@ -1,6 +1,7 @@
 """Where a run lies among the published seeds, and the README's table, worked by hand."""
 
 import json
+from pathlib import Path
 
 from benchmarks.spread import place, published, readme_table
 
@@ -8,9 +9,9 @@ DEMO = [{"UniMuR": {"overall R@1": 80.0, "CLIP-Sim": 0.8}, "chance": {"overall R
         {"UniMuR": {"overall R@1": 90.0, "CLIP-Sim": 0.9}, "chance": {"overall R@1": 0.1}}]  # fmt: skip
 
 
-def test_only_seeds_with_the_columns_count_and_the_table_has_mean_least_and_most(tmp_path):
+def test_the_table_has_mean_least_and_most(tmp_path):
     for seed, demo in enumerate(DEMO):
-        (tmp_path / f"seed-{seed}.json").write_text(json.dumps({"seed": seed, "demo": demo}))
+        (tmp_path / f"demo-{seed}.json").write_text(json.dumps({"seed": seed, "columns": demo}))
     (tmp_path / "seed-2.json").write_text(json.dumps({"seed": 2}))
     seeds, columns = published(tmp_path)
     assert seeds == [0, 1]
@@ -25,3 +26,8 @@ def test_a_run_inside_and_outside_the_seeds(tmp_path):
     outside = place({"overall R@1": 79.9, "CLIP-Sim": 0.8, "new": 1.0}, [0, 1], values)
     assert outside.startswith("1 of 2 figures") and outside.endswith("outside: overall R@1 79.9 (80.0 to 90.0)")
     assert place({"overall R@1": 1.0}, [], {}) == "no published seed to compare with"
+
+
+def test_the_readme_holds_the_table_of_the_published_seeds():
+    _, columns = published()
+    assert readme_table(columns) in (Path(__file__).parents[2] / "README.md").read_text()
