@@ -15,7 +15,7 @@ Columns = Mapping[str, Mapping[str, list[float]]]
 
 def published(folder: Path = RESULTS) -> tuple[list[int], Columns]:
     """
-    The seeds of `demo-N.json` in `folder`, which hold the demo's columns as `benchmarks.report` measured them, and those columns.
+    The seeds of `demo-N.json` in `folder`, as `benchmarks.report` writes them, and the demo's columns.
     """
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("demo-*.json"))]
     columns: dict[str, dict[str, list[float]]] = {}
