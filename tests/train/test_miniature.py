@@ -140,5 +140,5 @@ def test_bars_side_by_side_have_lines_of_their_own():
 
 
 def test_what_a_job_raises_is_raised():
-    with pytest.raises(TypeError, match="no arguments"):
+    with pytest.raises(TypeError, match="no keyword arguments"):
         side_by_side([(os.getpid, {}), (os.getpid, {"of": "what"})])
