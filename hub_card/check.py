@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import dedent
 
 from huggingface_hub import ModelCard
 from huggingface_hub.inference._providers import PROVIDERS
@@ -53,9 +54,10 @@ class NotFitError(ValueError):
     """A folder lacks something its users would call, or a call fails; the message says which."""
 
 
-def python_blocks(markdown: str) -> list[str]:
-    """The Python blocks of a markdown text, in order."""
-    return re.findall(r"^```python\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+def blocks(markdown: str, language: str) -> list[str]:
+    """The fenced blocks of a language in a markdown text, in order; those of a list without their indentation."""
+    fenced = re.findall(rf"^( *)```{language}\n(.*?)^\1```", markdown, re.MULTILINE | re.DOTALL)
+    return [dedent(block) for _, block in fenced]
 
 
 def pipeline_tags() -> set[str]:
@@ -145,7 +147,7 @@ def check_folder(folder: Path, repo_id: str, say: Callable[[str], None] = print)
         if (folder / "pool").is_dir():
             run(HANDLER.format(name=str(folder)))
             say("endpoint handler")
-        for block in python_blocks(card.text):
+        for block in blocks(card.text, "python"):
             if "sentence_transformers" in block and find_spec("sentence_transformers") is None:
                 say("NOT checked, sentence-transformers is not installed: the card's snippet for it")
                 continue

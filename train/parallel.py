@@ -3,13 +3,15 @@
 import multiprocessing
 import os
 import resource
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partialmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from tqdm.std import tqdm
+_starting = threading.Lock()  # a process starts with the environment of all of this one, so one at a time
 
 
 class Done(NamedTuple):
@@ -31,28 +33,40 @@ def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]], workers: int =
     Raises:
         Exception: whatever a job raised.
     """
-    context = multiprocessing.get_context("spawn")
-    # A new process imports the main script, and OpenMP with it, before it runs our code: this must be set by then.
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    lines: SimpleQueue[int] = SimpleQueue()
+    for line in range(workers):
+        lines.put(line)
+    with ThreadPoolExecutor(workers) as threads:
+        waiting = [threads.submit(_in_a_process, function, arguments, lines) for function, arguments in jobs]
+        return [future.result() for future in waiting]
+
+
+def _in_a_process(function: Callable, arguments: dict[str, Any], lines: "SimpleQueue[int]") -> Done:
+    line = lines.get()
     try:
-        started = context.Value("i", 0)
-        with ProcessPoolExecutor(
-            workers, context, initializer=_settle, initargs=(started, workers), max_tasks_per_child=1
-        ) as processes:
-            waiting = [processes.submit(_timed, function, arguments) for function, arguments in jobs]
-            return [future.result() for future in waiting]
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            # A new process imports the main script, and OpenMP and tqdm with it, before it runs anything of ours: they have
+            # to find these set.
+            with _starting, _environment(OMP_NUM_THREADS="1", TQDM_POSITION=str(line)):
+                waiting = process.submit(_timed, function, arguments)
+            return waiting.result()
     finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+        lines.put(line)
 
 
-def _settle(started: Any, workers: int) -> None:
-    """Gives the process's progress bars a line of their own."""
-    with started.get_lock():
-        line, started.value = started.value % workers, started.value + 1
-    tqdm.__init__ = partialmethod(tqdm.__init__, position=line)
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """The environment with other values, and then as it was."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _timed(function: Callable, arguments: dict[str, Any]) -> Done:

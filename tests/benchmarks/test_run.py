@@ -143,7 +143,7 @@ def test_the_miniature_is_the_default(run, task):
 
 
 def test_an_unknown_variant_is_refused(run):
-    with pytest.raises(ValueError, match="visdial has no variant wrong"):
+    with pytest.raises(ValueError, match="--variant wrong: visdial has corrected"):
         run("visdial", None, "--variant", "wrong")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hub_card.check import hidden, python_blocks
+from hub_card.check import blocks, hidden
 from modeling_unimur import UniMuRModel
 from modeling_unimur.pool_files import MODEL
 from tests.conftest import picture
@@ -284,7 +284,7 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub, folder, tmp_path):
     assert any(name.startswith("data-00000-of-00001-") for name in files)
     assert ran(hub.run(textwrap.dedent(fetch), home=tmp_path / "b", cwd=folder / "work")).split() == ["3", "True"]
     # The card's own snippet, once the model's name is put in, and without this package.
-    (snippet,) = python_blocks(files["README.md"].decode())
+    (snippet,) = blocks(files["README.md"].decode(), "python")
     assert MODEL in snippet
     script = hidden("modeling_unimur") + snippet.replace(MODEL, REPO)
     assert ran(hub.run(script, home=tmp_path / "c", cwd=folder / "work")) == "you are welcome.\n"

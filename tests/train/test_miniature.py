@@ -1,6 +1,9 @@
 """The miniature: disjoint splits with held-out combinations, dialogues that need what they claim, towers that reload."""
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,8 +124,6 @@ def test_towers_reload_and_repeat(parts, tmp_path):
 
 
 def test_jobs_run_side_by_side_in_processes_of_their_own(monkeypatch):
-    import os
-
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     at_start = (Path.read_bytes, {"self": Path("/proc/self/environ")})  # what OpenMP read, not what was set later
     done = side_by_side([(os.getpid, {})] * 3 + ([at_start] if Path("/proc").is_dir() else []), workers=2)
@@ -130,3 +131,14 @@ def test_jobs_run_side_by_side_in_processes_of_their_own(monkeypatch):
     assert all(d.seconds >= 0 and d.memory > 0 for d in done)
     assert all(b"\0OMP_NUM_THREADS=1\0" in b"\0" + d.result + b"\0" for d in done[3:])
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_bars_side_by_side_have_lines_of_their_own():
+    script = "import io; from tqdm.auto import tqdm; print(abs(tqdm(range(3), file=io.StringIO()).pos))"
+    job = (subprocess.check_output, {"args": [sys.executable, "-c", script], "text": True})
+    assert {done.result for done in side_by_side([job, job])} == {"0\n", "1\n"}
+
+
+def test_what_a_job_raises_is_raised():
+    with pytest.raises(TypeError, match="no keyword arguments"):
+        side_by_side([(os.getpid, {}), (os.getpid, {"of": "what"})])
