@@ -33,7 +33,7 @@ SENTENCE_TRANSFORMERS = {
 }
 REQUIREMENTS = "requirements.txt"
 POOL = "pool"
-# Arguments of from_pretrained that say where a checkpoint lies; its `source` is these and its name.
+# Arguments of from_pretrained that say where a checkpoint is; its `source` is these and its name.
 HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 WEIGHTS = "model.safetensors"
 FORMER_POOL = f"{POOL}/*"  # what a pool must not be uploaded beside: its index would be taken for the new one's

@@ -115,6 +115,32 @@ class PairCollator:
         self._epoch.fill_(epoch)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        items, images, names, skips = self._usable(rows)
+        cached = bool(images) and isinstance(images[0], tuple)
+        replies = [item["text"] for item in items]
+        states = self._captions([item.pop("cached", {}) for item in items])
+        if "text_embeds" in states:
+            items = [item | {"text": None} for item in items]
+        batch = self.processor.documents(items, None if cached or not self.images else images, pack=self.pack)
+        if "ret_states" in states:
+            batch["contexts"] = {"states": states["ret_states"]}
+        if "text_embeds" in states:
+            batch["targets"] |= {"text_rows": torch.arange(len(items)), "text_embeds": states["text_embeds"]}
+        if cached:
+            features, embeds = (
+                torch.from_numpy(np.asarray(values, dtype=np.float32)) for values in zip(*images, strict=True)
+            )
+            batch["images"] = {"features": features, "embeds": embeds}
+        named: dict[str, Any] = {"names": names, "replies": replies} if self.named else {}
+        words = [item["caption"][1] for item in items if item["caption"] is not None]
+        if self.worded and words:
+            named["words"] = words
+        return {**batch, **named, "skipped": dict(skips.counts), "n_seen": skips.seen}
+
+    def _usable(
+        self, rows: Sequence[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[Any], list[str], SkipCounter]:
+        """The items of the good rows (of the last good one where there is none), their images, the ids, what was left out."""
         items: list[dict[str, Any]] = []
         images: list[Any] = []
         names: list[str] = []
@@ -147,26 +173,7 @@ class PairCollator:
             # A step needs a pair, in every process. Whether too many are broken is for the counts of all to say.
             logger.warning(f"{broken}\nthe last good pair is taken again")
             items, images, names = list(self._spare[0]), list(self._spare[1]), [self._spare[2]]
-        cached = bool(images) and isinstance(images[0], tuple)
-        replies = [item["text"] for item in items]
-        states = self._captions([item.pop("cached", {}) for item in items])
-        if "text_embeds" in states:
-            items = [item | {"text": None} for item in items]
-        batch = self.processor.documents(items, None if cached or not self.images else images, pack=self.pack)
-        if "ret_states" in states:
-            batch["contexts"] = {"states": states["ret_states"]}
-        if "text_embeds" in states:
-            batch["targets"] |= {"text_rows": torch.arange(len(items)), "text_embeds": states["text_embeds"]}
-        if cached:
-            features, embeds = (
-                torch.from_numpy(np.asarray(values, dtype=np.float32)) for values in zip(*images, strict=True)
-            )
-            batch["images"] = {"features": features, "embeds": embeds}
-        named: dict[str, Any] = {"names": names, "replies": replies} if self.named else {}
-        words = [item["caption"][1] for item in items if item["caption"] is not None]
-        if self.worded and words:
-            named["words"] = words
-        return {**batch, **named, "skipped": dict(skips.counts), "n_seen": skips.seen}
+        return items, images, names, skips
 
     def _pair(self, row: dict[str, Any]) -> tuple[list[dict], list, str | None]:
         captions = usable_captions(row["captions"])

@@ -213,7 +213,7 @@ def _dataset(rows: Iterator[dict[str, Any]], origin: str | Path) -> datasets.Dat
     while chunk := list(islice(rows, 10_000)):
         chunks.append(datasets.Dataset.from_list(chunk, features=FEATURES))
     if not chunks:
-        raise ValueError(f"no pair found in {origin}: it has no rows")
+        raise ValueError(f"there is no pair in {origin}: it has no rows")
     return datasets.concatenate_datasets(chunks)
 
 

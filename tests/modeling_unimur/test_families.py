@@ -37,7 +37,7 @@ def test_what_looks_ahead_is_refused(tmp_path, monkeypatch):
     families.make("opt", tmp_path)
     monkeypatch.setitem(families.MORE, "bert", {"is_decoder": False})
     init_weights(AutoModelForCausalLM.from_config(families.tiny_config("bert"))).save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match=r"type 'bert' lets a position see those behind it.*is_decoder"):
+    with pytest.raises(ValueError, match=r"type 'bert' lets a position see those after it.*is_decoder"):
         UniMuRModel.from_pretrained_towers(
             str(tmp_path / "text"), str(tmp_path / "clip"), make_processor(max_length=96)
         )

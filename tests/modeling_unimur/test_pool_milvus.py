@@ -208,7 +208,7 @@ def test_paths_of_a_database_stay_inside_the_image_folder(uri, tmp_path):
     milvus = MilvusPool.create(uri, "p", MADE_BY, image_folder=folder)
     milvus.append("image", [folder / "own.png", tmp_path / "secret.png", folder / "link.png"], unit(3))
     rows = milvus.client.query("p", filter="row >= 0", output_fields=["id", "image_path", "source"])
-    # What lies in the folder is named, all else copied; no folder of this machine is in the database.
+    # What is in the folder is named, all else copied; no folder of this machine is in the database.
     assert sorted((r["id"], r["image_path"], r["source"]) for r in rows) == [
         ("link.png", "", "link.png"), ("own.png", "own.png", "own.png"), ("secret.png", "", "secret.png"),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Canonical correlation: what it solves, against the definition; and that it finds what lies behind noise."""
+"""Canonical correlation: what it solves, against the definition; and that it recovers what noise hides."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_it_finds_the_pairs_of_unseen_rows_where_plain_cosines_of_a_cone_do_not(
     scores = F.normalize(maps.of(STATE)(new[STATE]), dim=1) @ F.normalize(maps.of("pooled")(new["pooled"]), dim=1).T
     hits = (scores.argmax(1) == torch.arange(200)).double().mean()
     assert hits > 0.6
-    # The state's ridge prediction of the image, compared with images as they are, lies in their cone.
+    # The state's ridge prediction of the image, compared with images as they are, is in their cone.
     cone = F.normalize(new["pooled"], dim=1)
     assert (cone @ cone.T).mean() > 0.8
 

@@ -71,7 +71,7 @@ def test_image_folder_csv_and_its_errors(tmp_path):
     (tmp_path / "metadata.csv").write_text("\ufefffile_name,caption\na.png,from a spreadsheet\n", encoding="utf-8")
     assert load_pairs(tmp_path)[0]["captions"] == ["from a spreadsheet"]
     (tmp_path / "metadata.csv").write_text("file_name,caption\n")
-    with pytest.raises(ValueError, match=r"no pair found in .*metadata\.csv"):
+    with pytest.raises(ValueError, match=r"there is no pair in .*metadata\.csv"):
         load_pairs(tmp_path)
 
 

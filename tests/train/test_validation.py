@@ -1,4 +1,4 @@
-"""Validation while training: what it measures, that training goes on as without it, the best model, and the curves."""
+"""Validation while training: what it measures, that training continues as without it, the best model, and the curves."""
 
 import json
 import math
