@@ -108,8 +108,7 @@ class DrawingMixin:
         ret_embedding: nn.Parameter
         training: bool
 
-        @property
-        def processor(self) -> UniMuRProcessor: ...
+        processor: UniMuRProcessor
         @property
         def device(self) -> torch.device: ...
         def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...

@@ -1,7 +1,7 @@
 """
 A conversation with UniMuR: the reply's words and picture, what else came near, and one's own pictures in the pool.
 
-    python hub_card/space/app.py                                   the miniature of `make demo`, its pool packed beside it
+    python hub_card/space/app.py                                   the miniature of `make demo`, or else the quickstart's
     python hub_card/space/app.py --model org/unimur-… --pool DIR    another checkpoint, another pool
     python hub_card/space/app.py --images photos --texts lines.txt  one's own pictures and replies
 
@@ -12,6 +12,7 @@ words and pictures stay in the visitor's session, and no usage data is sent.
 import argparse
 import os
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,23 +34,23 @@ from talk import App
 
 HERE = Path(__file__).parent
 MINIATURE = Path("runs/miniature/checkpoint")
+QUICKSTART = HERE.parent / "quickstart"  # of a clone
 SMALL = 512  # a language model of fewer dimensions is the miniature's
 
 
 def checkpoint_of(model: str | None) -> str:
     """
-    The given checkpoint, UNIMUR_MODEL's, the Space's own, or the miniature's.
+    The given checkpoint, UNIMUR_MODEL's, the Space's own, the miniature's, or the quickstart's.
 
     Raises:
         ValueError: there is none; the message says how to get one.
     """
-    beside = HERE / "checkpoint"
-    name = model or os.environ.get("UNIMUR_MODEL") or str(beside if beside.is_dir() else MINIATURE)
-    if name == str(MINIATURE) and not MINIATURE.is_dir():
-        raise ValueError(
-            "there is no checkpoint: run `make demo` first, or give --model a folder or a name on the Hub"
-        )
-    return name
+    if named := model or os.environ.get("UNIMUR_MODEL"):
+        return named
+    for folder in (HERE / "checkpoint", MINIATURE, QUICKSTART):
+        if folder.is_dir():
+            return str(folder)
+    raise ValueError("there is no checkpoint: run `make demo` first, or give --model a folder or a name on the Hub")
 
 
 def load(
@@ -68,6 +69,8 @@ def load(
         OSError: a file cannot be read.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    with suppress(ImportError):  # a checkpoint without code, as the quickstart's, is the installed package's
+        import modeling_unimur  # noqa: F401
     loaded = AutoModel.from_pretrained(checkpoint_of(model), trust_remote_code=True).to(device)
     if images or texts:
         return App(loaded, own_pool(loaded, images, texts), openings=())

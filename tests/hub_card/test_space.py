@@ -20,7 +20,7 @@ import app as space  # noqa: E402
 import views  # noqa: E402
 from app import load  # noqa: E402
 from page import LAUNCH, build  # noqa: E402
-from talk import MAX_SIDE, App, Session, Turn, excluded, name_of, sentence, sureness  # noqa: E402
+from talk import MAX_SIDE, STRIP, App, Session, Turn, excluded, name_of, sentence, sureness  # noqa: E402
 
 MINIATURE = Path(__file__).parents[2] / "runs" / "miniature" / "checkpoint"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -297,8 +297,18 @@ def test_the_space_installs_what_the_package_states_and_an_indexed_pools_faiss()
 def test_without_a_checkpoint_it_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("UNIMUR_MODEL", raising=False)
+    monkeypatch.setattr(space, "QUICKSTART", tmp_path / "quickstart")
     with pytest.raises(SystemExit, match="make demo"):
         space.main([])
+
+
+def test_in_a_clone_the_page_opens_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UNIMUR_MODEL", raising=False)
+    app = load()
+    assert len(app.strip) == STRIP and app.examples
+    Path("runs/miniature/checkpoint").mkdir(parents=True)
+    assert space.checkpoint_of(None) == "runs/miniature/checkpoint"  # once it is there
 
 
 def test_the_links_are_the_hubs_where_the_checkpoint_is_there(checkpoint):
