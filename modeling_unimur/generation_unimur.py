@@ -107,8 +107,8 @@ class DrawingMixin:
         language_model: Any
         ret_embedding: nn.Parameter
         training: bool
-
         processor: UniMuRProcessor
+
         @property
         def device(self) -> torch.device: ...
         def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
