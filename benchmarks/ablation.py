@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from modeling_unimur import UniMuRModel
 from train.arguments import CONFIGS, parse
@@ -151,10 +152,10 @@ class Seed:
         _, _, args = parse([
             *PAPER, f"--learning_rate={rate}", f"--schedule={row.part}",
             f"--seed={self.seed}", f"--output_dir={self.runs}", "--disable_tqdm=true", "--logging_steps=1000",
-            "--eval_strategy=no",
             *([] if row.steps is None else [f"--max_steps={row.steps}"]),
             *(f"--{name}={value}" for name, value in (row.training or {}).items()),
         ])  # fmt: skip
+        args.eval_strategy = IntervalStrategy.NO  # the rates are chosen by the tasks themselves
         if row.part == "matching":
             rows = self.states(row.language_model, model)
             collator = rows.collate

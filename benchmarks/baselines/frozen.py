@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, set_seed
 from transformers.configuration_utils import SubConfigSpec
+from transformers.trainer_utils import IntervalStrategy
 
 from benchmarks.language import LanguageSystem
 from modeling_unimur import UniMuRConfig, UniMuRModel
@@ -114,8 +115,9 @@ def train_frozen(
         f"--learning_rate={learning_rate}", f"--max_steps={max_steps}",
         "--schedule=captioning", f"--seed={seed}", f"--output_dir={output_dir}", f"--disable_tqdm={disable_tqdm}",
         f"--per_device_train_batch_size={batch_size}", "--gradient_accumulation_steps=1",
-        f"--n_visual_tokens={n_visual_tokens}", "--eval_strategy=no",
+        f"--n_visual_tokens={n_visual_tokens}",
     ])  # fmt: skip
+    args.eval_strategy = IntervalStrategy.NO
     model_args.text_model, model_args.clip_model = miniature.text_model, miniature.clip_model
     vision = CLIPVisionConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=max(1, width // 32),

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, get_cosine_schedule_with_warmup, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from benchmarks.output import write_json
 from modeling_unimur import UniMuRModel
@@ -122,8 +123,9 @@ def our_run(
         *ablation.PAPER, *(NEAR if canonical else ()), f"--learning_rate={rate}", f"--max_steps={max(steps, 1)}",
         f"--per_device_train_batch_size={BATCH}", "--gradient_accumulation_steps=1", f"--seed={bench.seed}",
         f"--warmup_steps={min(WARMUP, steps // 2)}", f"--output_dir={bench.runs}", "--disable_tqdm=true",
-        "--logging_steps=1000", "--eval_strategy=no",
+        "--logging_steps=1000",
     ])  # fmt: skip
+    args.eval_strategy = IntervalStrategy.NO  # it is looked at by its own watch
     with tempfile.TemporaryDirectory() as folder:
         watch, rows = Stopwatch(bench), bench.miniature.pairs
         collator = PairCollator(model.processor, seed=bench.seed, pack=True)

@@ -85,7 +85,7 @@ def test_every_field_of_the_configuration_is_an_argument():
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_configuration_of_the_repository_is_read(name):
-    parse(["--config", str(CONFIGS / name), "--train_data", "x"])
+    parse(["--config", str(CONFIGS / name), "--train_data", "x", "--drawing_model_name_or_path", "x"])
 
 
 @pytest.mark.parametrize(
