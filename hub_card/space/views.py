@@ -12,7 +12,7 @@ from talk import MAX_TEXT, Example, Picture, Session, Turn, name_of
 
 PAPER = "https://aclanthology.org/2024.findings-eacl.105"
 MINIATURE = (
-    "A small model that knows animals in hats, made in four minutes on two cores. Talk to it: one embedding finds the words "
+    "A small model that knows animals in hats, made in minutes on two cores. Talk to it: one embedding finds the words "
     "of its reply and a picture. The method, UniMuR, is for language models such as OPT-6.7B."
 )
 ANY = (
