@@ -49,12 +49,9 @@ OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests/modeling_unimur
 
-# What takes long: the endpoint under load, damaged pools, random input, every family of language models.
+# What takes long: killed jobs, damaged pools, random input, the endpoint under load, every family of language models.
 stress: $(VENV)/.installed
-	$(PY) -m tests.stress.endpoint --clients 64 --seconds 120
-	$(PY) -m tests.stress.pool_corruption --cases 4000
-	$(PY) -m tests.stress.fuzz --cases 2000
-	$(PY) -m tests.stress.families
+	$(PY) -m tests.stress --output benchmarks/results/stress.json
 
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .

@@ -4,6 +4,7 @@ appear whole and a resumed run that is the interrupted one.
 """
 
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
@@ -371,6 +372,9 @@ class UniMuRTrainer(Trainer):
 
     def _init_training_state(self, *args, **kwargs):
         epochs, batches = super()._init_training_state(*args, **kwargs)
+        if self.state.global_step >= self.state.max_steps:
+            # Killed after its last step: transformers would take one more before it looks at the limit.
+            return sys.maxsize, 0
         if self.streamed and self.progress.resumed:
             steps = self.state.global_step - self.progress.first_step
             return self.progress.passes - 1, steps * self.args.gradient_accumulation_steps

@@ -1,7 +1,7 @@
 """
 Which of transformers' causal language models work as UniMuR's, each at a tiny random size.
 
-    python -m tests.stress.families                 all of them, into tests/stress/families.json
+    python -m tests.stress.families                 all of them, into benchmarks/results/families.json
     python -m tests.stress.families gemma2 bloom    these, printed
 
 `works`: an embedding is the same alone and in a batch, losses and gradients are finite, a saved model loads to the same
@@ -12,6 +12,7 @@ conversation's embedding is the dialogue's. Otherwise the first line of the erro
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from modeling_unimur import UniMuRModel
 from tests.conftest import picture
 from tests.tiny import init_weights, make_image_text_tower, make_processor, text_tokenizer
 
-TABLE = Path(__file__).with_suffix(".json")
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "families.json"
+KINDS = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 DIALOGUES = ["hi", ["look at it", picture(1), "what is this?"]]
 # Of a config those fields that it has.
 TINY = {
@@ -105,20 +107,29 @@ def _same(a: torch.Tensor, b: torch.Tensor, otherwise: str) -> None:
         raise AssertionError(f"{otherwise}: by {difference:.1g}")
 
 
+def run(kinds: Sequence[str], table_file: Path | None = None) -> dict[str, Any]:
+    """What works of each type, as `check` gives it or with the reason; printed, and written to a file on the way."""
+    table: dict[str, Any] = {}
+    for kind in kinds:
+        try:
+            table[kind] = check(kind)
+        except Exception as error:  # whatever a family raises is what the table says of it
+            table[kind] = {
+                "works": False,
+                "why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}",
+            }
+        print(kind, table[kind], flush=True)
+        if table_file:
+            table_file.write_text(json.dumps(table, indent=1) + "\n")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="types of transformers; by default all, into the table")
     chosen = parser.parse_args().kinds
     torch.set_num_threads(1)
-    table: dict[str, Any] = {}
-    for kind in chosen or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        try:
-            table[kind] = check(kind)
-        except Exception as error:  # whatever a family raises is what the table says of it
-            table[kind] = {"works": False, "why": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-        print(kind, table[kind], flush=True)
-        if not chosen:
-            TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    run(chosen or sorted(KINDS), None if chosen else TABLE)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
-"""Every reader on damaged files: rows, counted reasons or a ValueError in words, never another exception."""
+"""
+Every reader on damaged files: rows, counted reasons or a ValueError in words, never another exception.
+
+`FUZZ_CASES` in the environment sets how many damages of each file are tried.
+"""
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -24,11 +29,9 @@ def archive(mode):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as tar:
         for name in ("a.0", "a.1", "b"):
-            (
-                add(tar, f"{name}.png", png(1)),
-                add(tar, f"{name}.txt", b"words"),
-                add(tar, f"{name}.json", b'{"caption": "x"}'),
-            )
+            add(tar, f"{name}.png", png(1))
+            add(tar, f"{name}.txt", b"words")
+            add(tar, f"{name}.json", b'{"caption": "x"}')
     return buffer.getvalue()
 
 
@@ -54,7 +57,8 @@ DAMAGE = st.lists(
     st.tuples(st.sampled_from(("flip", "cut", "insert", "repeat")), st.floats(0, 1), st.binary(min_size=1, max_size=6)),
     min_size=1, max_size=4,
 )  # fmt: skip
-QUICK = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+CASES = int(os.environ.get("FUZZ_CASES", "25"))
+QUICK = settings(max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def damaged(data, damage):
@@ -111,11 +115,7 @@ ROW = st.dictionaries(st.sampled_from(("file_name", "captions", "caption", "text
 
 
 @QUICK
-@given(
-    rows=st.lists(
-        st.dictionaries(st.sampled_from(("id", "messages", "images", "image", "conversations")), JSON), max_size=4
-    )
-)
+@given(rows=st.lists(CHAT, max_size=4))
 def test_any_json_as_chats(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("any")
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -124,11 +124,7 @@ def test_any_json_as_chats(tmp_path_factory, rows):
 
 
 @QUICK
-@given(
-    rows=st.lists(
-        st.dictionaries(st.sampled_from(("file_name", "captions", "caption", "text", "url")), JSON), max_size=4
-    )
-)
+@given(rows=st.lists(ROW, max_size=4))
 def test_any_json_as_metadata(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("any")
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

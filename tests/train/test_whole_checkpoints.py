@@ -74,6 +74,16 @@ def test_a_run_killed_inside_a_save_goes_on_to_the_same_weights(tmp_path, whole_
         assert torch.equal(model.get_parameter(name), tensor), name
 
 
+def test_a_run_killed_after_its_last_step_takes_no_further_one(tmp_path, whole_run):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    model = make_model(tmp_path / "t")
+    trainer = trainer_of(model, tmp_path / "run", pairs(20), **SAVING | {"lr_scheduler_type": "constant"})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert trainer.state.global_step == 6
+    for name, tensor in whole_run[1].items():
+        assert torch.equal(model.get_parameter(name), tensor), name
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
