@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from typing_extensions import Self
 
+from .display_unimur import gallery
 from .pool_ids import candidate_ids, check_unique, duplicate, id_string, id_strings
-from .replies_unimur import MODALITIES, Candidate, Hit, Retrieval, check_search, differences, replies
+from .replies_unimur import MODALITIES, Candidate, Hit, Retrieval, candidate_figure, check_search, differences, replies
 
 UNIT = 1e-4  # how far from 1 a length may be: a row within it is taken as it is
+LISTED = 5  # candidates that a notebook shows from either end of a pool
 PAGE = 1000  # candidates that are fetched at a time while a pool is iterated
 Moments = tuple[np.ndarray, np.ndarray]
 
@@ -124,6 +126,12 @@ class Pool(ABC):
             keys = self.row_keys(start, min(start + PAGE, len(self)))
             stored = self.fetch(keys)
             yield [stored[key] for key in keys]
+
+    def _repr_html_(self) -> str:
+        last = range(max(LISTED, len(self) - LISTED), len(self))
+        shown = [self[row] for row in (*range(min(LISTED, len(self))), *last)]
+        which = f"; the first and the last {LISTED}:" if len(self) > 2 * LISTED else ":"
+        return gallery(f"{self!r}{which}", map(candidate_figure, shown))
 
     def __contains__(self, id_: Any) -> bool:
         return bool(self.present([id_string(id_)]))

@@ -70,6 +70,7 @@ class MilvusPool(Pool):
             ) from error
         names = {field["name"] for field in about["fields"]}
         self._content = [name for name in CONTENT if name in names]  # of older pools without `source`
+        self._asked(lambda: self.client.load_collection(collection))  # a server that was restarted takes its time to
 
     @classmethod
     def create(

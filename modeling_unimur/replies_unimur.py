@@ -89,7 +89,7 @@ class Candidate:
         return f"Candidate({self.rank}: {self.modality} {self.id!r}{text}, score {self.score:.3f})"
 
     def _repr_html_(self) -> str:
-        return _figure(self, LARGE)
+        return candidate_figure(self, LARGE)
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class Retrieval:
         return f"Retrieval({', '.join([*parts, f'{len(self.candidates)} candidates'])})"
 
     def _repr_html_(self) -> str:
-        own = [_figure(self.best_image, LARGE)] if self.best_image is not None else []
-        rest = [_figure(candidate) for candidate in self.candidates[:LISTED]]
+        own = [candidate_figure(self.best_image, LARGE)] if self.best_image is not None else []
+        rest = [candidate_figure(candidate) for candidate in self.candidates[:LISTED]]
         more = f", of which {LISTED} are listed" if len(self.candidates) > LISTED else ""
         return gallery(self.text or "", own) + gallery(f"{len(self.candidates)} candidates{more}:", rest)
 
@@ -273,7 +273,8 @@ def _picture(candidate: Candidate) -> Image.Image:
     return item
 
 
-def _figure(candidate: Candidate, side: int | None = None) -> str:
+def candidate_figure(candidate: Candidate, side: int | None = None) -> str:
+    """HTML of a candidate above its rank, id and score; of its id alone where it is not ranked."""
     caption = f"{candidate.rank}: {candidate.id} ({candidate.score:.3f})" if candidate.rank else candidate.id
     stored = candidate.stored
     item = stored if isinstance(stored, str) else lambda: stored.image

@@ -1,8 +1,6 @@
-"""Pools for tests: embeddings, the smallest backend that fulfils the contract, and a real Milvus server."""
+"""Pools for tests: embeddings, the smallest backend that fulfils the contract."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -64,24 +62,3 @@ class ListPool(Pool):
             self.rows.append(Stored(id_, Undecoded(id_, reference), reference["path"], modality))
         self.vectors, self._moments = np.concatenate([self.vectors, embeddings]), {}
         return self
-
-
-@contextmanager
-def milvus_server(folder: Path) -> Iterator[str]:
-    """
-    The address of a real Milvus server on loopback, its data in `folder`, on free ports, until the context ends.
-
-    Raises:
-        ImportError: the package `milvus`, which bundles the server, is not installed.
-        RuntimeError: it does not start within two minutes.
-    """
-    from milvus import MilvusServer, MilvusServerConfig
-
-    server = MilvusServer(MilvusServerConfig(), wait_for_started=False)
-    server.set_base_dir(str(folder))
-    try:
-        server.start()
-        server.wait_started(timeout=120_000)
-        yield f"http://127.0.0.1:{server.listen_port}"
-    finally:
-        server.stop()  # the process that it started

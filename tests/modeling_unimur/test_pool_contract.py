@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.speed.milvus_server import LoopbackMilvus
 from modeling_unimur import Candidate, CandidatePool, MilvusPool
 from modeling_unimur.pool_base import Pool
 from tests.conftest import picture
-from tests.modeling_unimur.pools import MADE_BY, ListPool, Q, milvus_server, unit
+from tests.modeling_unimur.pools import MADE_BY, ListPool, Q, unit
 
 
 class Indexed(CandidatePool):
@@ -26,8 +27,8 @@ class Indexed(CandidatePool):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     pytest.importorskip("milvus", reason="the package milvus, which bundles a real server, is not installed")
-    with milvus_server(tmp_path_factory.mktemp("server")) as uri:
-        yield uri
+    with LoopbackMilvus(tmp_path_factory.mktemp("server")) as running:
+        yield running.address
 
 
 @pytest.fixture(params=["exact", "faiss", "milvus-lite", "milvus", "list"])
@@ -183,3 +184,9 @@ def test_a_pool_says_what_a_database_must_do():
     }  # fmt: skip
     with pytest.raises(TypeError, match="abstract"):
         partial(Pool, MADE_BY)()
+
+
+def test_a_notebook_shows_both_ends(empty):
+    assert "<figure" not in empty._repr_html_()
+    page = filled(empty)._repr_html_()
+    assert page.count("<img ") == 5 and "text 39" in page and "text 34" not in page and "the first and the last 5" in page
