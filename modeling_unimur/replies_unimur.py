@@ -18,6 +18,7 @@ from .pool_ids import id_strings
 MODALITIES = ("image", "text")
 LISTED = 10  # candidates that a notebook lists
 DRAWN = "drawn"  # the id of a picture that is of no pool
+MARK = "drawn, not from the pool"  # what a notebook says of it
 
 
 class Undecoded:
@@ -274,7 +275,7 @@ def _picture(candidate: Candidate) -> Image.Image:
 
 
 def _figure(candidate: Candidate, side: int | None = None) -> str:
-    caption = f"{candidate.rank}: {candidate.id} ({candidate.score:.3f})" if candidate.rank else candidate.id
+    caption = f"{candidate.rank}: {candidate.id} ({candidate.score:.3f})" if candidate.rank else MARK
     stored = candidate.stored
     item = stored if isinstance(stored, str) else lambda: stored.image
     return figure(item, caption) if side is None else figure(item, caption, side)
