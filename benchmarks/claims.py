@@ -1,10 +1,12 @@
 """The paper's orderings, each a claim about two rows and a measure, and whether it holds on the miniature."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from .measure import difference
 
 # (the paper's claim, its figures, task, variant's beginning, better, worse, measure)
 TASK_CLAIMS = [
@@ -40,6 +42,14 @@ ABLATION_CLAIMS = [
     ("A still larger one finds more yet (Table 6)", "27.8 > 24.7", "6", "OPT 192 x 3 layers", "OPT 128 x 2 layers",
      "dialogue to image R@1"),
 ]  # fmt: skip
+# Of the task `generation`, in `generation-*.json`: `>` as above; `level` holds on a seed whose paired 95 % interval of
+# the two rows has zero in it.
+DRAWING_CLAIMS = [
+    ("GILL with dual alignment finds more images than GILL (Table A.2)", "24.6 > 21.7", "GILL + dual alignment", "GILL", "R@1",
+     ">"),
+    ("GILL with dual alignment draws as well as GILL: no difference is seen (Table A.2)", "0.642, 0.645",
+     "GILL + dual alignment", "GILL", "CLIP-Sim", "level"),
+]  # fmt: skip
 
 
 @dataclass
@@ -52,8 +62,17 @@ class Judged:
     verdict: str
 
 
-def judge(results: list[dict[str, Any]], tables: Mapping[str, Any]) -> list[Judged]:
-    """Every claim whose two values were measured."""
+def judge(
+    results: list[dict[str, Any]], tables: Mapping[str, Any], drawings: Sequence[Mapping[str, Any]] = ()
+) -> list[Judged]:
+    """
+    Every claim whose two values were measured.
+
+    Args:
+        results: of every seed, as [`benchmarks.run.compare`] gives them.
+        tables: the ablations by name.
+        drawings: the json of [`benchmarks.generate`], a seed's own first; of each seed the first that has both rows counts.
+    """
     judged = []
     for claim, paper, task, better, worse, measure in TASK_CLAIMS:
         # Both forms of UniMuR are judged: the paper's has caption pairs alone.
@@ -65,7 +84,42 @@ def judge(results: list[dict[str, Any]], tables: Mapping[str, Any]) -> list[Judg
         if table in tables:
             a, b = (_of_row(tables[table], name, measure) for name in (better, worse))
             judged += _judged(claim, paper, a, b, 100)
+    for claim, paper, better, worse, measure, kind in DRAWING_CLAIMS:
+        pairs = drawing_pairs(drawings, better, worse, measure)
+        a, b = ({seed: pair[side]["metrics"][measure]["value"] for seed, pair in pairs.items()} for side in (0, 1))
+        scale = 1 if measure == "CLIP-Sim" else 100
+        found = _judged(claim, paper, a, b, scale)
+        judged += found if kind == ">" else [replace(j, verdict=_level(pairs, measure)) for j in found]
     return judged
+
+
+def drawing_pairs(
+    drawings: Sequence[Mapping[str, Any]], better: str, worse: str, measure: str, task: str = "generation"
+) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+    """Seed -> the results of two systems on the same items, of the first of the files that has both."""
+    pairs: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for file in drawings:
+        rows = {
+            r["system"]: r
+            for r in file["results"]
+            if r["task"] == task and r["metrics"].get(measure, {}).get("value") is not None
+        }
+        if better in rows and worse in rows:
+            pairs.setdefault(file["seed"], (rows[better], rows[worse]))
+    return pairs
+
+
+def _level(pairs: Mapping[int, tuple[dict, dict]], measure: str) -> str:
+    """On how many seeds the paired interval has zero in it; a seed whose json cannot say is not counted."""
+    known = [d for d in (difference(a, b, measure) for a, b in pairs.values()) if d and d["low"] is not None]
+    level = sum(d["low"] <= 0 <= d["high"] for d in known)
+    if not known:
+        return "open: no paired interval"
+    return f"{_word(level, len(known))}: {level} of {len(known)} seeds"
+
+
+def _word(holds: int, seeds: int) -> str:
+    return "holds" if holds == seeds else "does not hold" if holds == 0 else "open"
 
 
 def _judged(claim: str, paper: str, a: dict[int, float], b: dict[int, float], scale: int) -> list[Judged]:
@@ -75,10 +129,9 @@ def _judged(claim: str, paper: str, a: dict[int, float], b: dict[int, float], sc
     better, worse = (scale * np.array([x[s] for s in seeds]) for x in (a, b))
     digits = 3 if scale == 1 else 1
     holds = int((better > worse).sum())
-    verdict = "holds" if holds == len(seeds) else "does not hold" if holds == 0 else "open"
     sign = ">" if better.mean() > worse.mean() else "<" if better.mean() < worse.mean() else "="
     ours = f"{better.mean():.{digits}f} {sign} {worse.mean():.{digits}f}"
-    return [Judged(claim, paper, ours, f"{verdict}: {holds} of {len(seeds)} seeds")]
+    return [Judged(claim, paper, ours, f"{_word(holds, len(seeds))}: {holds} of {len(seeds)} seeds")]
 
 
 def _of_task(results: list[dict], task: str, system: str, measure: str) -> dict[int, float]:

@@ -3,15 +3,16 @@ Drawing on the miniature, end to end: a diffusion model is pre-trained, the mode
 they are measured on the task `generation`.
 
     python -m benchmarks.generate --seed 0
+    python -m benchmarks.generate --seeds 0 1 2 3 4 --rows GILL "GILL + dual alignment" --results benchmarks/results
 
-What an earlier call left in the output folder is taken from there.
+What an earlier call left in a seed's folder is taken from there.
 """
 
 import argparse
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 
 from modeling_unimur import Retrieval, UniMuRModel
 from train.arguments import CONFIGS
+from train.command import run_command
 from train.miniature.dialogues import visdial
 from train.miniature.diffusion import pretrain_diffusion
 from train.miniature.prepare import prepare_towers
@@ -34,6 +36,7 @@ from .gallery import draw_gallery
 from .load import UniMuR
 from .markdown import table
 from .miniature import SEED
+from .output import write_json
 from .probe import PixelProbe
 from .protocols import paper, protocols
 from .run import compare
@@ -58,28 +61,59 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """The json of each seed. Raises `ValueError`: a folder holds what another seed made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is trained")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="of everything that is trained")
+    seeds.add_argument("--seeds", type=int, nargs="+", help="several, each in a folder of its own, OUTPUT/seed-N")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where everything goes")
-    parser.add_argument("--rows", nargs="*", default=["UniMuR"], choices=ROWS, help="what is trained to draw")
+    parser.add_argument("--results", type=Path, help="a folder that gets each seed's figures as generation-N.json")
+    parser.add_argument("--rows", nargs="*", default=[], choices=ROWS, help="what is trained to draw beside UniMuR")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    folder, seconds = arguments.output, {}
-    folder.mkdir(parents=True, exist_ok=True)
+    folders = {arguments.seed: arguments.output}
+    if arguments.seeds:
+        folders = {seed: arguments.output / f"seed-{seed}" for seed in arguments.seeds}
+    for seed, folder in folders.items():  # before anything is trained
+        check_folder(folder, seed)
+    made = []
+    for seed, folder in folders.items():
+        made.append(run_seed(folder, seed, arguments.rows))
+        if arguments.results:
+            path = arguments.results / f"generation-{seed}.json"
+            write_json(path, made[-1], long_lists=True)
+            print(f"figures: {path}")
+    return made
 
+
+def check_folder(folder: Path, seed: int) -> None:
+    """Refuses with a `ValueError` a folder whose towers another seed made: what stands beside them is that seed's too."""
+    stamp = folder / "towers" / "made.json"
+    made = json.loads(stamp.read_text())["seed"] if stamp.is_file() else seed
+    if made != seed:
+        raise ValueError(
+            f"{folder} holds what seed {made} made: give another --output for seed {seed}, or use --seeds"
+        )
+
+
+def run_seed(folder: Path, seed: int, rows: Sequence[str] = ()) -> dict[str, Any]:
+    """One seed made, trained and measured in `folder`: its figures as `generation.json`, `checkpoint` and `drawn.png`."""
+    seconds: dict[str, float] = {}
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    prepare_towers(folder, arguments.seed)
+    prepare_towers(folder, seed)
     seconds["towers"] = time.perf_counter() - start
-    diffusion = make_diffusion(folder, arguments.seed, seconds)
-    models = {row: make_model(folder, row, diffusion, arguments.seed, seconds) for row in arguments.rows}
+    diffusion = make_diffusion(folder, seed, seconds)
+    names = dict.fromkeys(["UniMuR", *rows])  # the probe, the rule and the other systems are of UniMuR's
+    models = {row: make_model(folder, row, diffusion, seed, seconds) for row in names}
     model = models["UniMuR"]
-    result: dict[str, Any] = {"seed": arguments.seed, "probe": probe(model)}
+    result: dict[str, Any] = {"seed": seed, "probe": probe(model)}
     result["rule"] = learn_rule(model)
     model.save_pretrained(folder / "checkpoint", golden=True)
-    result["results"] = measure(models)
+    result["results"] = measure(models, seed)
     result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    (folder / "generation.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(folder / "generation.json", result, long_lists=True)
     grid(model, folder / "drawn.png")
     print(report(result))
     print(f"checkpoint: {folder / 'checkpoint'}\npictures: {folder / 'drawn.png'}")
@@ -182,8 +216,8 @@ def _half_absent(data: Dialogues) -> Dialogues:
     return replace(data, dialogues=[d | {"pool": pool} for d in data.dialogues])
 
 
-def measure(models: Mapping[str, UniMuRModel], split: str = "test") -> list[dict[str, Any]]:
-    """Every row on the task's protocols."""
+def measure(models: Mapping[str, UniMuRModel], seed: int, split: str = "test") -> list[dict[str, Any]]:
+    """Every row on the task's protocols, with what each item scored; `seed` is the models'."""
     model = models["UniMuR"]
     systems: list[System] = [
         UniMuR(model, "UniMuR, drawn"), *(UniMuR(m, name) for name, m in models.items() if name != "UniMuR"),
@@ -193,7 +227,7 @@ def measure(models: Mapping[str, UniMuRModel], split: str = "test") -> list[dict
     for task in ("generation", "generation_vist"):
         for protocol in protocols(task, miniature=True):
             data = load_data(protocol, split=split)
-            results += compare(systems, data, protocol, clip=ClipBaseline(model))
+            results += compare(systems, data, protocol, clip=ClipBaseline(model), seed=seed, values=True)
     return results
 
 
@@ -229,4 +263,4 @@ def grid(model: UniMuRModel, path: Path, n: int = 6) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

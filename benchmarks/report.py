@@ -9,7 +9,7 @@ The miniature's report: every system trained and measured over seeds, and one pa
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from . import claims, plots, real_page
+from . import claims, generation_page, plots, real_page
 from .markdown import table
 from .output import write_json
 from .protocols import TASKS, paper, protocols, read
@@ -65,6 +65,7 @@ def page(folder: Path) -> Path:
     tables = {
         p.stem.removeprefix("ablation-"): json.loads(p.read_text()) for p in sorted(folder.glob("ablation-*.json"))
     }
+    drawings = generation_page.read(folder)
     numbers = ", ".join(str(s["seed"]) for s in seeds)
     parts = [
         "# Results on the miniature",
@@ -98,7 +99,9 @@ def page(folder: Path) -> Path:
                 "Turning the modality bias (a number added to every image's cosine) trades the image retrieval rate "
                 "against R@1; the dots are the plain cosine.\n\n![Image retrieval rate against R@1](bias.png)"
             )
-    parts.append("## Which of the paper's orderings hold here\n\n" + orderings(results, tables))
+    parts.append("## Which of the paper's orderings hold here\n\n" + orderings(results, tables, drawings))
+    if drawings:
+        parts.append(generation_page.page(folder))
     speed = folder / "text-retrieval-speed.json"
     if speed.is_file():
         parts.append(
@@ -212,9 +215,9 @@ def ablation(measured: Mapping[str, Any]) -> str:
     return "\n\n".join([f"### {measured['asks']}", about, table(["", "learning rate", *measured["shown"]], rows)])
 
 
-def orderings(results: list[dict], tables: Mapping[str, Any]) -> str:
+def orderings(results: list[dict], tables: Mapping[str, Any], drawings: Sequence[Mapping[str, Any]] = ()) -> str:
     """The paper's orderings, and whether each holds here; see [`benchmarks.claims`]."""
-    rows = [[j.claim, j.paper, j.ours, j.verdict] for j in claims.judge(results, tables)]
+    rows = [[j.claim, j.paper, j.ours, j.verdict] for j in claims.judge(results, tables, drawings)]
     return table(["the paper says", "there", "here, mean over the seeds", "verdict"], rows)
 
 

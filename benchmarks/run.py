@@ -43,14 +43,15 @@ def evaluate(
 
 def compare(
     systems: Sequence[System], data: Dialogues | Questions, protocol: Protocol, *, clip: System, seed: int = 0,
-    source: str = "miniature",
+    source: str = "miniature", values: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """
     Every system on one protocol, each against the first over the same items: all of `data`, or the protocol's `limit`.
 
     Returns:
         One result per system: protocol, data, system, seed, `metrics` (value, 95 % interval, items) and `first_less_this`
-        (the first system's value less this one's, with its paired 95 % interval).
+        (the first system's value less this one's, with its paired 95 % interval); with `values`, also what each item has,
+        from which [`benchmarks.measure.difference`] compares any two.
     """
     results, first = [], None
     data = data.first(protocol.settings.get("limit"))
@@ -70,6 +71,8 @@ def compare(
             results.append(result | {"applies": False, "metrics": {}})
             continue
         result |= {"applies": True, "metrics": {k: m.summary(seed) for k, m in measures.items()}}
+        if values:
+            result["values"] = {name: m.listed() for name, m in measures.items() if m.weights is None}
         if first is None:
             first = measures
         else:

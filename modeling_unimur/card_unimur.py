@@ -25,7 +25,7 @@ class Licence:
     non_commercial: bool = False
 
 
-# By the beginning of a tower's name.
+# By the beginning of the name of a tower, or of a diffusion model.
 LICENCES = {
     "facebook/opt-": Licence(
         "other", "OPT-175B License Agreement",
@@ -34,6 +34,7 @@ LICENCES = {
     "openai/clip-": Licence("mit", "MIT", "https://github.com/openai/CLIP/blob/main/LICENSE"),
     "openai-community/gpt2": Licence("mit", "MIT", "https://github.com/openai/gpt-2/blob/master/LICENSE"),
     "meta-llama/": Licence("other", "Llama Community License Agreement"),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": Licence("creativeml-openrail-m", "CreativeML Open RAIL-M"),
 }  # fmt: skip
 
 
@@ -65,7 +66,8 @@ picture. An implementation of
 - Language model: {{ text_model }}
 - CLIP: {{ clip_model }}
 - This repository holds {{ holds }}; embeddings have {{ dimension }} dimensions.
-
+{% if draws %}- It draws: {{ draws }}
+{% endif %}
 ## Use
 
 ```python
@@ -135,7 +137,7 @@ model and CLIP stayed frozen.
 
 ## Intended use and limits
 
-Research on retrieval of text and images for conversations. All that it returns is from the pool it searches: the pool's
+Research on retrieval of text and images for conversations. All that it returns is from the pool it searches{{ ", but for pictures that it was asked to draw" if draws }}: the pool's
 content, and who may see it, are its owner's responsibility. The biases of the frozen language model, of CLIP and of the
 training captions carry over. Scores are cosines, not probabilities, and are not comparable between models. A picture is shown
 when it is the best of what remains beside the best text, whether or not the conversation asks for one.
@@ -171,6 +173,29 @@ def licence_of(tower: str) -> Licence:
     )
 
 
+def drawing_sentence(config: UniMuRConfig) -> str:
+    """With what a checkpoint draws, as a sentence; empty for one that cannot draw."""
+    if not config.n_drawing_tokens:
+        return ""
+    name = _drawing_model(config)
+    revision = f" at revision `{config.drawing_model_revision or 'main'}`"
+    model = f"[{name}](https://huggingface.co/{name}){revision}" if name else "one that is not on the Hub"
+    return (
+        f'`retrieve(..., generate="always")` and `generate` draw a picture by a frozen diffusion model, {model}, which this '
+        "repository does not hold (`pip install diffusers`)."
+    )
+
+
+def _drawing_model(config: UniMuRConfig) -> str | None:
+    """The diffusion model of a checkpoint that draws, by its name on the Hub."""
+    return _public(config.drawing_model_name_or_path) if config.n_drawing_tokens else None
+
+
+def _public(name: str | None) -> str | None:
+    """A model's name on the Hub; a folder's says nothing to others."""
+    return None if name is None or Path(name).is_absolute() or Path(name).is_dir() else name
+
+
 def model_card(
     config: UniMuRConfig, repo_id: str, *, license: str | None = None, training_data: str | None = None,
     datasets: Sequence[str] = (), results: Sequence[Result] = (), evaluation_note: str = "", has_pool: bool = False,
@@ -202,8 +227,7 @@ def model_card(
         config.text_model_name_or_path or config.text_model_source,
         config.clip_model_name_or_path or config.clip_model_source,
     ]
-    # A folder's name says nothing to others.
-    named = [None if tower is None or Path(tower).is_dir() else tower for tower in towers]
+    named = [_public(tower) for tower in towers]
     licences = [(tower, licence_of(tower)) for tower in named if tower]
     strict = next((licence for _, licence in licences if licence.non_commercial), None)
     own = Licence(license or "not stated", license or "not stated by who pushed this")
@@ -241,6 +265,7 @@ def model_card(
         holds="the trained maps only: the towers are loaded from where they are" if config.is_adapter
         else "everything: the maps and both towers",
         dimension=config.embedding_width,
+        draws=drawing_sentence(config),
         results=[(key, list(rows)) for key, rows in groupby(results, lambda r: (r.task, r.dataset, r.protocol))],
         evaluation_note=evaluation_note,
         has_pool=has_pool,
@@ -249,5 +274,8 @@ def model_card(
         f"alignment to images in a space of {config.shared_width} canonical correlations, into which a fixed map brings CLIP's "
         "image features",
         also_trained=" and the input embedding of `[RET]`" if config.train_ret_embedding else "",
-        licences=[("the trained maps" if config.is_adapter else "the checkpoint", own), *licences],
+        licences=[
+            ("the trained maps" if config.is_adapter else "the checkpoint", own), *licences,
+            *((name, licence_of(name)) for name in [_drawing_model(config)] if name),
+        ],
     )  # fmt: skip

@@ -305,7 +305,8 @@ class CheckpointModel(PreTrainedModel):
         if self.config.text_adapter:
             self.language_model.save_pretrained(folder / LORA_FOLDER)
         processor.save_pretrained(folder)
-        save_companions(folder, self._source, lora=self.config.text_adapter, pool=pool)
+        draws = bool(self.config.n_drawing_tokens)
+        save_companions(folder, self._source, lora=self.config.text_adapter, draws=draws, pool=pool)
         if golden:
             save_golden(self, folder)
         follow_umask(folder)

@@ -7,8 +7,12 @@ A Hugging Face Inference Endpoint: JSON in and out, images as base64, a pool pac
 
 answers
 
-    {"text": "…", "image": "<base64>" or null,
+    {"text": "…", "image": "<base64>" or null, "image_source": "retrieved" or "drawn" or null,
      "candidates": [{"id": "…", "modality": "image", "score": 0.41, "rank": 1, "image": "<base64>"}, …]}
+
+`image_source` says whether the picture is the pool's or drawn. A checkpoint that can draw takes `"generate": "always"` or
+`"auto"` among the parameters, as `retrieve` does (`"never"` by default), and with it `seed`, `steps` (at most 50) and
+`guidance` (1 to 20); another one refuses them.
 
 A picture whose longest side is at most 512 pixels is sent as it is, as PNG; a larger one is reduced to that, as JPEG.
 A list under `inputs` is one dialogue: strings and messages are its turns. Nothing is fetched and no file is read for a
@@ -20,6 +24,7 @@ import base64
 import binascii
 import io
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +33,8 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from transformers import AutoModel
+
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 2**20  # of all strings of a request together
 MAX_IMAGES = 16
@@ -38,6 +45,10 @@ MAX_TEXT = 20_000  # characters, of a dialogue
 MAX_TOP_K = 100
 MAX_SIDE = 512  # pixels, of a picture in an answer
 MAX_BIAS = 1_000  # scores are cosines, or deviations where they are calibrated
+MAX_STEPS = 50  # of a picture that is drawn: what a request may cost
+MAX_GUIDANCE = 20
+MAX_SEED = 2**32 - 1
+DRAWING = ("seed", "steps", "guidance")
 # parameter -> what it may be
 PARAMETERS = {
     "top_k": (int,),
@@ -45,6 +56,18 @@ PARAMETERS = {
     "exclude": (list,),
     "calibrate": (bool,),
     "image_bias": (int, float),
+    "generate": (str,),
+    "seed": (int,),
+    "steps": (int,),
+    "guidance": (int, float),
+}
+# parameter -> its least and its greatest
+BOUNDS = {
+    "top_k": (1, MAX_TOP_K),
+    "image_bias": (-MAX_BIAS, MAX_BIAS),
+    "seed": (0, MAX_SEED),
+    "steps": (1, MAX_STEPS),
+    "guidance": (1, MAX_GUIDANCE),
 }
 
 
@@ -59,7 +82,7 @@ class Query:
 
     Attributes:
         dialogue: as `embed_dialogues` takes it, its images encoded.
-        parameters: of `CandidatePool.search`.
+        parameters: of the search, and of what is drawn.
         pixels: of all its images together.
     """
 
@@ -75,6 +98,9 @@ class EndpointHandler:
 
     Raises:
         ValueError: the repository has no pool, or another model made it.
+
+    Where the checkpoint can draw, its diffusion model is loaded here, since nothing is fetched for a request. Where that
+    fails, the log says why; it answers all the same, and refuses what is to be drawn.
     """
 
     def __init__(self, path: str = ""):
@@ -83,6 +109,18 @@ class EndpointHandler:
         self.model.processor.max_image_pixels = min(self.model.processor.max_image_pixels, MAX_IMAGE_PIXELS)
         self.pool = self.model.packed_pool
         self.pool.check_made_by(self.model.fingerprint)
+        self.draws = self._load_diffusion()
+
+    def _load_diffusion(self) -> bool:
+        """Whether there is a diffusion model to draw with."""
+        if not self.model.config.n_drawing_tokens:
+            return False
+        try:
+            self.model.pipeline.to(self.model.device)
+        except (ImportError, OSError, ValueError) as error:
+            logger.warning(f"this endpoint cannot draw: {error}")
+            return False
+        return True
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """
@@ -131,7 +169,16 @@ class EndpointHandler:
 
     def _answers(self, embedded: Sequence[tuple[Query, torch.Tensor]]) -> list[dict[str, Any]]:
         """The answers to queries of the same parameters."""
-        replies = self.pool.search(torch.stack([row for _, row in embedded]), **embedded[0][0].parameters)
+        given = embedded[0][0].parameters
+        drawing = {name: given[name] for name in DRAWING if name in given}
+        search = {name: value for name, value in given.items() if name not in DRAWING}
+        if not self.draws and self.model.config.n_drawing_tokens and search.get("generate", "never") != "never":
+            raise ValueError(
+                "generate: this endpoint cannot draw, since its diffusion model was not loaded as it started"
+            )
+        queries = torch.stack([row for _, row in embedded])
+        dialogues = [query.dialogue for query, _ in embedded]
+        replies = self.model.replies_to(dialogues, queries, self.pool, drawing=drawing, **search)
         return [answer_of(reply) for reply in replies]
 
 
@@ -179,10 +226,11 @@ def answer_of(reply: Any) -> dict[str, Any]:
         for c in reply.candidates
     ]  # fmt: skip
     image = None
-    if reply.image is not None:  # the best picture, so the first that is listed, if any is
-        listed = next((c["image"] for c in candidates if c["modality"] == "image"), None)
-        image = listed or encoded(reply.image)
-    return {"text": reply.text, "image": image, "candidates": candidates}
+    if reply.image is not None:
+        # The pool's is the best picture, so the first that is listed, if any is.
+        listed = (c["image"] for c in candidates if c["modality"] == "image" and reply.image_source != "drawn")
+        image = next(listed, None) or encoded(reply.image)
+    return {"text": reply.text, "image": image, "image_source": reply.image_source, "candidates": candidates}
 
 
 def parameters_of(given: Any) -> dict[str, Any]:
@@ -195,10 +243,9 @@ def parameters_of(given: Any) -> dict[str, Any]:
             raise ValueError(f"unknown parameter {name!r}; known are {', '.join(PARAMETERS)}")
         if not isinstance(value, PARAMETERS[name]) or (isinstance(value, bool) and bool not in PARAMETERS[name]):
             raise ValueError(f"parameter {name!r} cannot be {type(value).__name__}")
-    if not 1 <= given.get("top_k", 1) <= MAX_TOP_K:
-        raise ValueError(f"top_k must be between 1 and {MAX_TOP_K}, got {given['top_k']}")
-    if not -MAX_BIAS <= given.get("image_bias", 0) <= MAX_BIAS:  # NaN is not, and 10**400 is no float
-        raise ValueError(f"image_bias must be between {-MAX_BIAS} and {MAX_BIAS}")
+    for name, (least, greatest) in BOUNDS.items():
+        if name in given and not least <= given[name] <= greatest:  # NaN is not, and 10**400 is no float
+            raise ValueError(f"{name} must be between {least} and {greatest}")
     if not all(isinstance(i, str) for i in given.get("exclude", ())):
         raise ValueError("exclude must be a list of ids, which are strings")
     return {"top_k": 10} | given

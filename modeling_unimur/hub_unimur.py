@@ -51,8 +51,9 @@ def refuse_local_towers(config: dict[str, Any]) -> None:
 
 
 def save_companions(
-    folder: str | Path, source: Mapping[str, Any], *, lora: bool = False, pool: CandidatePool | None = None
-) -> None:
+    folder: str | Path, source: Mapping[str, Any], *, lora: bool = False, draws: bool = False,
+    pool: CandidatePool | None = None,
+) -> None:  # fmt: skip
     """
     Writes what users of a checkpoint call beside its weights and code.
 
@@ -60,6 +61,7 @@ def save_companions(
         source: the arguments the model was loaded by, where the files that no import leads to are if this code is
             itself from there; empty for a model that was not loaded.
         lora: whether users need peft.
+        draws: whether they need diffusers.
         pool: a pool to pack beside the model.
     """
     folder = Path(folder)
@@ -73,7 +75,7 @@ def save_companions(
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     if pool is not None:
         pool.save_to_disk(folder / POOL)
-    _save_requirements(folder, source, lora)
+    _save_requirements(folder, source, {"peft": lora, "diffusers": draws})
 
 
 def packed_pool(source: Mapping[str, Any]) -> CandidatePool:
@@ -160,9 +162,9 @@ def _read_weights(file: Path) -> None:
             tensors.get_slice(name).get_shape()
 
 
-def _save_requirements(folder: Path, source: Mapping[str, Any], lora: bool) -> None:
-    """What an endpoint's container installs: the package's own requirements, and those of the pool and the LoRA."""
-    extras = {"faiss-cpu": has_index(folder / POOL), "peft": lora}
+def _save_requirements(folder: Path, source: Mapping[str, Any], extras: Mapping[str, bool]) -> None:
+    """What an endpoint's container installs: the package's own requirements, the pool's, and those `extras` that are needed."""
+    extras = {"faiss-cpu": has_index(folder / POOL), **extras}
     try:
         stated = importlib.metadata.requires("modeling-unimur") or []
     except importlib.metadata.PackageNotFoundError:

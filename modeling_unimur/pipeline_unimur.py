@@ -11,6 +11,7 @@ from .pool_ids import id_strings
 from .pool_unimur import CandidatePool, Retrieval
 
 SEARCH = ("top_k", "modality", "exclude", "calibrate", "image_bias")
+DRAWING = ("seed", "steps", "guidance", "size")  # of a picture
 
 
 class MultimodalRetrievalPipeline(Pipeline):
@@ -21,13 +22,17 @@ class MultimodalRetrievalPipeline(Pipeline):
         pool: a [`CandidatePool`], the folder of a saved one, or `{"images": […], "texts": […]}` to embed now; by default
             the pool packed beside the model.
         top_k, modality, exclude, calibrate, image_bias: as `retrieve` takes them.
+        generate: `"always"` or `"auto"` to draw pictures, as `retrieve` does; `"never"` by default.
+        seed, steps, guidance, size: what a picture is drawn with.
 
-    A call takes one dialogue or many, as `retrieve` does, and returns a dict or a list of them: `text`
-    (`str` or `None`), `image` (`PIL.Image` or `None`), `candidates` (dicts of `id`, `modality`, `score`, `rank` and
-    `text` or `image`).
+    A call takes one dialogue or many, as `retrieve` does, and returns a dict or a list of them: `text` (`str` or `None`),
+    `image` (`PIL.Image` or `None`), `image_source` (`"retrieved"`, `"drawn"` or `None`), `candidates` (dicts of `id`,
+    `modality`, `score`, `rank` and `text` or `image`).
 
     Raises:
-        ValueError: a bad dialogue, a pool of another model, or no pool; a candidate's picture is missing or broken.
+        ValueError: a bad dialogue, a pool of another model, or no pool; a candidate's picture is missing or broken; a picture
+            is to be drawn by a model that cannot draw.
+        ImportError, OSError: the diffusion model cannot be loaded.
     """
 
     # The base class leaves these `None`, which mypy takes for their type.
@@ -62,24 +67,29 @@ class MultimodalRetrievalPipeline(Pipeline):
         return answers[0] if single else answers
 
     def _sanitize_parameters(self, pool: Any = None, **kwargs: Any) -> tuple[dict, dict, dict]:
-        unknown = sorted(set(kwargs) - set(SEARCH))
+        known = ("pool", *SEARCH, "generate", *DRAWING)
+        unknown = sorted(set(kwargs) - set(known))
         if unknown:
-            raise ValueError(f"unknown arguments {', '.join(unknown)}; a search takes {', '.join(('pool', *SEARCH))}")
+            raise ValueError(f"unknown arguments {', '.join(unknown)}; a search takes {', '.join(known)}")
         if "exclude" in kwargs:
             kwargs["exclude"] = id_strings("exclude", kwargs["exclude"])  # a generator's are needed for every batch
         return {}, {}, kwargs | ({} if pool is None else {"pool": self._pool(pool)})
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
-        return self._unimur.prepare("dialogues", input_.dialogues, input_.first)
+        # They go along untouched, since what is drawn is drawn from them.
+        return self._unimur.prepare("dialogues", input_.dialogues, input_.first) | {"given": input_}
 
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> Any:
-        return {"embeddings": self._unimur.embed_inputs("dialogues", input_tensors)}
+        return {"embeddings": self._unimur.embed_inputs("dialogues", input_tensors), "given": input_tensors["given"]}
 
     def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[dict]:
         pool = postprocess_parameters.pop("pool", None)
         pool = self._pool(None) if pool is None else pool
         pool.check_made_by(self._unimur.fingerprint)
-        return [as_dict(reply) for reply in pool.search(model_outputs["embeddings"], **postprocess_parameters)]
+        drawing = {name: postprocess_parameters.pop(name) for name in DRAWING if name in postprocess_parameters}
+        dialogues, queries = model_outputs["given"].dialogues, model_outputs["embeddings"]
+        replies = self._unimur.replies_to(dialogues, queries, pool, drawing=drawing, **postprocess_parameters)
+        return [as_dict(reply) for reply in replies]
 
     def _pool(self, pool: Any) -> CandidatePool:
         if pool is None:
@@ -101,7 +111,7 @@ def as_dict(reply: Retrieval) -> dict[str, Any]:
         {"id": c.id, "modality": c.modality, "score": c.score, "rank": c.rank, c.modality: c.item}
         for c in reply.candidates
     ]
-    return {"text": reply.text, "image": reply.image, "candidates": candidates}
+    return {"text": reply.text, "image": reply.image, "image_source": reply.image_source, "candidates": candidates}
 
 
 class _Batch:

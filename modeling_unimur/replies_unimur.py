@@ -18,6 +18,7 @@ from .pool_ids import id_strings
 MODALITIES = ("image", "text")
 LISTED = 10  # candidates that a notebook lists
 DRAWN = "drawn"  # the id of a picture that is of no pool
+MARK = "drawn, not from the pool"  # what a notebook says of it
 
 
 class Undecoded:
@@ -139,7 +140,7 @@ class Retrieval:
         return f"Retrieval({', '.join([*parts, f'{len(self.candidates)} candidates'])})"
 
     def _repr_html_(self) -> str:
-        own = [candidate_figure(self.best_image, LARGE)] if self.best_image is not None else []
+        own = [_own_figure(self.best_image)] if self.best_image is not None else []
         rest = [candidate_figure(candidate) for candidate in self.candidates[:LISTED]]
         more = f", of which {LISTED} are listed" if len(self.candidates) > LISTED else ""
         return gallery(self.text or "", own) + gallery(f"{len(self.candidates)} candidates{more}:", rest)
@@ -279,6 +280,11 @@ def candidate_figure(candidate: Candidate, side: int | None = None) -> str:
     stored = candidate.stored
     item = stored if isinstance(stored, str) else lambda: stored.image
     return figure(item, caption) if side is None else figure(item, caption, side)
+
+
+def _own_figure(image: Candidate) -> str:
+    """HTML of a reply's own picture, which says where it was drawn."""
+    return candidate_figure(image, LARGE) if image.rank else figure(lambda: _picture(image), MARK, LARGE)
 
 
 def _displayed(reply: Retrieval) -> bool:

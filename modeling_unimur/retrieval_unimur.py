@@ -403,12 +403,37 @@ class RetrievalMixin:
         queries = self._rows("dialogues", dialogues, batch_size, False)
         if not len(queries):
             return []
-        hits = pool.search(queries, top_k=top_k, modality=modality, exclude=ids,
-                           calibrate=calibrate, image_bias=image_bias)  # fmt: skip
-        if generate != "never":
-            places = list(range(len(hits))) if generate == "always" else self._to_draw(hits, queries, pool, ids)
-            hits = with_drawn(self, dialogues, hits, places, drawing)
-        return hits[0] if single else hits
+        replies = self.replies_to(
+            dialogues, queries, pool, generate=generate, drawing=drawing, top_k=top_k, modality=modality, exclude=ids,
+            calibrate=calibrate, image_bias=image_bias,
+        )  # fmt: skip
+        return replies[0] if single else replies
+
+    def replies_to(
+        self, dialogues: Sequence[Any], queries: torch.Tensor, pool: CandidatePool, *, generate: str = "never",
+        drawing: Mapping[str, Any] | None = None, **search: Any,
+    ) -> list[Retrieval]:  # fmt: skip
+        """
+        `retrieve`, of n dialogues whose embeddings `(n, q)` are there already.
+
+        Args:
+            dialogues: each as `embed_dialogues` takes it; read only where a picture is drawn.
+            queries: their embeddings, n at least 1.
+            generate, drawing: `generate` of `retrieve`, and the others of its arguments that a picture is drawn with.
+            search: of [`CandidatePool.search`].
+
+        Raises:
+            ValueError: as `retrieve`.
+            ImportError, OSError: the diffusion model cannot be loaded, see `pipeline`.
+        """
+        check_when(generate, drawing or {}, self.config)
+        hits = pool.search(queries, **search)
+        if generate == "never":
+            return hits
+        places = list(range(len(hits)))
+        if generate == "auto":
+            places = self._to_draw(hits, queries, pool, id_strings("exclude", search.get("exclude", ())))
+        return with_drawn(self, dialogues, hits, places, drawing or {})
 
     def _to_draw(
         self, hits: list[Retrieval], queries: torch.Tensor, pool: CandidatePool, exclude: Sequence[str]

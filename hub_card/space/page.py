@@ -81,6 +81,7 @@ def build(app: App, *, miniature: bool = False, links: dict[str, str] | None = N
                     sources=["upload"], autofocus=False, max_plain_text_length=MAX_TEXT * 10,
                 )  # fmt: skip
                 count = gr.HTML(elem_id="count")
+                draw = gr.Button("Draw a picture", size="sm", visible=False, elem_id="draw") if app.draws else None
                 again = gr.Button("Start again", size="sm", visible=False, elem_id="again")
                 strip = gr.HTML(views.strip(app.strip), elem_id="strip", js_on_load=CLICKS)
             with gr.Column(scale=4, min_width=320, visible=False) as side:
@@ -101,6 +102,9 @@ def build(app: App, *, miniature: bool = False, links: dict[str, str] | None = N
 
         def drawn(session: Session) -> list[Any]:
             talking = bool(session.turns)
+            shown = session.turns[-1].pictures if talking else ()
+            # A second click would draw the same picture again.
+            undrawn = talking and not any(picture.drawn for picture in shown)
             return [
                 session,
                 gr.HTML(views.conversation(session) if talking else "", visible=talking),
@@ -109,6 +113,7 @@ def build(app: App, *, miniature: bool = False, links: dict[str, str] | None = N
                 gr.Column(visible=talking),
                 views.ranking(session.reply),
                 views.pool_line((session.pool or app.pool).counts, session.uploads),
+                *([gr.Button(visible=undrawn)] if draw else []),
             ]
 
         def attempt(step: Any, session: Session, *arguments: Any) -> tuple[bool, list[Any]]:
@@ -129,7 +134,7 @@ def build(app: App, *, miniature: bool = False, links: dict[str, str] | None = N
         def on_show(session: Session, image_bias: float, event: gr.EventData) -> list[Any]:
             return attempt(app.show, session, event._data["at"], image_bias)[1]
 
-        outputs = [session, talk, examples, again, side, hits, size]
+        outputs = [session, talk, examples, again, side, hits, size, *([draw] if draw else [])]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         box.submit(on_say, [box, session, bias], [*outputs, box, count], **private)
         box.change(None, box, count, js=COUNT, **private)
@@ -146,6 +151,8 @@ def build(app: App, *, miniature: bool = False, links: dict[str, str] | None = N
             lambda files, s, b: [*attempt(app.add_pictures, s, files or [], b)[1], None],
             [upload, session, bias], [*outputs, upload], **private,
         )  # fmt: skip
+        if draw:  # it takes seconds, so that it shows that it goes on
+            draw.click(lambda s: attempt(app.draw, s)[1], session, outputs, **private | {"show_progress": "minimal"})
         page.load(None, js=NAMED)
         again.click(lambda s: drawn(Session(pool=s.pool, uploads=s.uploads)), session, outputs, **private)
     return page

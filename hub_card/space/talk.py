@@ -1,15 +1,19 @@
 """What the page does, apart from how it looks: a visitor's conversation, and the replies to it."""
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 LISTED = 8  # candidates beside the conversation
 ALSO = 3  # further pictures beneath the reply's
@@ -36,15 +40,17 @@ OPENINGS: tuple[tuple[str, int | None], ...] = (
     ("what do pandas look like?", None),
 )  # fmt: skip
 OFFERED = 4  # of them
+DRAWN = "drawn, not from the pool"  # the name of a drawn picture
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture with its name, and its id where it is a candidate of the pool."""
+    """A picture with its name, its id where it is a candidate of the pool, and whether it was drawn."""
 
     name: str
     image: Image.Image
     id: str | None = None
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,11 @@ class App:
         processor = model.processor
         processor.max_image_pixels = min(processor.max_image_pixels, MAX_PIXELS)
 
+    @property
+    def draws(self) -> bool:
+        """Whether its model can draw, and what that needs is installed."""
+        return bool(self.model.config.n_drawing_tokens) and find_spec("diffusers") is not None
+
     @cached_property
     def strip(self) -> list[Picture]:
         """Some of the pool's pictures, evenly from its first to its last; those that cannot be read are left out."""
@@ -179,6 +190,28 @@ class App:
     def rank_again(self, session: Session, image_bias: float) -> Session:
         """The last turn answered again, by another bias or out of a larger pool."""
         return self._answered(session, image_bias) if session.queried else session
+
+    def draw(self, session: Session) -> Session:
+        """
+        The last reply with a picture drawn for it in the place of the pool's, which goes to those that came next.
+
+        Raises:
+            ValueError: there is no reply, the diffusion model cannot be loaded, or the picture cannot be drawn.
+        """
+        if not session.queried:
+            raise ValueError("Say something first: a picture is drawn for a reply.")
+        try:
+            self.model.pipeline  # noqa: B018  # loaded here once
+        except (ImportError, OSError, ValueError) as error:  # it may name the server's folders
+            logger.warning(f"no picture can be drawn: {error}")
+            raise ValueError("The diffusion model could not be loaded here; the server's log says why.") from error
+        image = self.model.generate([turn.message for turn in session.turns[: session.queried]])
+        turn = session.turns[-1]
+        found = tuple(picture for picture in turn.pictures if not picture.drawn)
+        picture = Picture(DRAWN, reduced(image), drawn=True)
+        # How sure the reply was is said of the pool's picture too.
+        turn = replace(turn, pictures=(picture,), also=(found + turn.also)[:ALSO], sure="")
+        return replace(session, turns=(*session.turns[:-1], turn), reply=session.reply.with_drawn(image))
 
     def add_pictures(self, session: Session, files: Sequence[str], image_bias: float) -> Session:
         """Adds a visitor's own pictures to the visitor's pool. Raises `ValueError` as `say` does."""

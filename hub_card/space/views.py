@@ -103,7 +103,8 @@ def ranking(reply: Any) -> str:
 
 
 def _used(reply: Any) -> Iterable[str]:
-    for modality, item in (("text", reply.text), ("image", reply.image)):
+    from_pool = reply.image if reply.image_source != "drawn" else None
+    for modality, item in (("text", reply.text), ("image", from_pool)):
         if item is not None:
             yield from [c.id for c in reply.candidates if c.modality == modality][:1]
 

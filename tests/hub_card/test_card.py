@@ -112,3 +112,15 @@ def test_evaluation_results_files_are_the_hubs_format():
     assert "0.2000 to 0.3000 over 100 items" in entry["notes"]
     with pytest.raises(ValueError, match="no figures of the task 'vist'"):
         eval_results_yaml([RESULT], {"vist": "org/vist"})
+
+
+def test_a_card_says_with_what_its_checkpoint_draws(tmp_path):
+    plain = model_card(config(drawing_model_name_or_path="org/diffusion"), "org/x").text
+    assert "diffusion" not in plain and "was asked to draw" not in plain
+    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    draws = config(n_drawing_tokens=8, drawing_model_name_or_path=name, drawing_model_revision="abc1234")
+    text = model_card(draws, "org/x").text
+    assert f"frozen diffusion model, [{name}](https://huggingface.co/{name}) at revision `abc1234`" in text
+    assert f"- {name}: CreativeML Open RAIL-M" in text and "but for pictures that it was asked to draw" in text
+    own = model_card(config(n_drawing_tokens=8, drawing_model_name_or_path=str(tmp_path)), "org/x").text
+    assert "one that is not on the Hub" in own and str(tmp_path) not in own

@@ -17,6 +17,7 @@ from hub_card.serve import load_handler
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
 from tests.hub_card.serving import served
+from tests.tiny import make_pipeline
 
 
 def base64_of(image):
@@ -142,6 +143,20 @@ def test_a_large_picture_is_sent_small_and_encoded_once(model, monkeypatch):
         ({"inputs": "hi", "parameters": {"exclude": [1]}}, "list of ids"),
         ({"inputs": "hi", "parameters": {"image_bias": 10**400}}, "between -1000 and 1000"),
         ({"inputs": "hi", "parameters": {"image_bias": float("nan")}}, "between -1000 and 1000"),
+        ({"inputs": "hi", "parameters": {"generate": "always"}}, "this model cannot draw"),
+        ({"inputs": "hi", "parameters": {"generate": "maybe"}}, "generate='maybe'"),
+        ({"inputs": "hi", "parameters": {"generate": True}}, "cannot be bool"),
+        ({"inputs": "hi", "parameters": {"generate": "always", "steps": 51}}, "steps must be between 1 and 50"),
+        (
+            {"inputs": "hi", "parameters": {"generate": "always", "guidance": float("nan")}},
+            "guidance must be between 1 and 20",
+        ),
+        (
+            {"inputs": "hi", "parameters": {"generate": "always", "seed": 2**32}},
+            "seed must be between 0 and 4294967295",
+        ),
+        ({"inputs": "hi", "parameters": {"steps": 3}}, "generate is 'never'"),
+        ({"inputs": "hi", "parameters": {"generate": "always", "size": [8, 8]}}, "unknown parameter 'size'"),
     ],
 )
 def test_a_bad_request_is_answered_by_what_is_wrong(ask, request_, message_):
@@ -224,3 +239,44 @@ def test_a_repository_without_a_pool_says_so(tiny, tmp_path):
     tiny().save_pretrained(tmp_path, with_towers=True)
     with pytest.raises(ValueError, match="no pool is packed"):
         load_handler(tmp_path)
+
+
+@pytest.fixture
+def drawing(tiny, tmp_path):
+    """A checkpoint that can draw, with a pool and the folder of its diffusion model."""
+    make_pipeline().save_pretrained(tmp_path / "diffusion")
+    tiny().save_pretrained(tmp_path / "drawing", with_towers=True)
+    model = UniMuRModel.from_pretrained(tmp_path / "drawing")
+    small = {"mapper_width": 16, "mapper_layers": 1, "mapper_heads": 2, "drawing_steps": 2, "drawing_guidance": 2.0}
+    model.add_drawing(make_pipeline(), n_drawing_tokens=3, **small)
+    model.config.drawing_model_name_or_path = str(tmp_path / "diffusion")
+    pool = model.build_pool(images=[picture(1), picture(2)], texts=["hello"], show_progress_bar=False)
+    model.save_pretrained(tmp_path / "drawing", pool=pool)
+    return UniMuRModel.from_pretrained(tmp_path / "drawing")
+
+
+def test_a_drawn_picture_travels_as_the_pools_do(drawing):
+    handler = load_handler_of(drawing)
+    parameters = {"generate": "always", "seed": 3, "steps": 1, "guidance": 3, "image_bias": 3}
+    requests = [{"inputs": text, "parameters": parameters} for text in ("hello", "a panda, please")]
+    answers = handler.batch([*requests, {"inputs": "hello", "parameters": {"image_bias": 3}}])
+    assert [answer["image_source"] for answer in answers] == ["drawn", "drawn", "retrieved"]
+    for text, answer in zip(("hello", "a panda, please"), answers[:2], strict=True):
+        sent = base64.b64decode(answer["image"])
+        with Image.open(io.BytesIO(sent)) as image:
+            assert image.format == "PNG"
+            assert image.tobytes() == drawing.generate([text], seed=3, steps=1, guidance=3).tobytes()
+        assert answer["image"] not in [c.get("image") for c in answer["candidates"]]
+    assert answers[0]["candidates"] == answers[2]["candidates"]
+    assert "diffusers" in (Path(drawing._source["pretrained_model_name_or_path"]) / "requirements.txt").read_text()
+
+
+def test_without_its_diffusion_model_it_retrieves_and_says_that_it_cannot_draw(drawing, tmp_path, caplog):
+    (tmp_path / "diffusion").rename(tmp_path / "gone")
+    handler = load_handler_of(drawing)
+    assert "this endpoint cannot draw" in caplog.text and "could not be loaded" in caplog.text
+    assert handler({"inputs": "hello"})["text"] == "hello"
+    (tmp_path / "gone").rename(tmp_path / "diffusion")  # nothing is loaded for a request
+    with pytest.raises(ValueError, match="this endpoint cannot draw") as caught:
+        handler({"inputs": "hello", "parameters": {"generate": "always"}})
+    assert str(tmp_path) not in str(caught.value)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
-from tests.tiny import make_model
+from tests.tiny import make_model, make_pipeline
 
 gr = pytest.importorskip("gradio", reason="gradio is optional: pip install 'modeling-unimur[space]'")
 import app as space  # noqa: E402
@@ -118,6 +118,51 @@ def test_how_sure_a_reply_is_in_words():
 )
 def test_a_picture_has_a_name(id_, name):
     assert name_of(id_) == name
+
+
+def drawing_app(app, checkpoint):
+    model = UniMuRModel.from_pretrained(checkpoint / "checkpoint")
+    small = {"mapper_width": 16, "mapper_layers": 1, "mapper_heads": 2, "drawing_steps": 1, "drawing_guidance": 2.0}
+    model.add_drawing(make_pipeline(), n_drawing_tokens=3, **small)
+    return App(model, app.pool)
+
+
+def test_a_drawn_picture_says_that_it_is_not_from_the_pool(app, checkpoint):
+    drawing = drawing_app(app, checkpoint)
+    found = drawing.say(Session(), "hello", [], 3.0)
+    assert "not from the pool" not in views.conversation(found)
+    session = drawing.draw(found)
+    turn, before = session.turns[-1], found.turns[-1]
+    assert turn.pictures[0].image.tobytes() == drawing.model.generate("hello").tobytes()
+    assert turn.also == (before.pictures + before.also)[:3] and turn.text_id == before.text_id
+    page = views.conversation(session)
+    assert (
+        "<figcaption>drawn, not from the pool</figcaption>" in page and page.count("not from the pool") == 2
+    )  # and its alt
+    assert re.findall(r'class="u-row u-used" data-id="([^"]+)"', views.ranking(session.reply)) == [turn.text_id]
+    # The conversation goes on: the picture is part of it, and what is shown next is the pool's.
+    assert drawing.say(session, "and now?", [], 3.0).turns[-1].pictures[0].id is not None
+    assert not drawing.rank_again(session, 3.0).turns[-1].pictures[0].drawn
+
+
+def test_what_cannot_be_drawn_is_said_without_the_servers_paths(app, checkpoint, tmp_path):
+    drawing = drawing_app(app, checkpoint)
+    with pytest.raises(ValueError, match="Say something first"):
+        drawing.draw(Session())
+    drawing.model._pipeline, drawing.model.config.drawing_model_name_or_path = None, str(tmp_path / "gone")
+    with pytest.raises(ValueError, match="could not be loaded here") as caught:
+        drawing.draw(drawing.say(Session(), "hello", [], 0.0))
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_only_a_page_whose_model_draws_has_a_button_for_it(app, checkpoint, monkeypatch):
+    def ids(made):
+        return {block.elem_id for block in build(made).blocks.values()}
+
+    drawing = drawing_app(app, checkpoint)
+    assert "draw" in ids(drawing) and not app.draws and "draw" not in ids(app)
+    monkeypatch.setattr("talk.find_spec", lambda name: None)  # diffusers is not there
+    assert "draw" not in ids(drawing)
 
 
 def test_earlier_turns_that_no_longer_fit_are_told_of(app):

@@ -10,6 +10,7 @@ from transformers.dynamic_module_utils import get_imports
 
 from modeling_unimur import UniMuRModel
 from modeling_unimur.generation_unimur import drawing_loss
+from modeling_unimur.pipeline_unimur import MultimodalRetrievalPipeline
 from tests.conftest import picture
 from tests.tiny import make_pipeline
 
@@ -156,6 +157,7 @@ def test_retrieve_draws_never_always_or_where_the_pool_has_no_good_one(drawer):
     always = drawer.retrieve(TALK, pool, image_bias=10.0, generate="always")
     assert always.image_source == "drawn" and always.image.tobytes() == drawer.generate(TALK).tobytes()
     assert always.candidates == plain.candidates
+    assert "drawn, not from the pool" in always._repr_html_() and "not from the pool" not in plain._repr_html_()
     score = drawer.retrieve(TALK, pool, modality="image").candidates[0].score
     for threshold, source in ((score + 0.01, "drawn"), (score - 0.01, "retrieved")):
         drawer.config.draw_below = threshold
@@ -198,3 +200,39 @@ def test_config_refuses_what_cannot_draw(fresh):
             model.add_drawing(None, **{"n_drawing_tokens": 4, **fields})
         assert model.config.n_drawing_tokens == 0
     assert json.loads(fresh().config.to_json_string()).get("n_drawing_tokens") in (None, 0)
+
+
+def test_the_pipeline_draws_as_retrieve_does(drawer):
+    pool = drawer.build_pool(images=[picture(1), picture(2)], texts=["hello"], show_progress_bar=False)
+    pipe = MultimodalRetrievalPipeline(drawer, drawer.processor)
+    talks = [TALK, ["look", picture(3)], ["and another"]]
+    plain, drawn = (pipe(talks, pool=pool, image_bias=10.0, batch_size=2, **given)
+                    for given in ({}, {"generate": "always", "seed": 3, "steps": 1}))  # fmt: skip
+    assert [answer["image_source"] for answer in plain] == ["retrieved"] * 3
+    assert [answer["image_source"] for answer in drawn] == ["drawn"] * 3
+    expected = drawer.generate(talks, seed=3, steps=1)
+    assert [answer["image"].tobytes() for answer in drawn] == [image.tobytes() for image in expected]
+    assert [answer["candidates"] for answer in drawn] == [answer["candidates"] for answer in plain]
+    score = drawer.retrieve(TALK, pool, modality="image").candidates[0].score
+    for threshold, source in ((score + 0.01, "drawn"), (score - 0.01, "retrieved")):
+        drawer.config.draw_below = threshold
+        assert pipe(TALK, pool=pool, image_bias=10.0, generate="auto")["image_source"] == source
+    shut_out = (
+        drawer.retrieve(TALK, pool, modality="image").candidates[0].id
+    )  # the rule goes by what is left of the pool
+    drawer.config.draw_below = score - 1e-4
+    assert pipe(TALK, pool=pool, image_bias=10.0, generate="auto", exclude=[shut_out])["image_source"] == "drawn"
+
+
+def test_what_the_pipeline_cannot_draw_is_refused(drawer, tiny):
+    pipe = MultimodalRetrievalPipeline(drawer, drawer.processor)
+    for arguments, message in (
+        ({"generate": "maybe"}, "generate='maybe'"), ({"steps": 3}, "generate is 'never'"),
+        ({"generate": "always", "steps": 0}, "steps=0"), ({"draw": "always"}, "a search takes .* generate, seed, steps"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            pipe("hi", pool={"texts": ["a"]}, **arguments)
+    unable = MultimodalRetrievalPipeline(tiny(), tiny().processor)
+    with pytest.raises(ValueError, match="this model cannot draw"):
+        unable("hi", pool={"texts": ["a"]}, generate="always")
+    assert unable("hi", pool={"texts": ["a"]})["image_source"] is None
