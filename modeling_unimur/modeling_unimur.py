@@ -340,7 +340,8 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
             states, losses["loss_draw"] = self.drawing_pass(contexts, features, drawing_targets)
         if contexts is not None and targets is not None:
             ret_embeds = self.W_t2m(self._states(contexts, features) if states is None else states)
-            image_embeds = self.unify_images(features, embeds) if len(embeds) else ret_embeds[:0]
+            # Also of no image: with a gradient that other processes' images lack, the processes would wait for each other.
+            image_embeds = self.unify_images(features, embeds)
             given = {"ret_embeds": ret_embeds, "image_embeds": image_embeds}
             scale = self.logit_scale.exp().clamp(max=100)  # 1 / tau of eq. 4-5
             if self.config.lambda1:

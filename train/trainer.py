@@ -456,13 +456,26 @@ class UniMuRTrainer(Trainer):
 
 
 class _Passes(TrainerCallback):
-    """Counts passes over the data, and tells the collator, which draws a caption per image by them."""
+    """Counts passes over the data, and tells the sampler and the collator, which draws a caption per image by them."""
 
     def __init__(self, trainer: UniMuRTrainer, collator: Any):
         self.trainer, self.collator = trainer, collator
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         number = self.trainer.progress.begin_pass(state.global_step)
         epoch = number if self.trainer.streamed else int(state.epoch or 0)
         if hasattr(self.collator, "epoch"):
             self.collator.epoch = epoch
+        _set_epoch(train_dataloader, epoch)
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """
+    Tells the innermost sampler of a loader its epoch. accelerate's loaders do so themselves, but where several processes
+    skip the batches before an interruption they do not reach it.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    if hasattr(sampler := getattr(batches, "sampler", None), "set_epoch"):
+        sampler.set_epoch(epoch)
