@@ -359,15 +359,22 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
         return UniMuROutput(loss=loss, **losses, **given)
 
     def caption_loss(self, captions: Captions, features: torch.Tensor) -> torch.Tensor:
-        """L_cap, eq. 1-2: scalar, over the captions behind their images' `features` `(i, c)`."""
+        """
+        L_cap, eq. 1-2: scalar, over the captions behind their images' `features` `(i, c)`, and beyond the paper over the
+        replies behind their contexts. Without a row it takes part in the mean over all processes.
+        """
         labels, at = captions["labels"].flatten(), captions.get("label_positions")
         if at is None:  # the processor's batches have them, so that no device waits here
             at = (labels != IGNORE).nonzero()[:, 0]
+        head = self.language_model.get_output_embeddings()
+        if not len(captions["labels"]):
+            hidden = self.W_i2t(features[:0]).reshape(0, self.config.text_width).to(head.weight.dtype)
+            return linear_caption_loss(hidden, head, labels)
         hidden = self.caption_states(
             captions["input_ids"], captions["attention_mask"], features[captions["image_indices"]], at,
             captions.get("packing"),
         )  # fmt: skip
-        return linear_caption_loss(hidden, self.language_model.get_output_embeddings(), labels[at])
+        return linear_caption_loss(hidden, head, labels[at])
 
     def image_loss(
         self, ret_embeds: torch.Tensor, image_embeds: torch.Tensor, targets: Targets, scale: torch.Tensor,

@@ -34,10 +34,9 @@ def data(tmp_path_factory):
 
 
 def chat(i: int) -> dict:
-    """Two replies, one after words alone and one after a picture; most are words, some a picture, one is both."""
-    first, second = ("<image>", "why not?") if i == 2 else ("so be it", "yes " * (i + 1))
-    if i in (4, 6):
-        second = f"<image>{' or this' * (i == 6)}"
+    """A reply after words alone, mostly of words, and one after a picture, of a picture, of words, or of both."""
+    first = "<image>" if i == 2 else "so be it"
+    second = "yes " * (i + 1) if i < 4 else "<image>" + " or this" * (i == 6)
     contents = [f"{WORDS[i]}?", first, "and <image>", second]
     messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
     shown = sum(content.count("<image>") for content in contents)
