@@ -21,9 +21,9 @@ class Packing(TypedDict):
 
 class Captions(TypedDict):
     """
-    Images and their captions, for eq. 1-2: `input_ids`, `attention_mask`, `labels` `(n, length)` int64, -100 where nothing
-    is predicted; `label_positions` `(m,)` int64, where the flattened labels are tokens; `image_indices` int64, which image
-    each slot shows; `packing` of the rows.
+    Images and their captions, or contexts and the replies to them, for eq. 1-2: `input_ids`, `attention_mask`, `labels`
+    `(n, length)` int64, -100 where nothing is predicted; `label_positions` `(m,)` int64, where the flattened labels are
+    tokens; `image_indices` int64, which image each slot shows; `packing` of the rows.
     """
 
     input_ids: torch.Tensor

@@ -340,7 +340,8 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
             states, losses["loss_draw"] = self.drawing_pass(contexts, features, drawing_targets)
         if contexts is not None and targets is not None:
             ret_embeds = self.W_t2m(self._states(contexts, features) if states is None else states)
-            image_embeds = self.unify_images(features, embeds) if len(embeds) else ret_embeds[:0]
+            # Also of no image: with a gradient that other processes' images lack, the processes would wait for each other.
+            image_embeds = self.unify_images(features, embeds)
             given = {"ret_embeds": ret_embeds, "image_embeds": image_embeds}
             scale = self.logit_scale.exp().clamp(max=100)  # 1 / tau of eq. 4-5
             if self.config.lambda1:
@@ -358,15 +359,22 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
         return UniMuROutput(loss=loss, **losses, **given)
 
     def caption_loss(self, captions: Captions, features: torch.Tensor) -> torch.Tensor:
-        """L_cap, eq. 1-2: scalar, over the captions behind their images' `features` `(i, c)`."""
+        """
+        L_cap, eq. 1-2: scalar, over the captions behind their images' `features` `(i, c)`, and beyond the paper over the
+        replies behind their contexts. Without a row it takes part in the mean over all processes.
+        """
         labels, at = captions["labels"].flatten(), captions.get("label_positions")
         if at is None:  # the processor's batches have them, so that no device waits here
             at = (labels != IGNORE).nonzero()[:, 0]
+        head = self.language_model.get_output_embeddings()
+        if not len(captions["labels"]):
+            hidden = self.W_i2t(features[:0]).reshape(0, self.config.text_width).to(head.weight.dtype)
+            return linear_caption_loss(hidden, head, labels)
         hidden = self.caption_states(
             captions["input_ids"], captions["attention_mask"], features[captions["image_indices"]], at,
             captions.get("packing"),
         )  # fmt: skip
-        return linear_caption_loss(hidden, self.language_model.get_output_embeddings(), labels[at])
+        return linear_caption_loss(hidden, head, labels[at])
 
     def image_loss(
         self, ret_embeds: torch.Tensor, image_embeds: torch.Tensor, targets: Targets, scale: torch.Tensor,

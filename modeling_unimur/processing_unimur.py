@@ -262,9 +262,10 @@ class UniMuRProcessor(ProcessorMixin):
         A training batch, of caption pairs or of interleaved documents.
 
         Args:
-            items: `caption`: an image's index into `images` and its caption, for eq. 1-2, or `None`. `context`: turns
-                whose elements are texts and, for images, indices; e_t is read at the `[RET]` that ends it. `image`
-                (index or `None`) and `text` (or `None`): what eq. 3-6 align e_t with.
+            items: `caption`: an image's index into `images` and its caption, for eq. 1-2, or `None`; with `None` in the
+                index's place the text is a reply, to be predicted after the context. `context`: turns whose elements
+                are texts and, for images, indices; e_t is read at the `[RET]` that ends it. `image` (index or `None`)
+                and `text` (or `None`): what eq. 3-6 align e_t with.
             images: decodable images, each once; `None` where features are cached (the caller adds them).
             pack: plan the packing of both passes.
 
@@ -291,13 +292,15 @@ class UniMuRProcessor(ProcessorMixin):
 
     def _captions_part(self, items: Sequence[dict], pack: bool) -> Captions:
         rows, labels, slots = [], [], []
-        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        prefix = len(self._prefix) + self.n_visual_tokens
         for i, item in enumerate(items):
             if item["caption"] is not None:
-                row, kept = self._serialise([list(item["caption"])], end=eos, item=i)
+                image, text = item["caption"]
+                *earlier, last = item["context"]
+                before = [*earlier, [*last, self._separator]] if image is None else [[image]]
+                predicted = self._predicted(text, i)
+                row, kept = self._serialise(before, end=predicted, item=i)
                 rows.append(row)
-                labels.append([IGNORE] * prefix + row[prefix:])
+                labels.append([IGNORE] * (len(row) - len(predicted)) + predicted)  # eq. 2: the text's tokens alone
                 slots += kept
         padded = _pad(labels, IGNORE)["input_ids"]
         part: Captions = {
@@ -308,6 +311,15 @@ class UniMuRProcessor(ProcessorMixin):
             lengths = [len(row) - 1 for row in rows]  # a caption's last token is predicted, never read
             part["packing"] = plan_packing(lengths, width=max(lengths) + 1)
         return part
+
+    def _predicted(self, text: str, item: int) -> list[int]:
+        """A text's tokens and EOS; of one that leaves no room for an image before it, its beginning."""
+        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        ids, room = [*self._tokenize(text), *eos], self.max_length - len(self._prefix) - self.n_visual_tokens
+        if len(ids) > room:
+            logger.warning(f"item {item}: a text to be predicted exceeds the LLM's {self.max_length} positions; its beginning "
+                           "is kept")  # fmt: skip
+        return ids[:room]
 
     def _targets_part(self, items: Sequence[dict]) -> Targets:
         with_image = [i for i, item in enumerate(items) if item["image"] is not None]

@@ -157,6 +157,13 @@ class DataArguments:
             "help": "Their share of an epoch's rows; the kind with too few is repeated. By default as many as there are."
         },
     )
+    dialogue_captioning: bool = field(
+        default=True,
+        metadata={
+            "help": "Of --dialogues: a reply's text is also a target of eq. 1-2, after its context, where that shows an image "
+            "(with --lora_rank everywhere). The miniature's --interleaved documents are none: so its figures were measured."
+        },
+    )
     image_folder: str | None = field(
         default=None,
         metadata={"help": "Images of a tsv or of dialogues; those of dialogues are beside them by default."},

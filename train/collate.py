@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging
 
 from modeling_unimur import UniMuRProcessor
+from modeling_unimur.batch_unimur import Captions
 from modeling_unimur.images_unimur import BadImageError
 
 logger = logging.get_logger(__name__)
@@ -87,6 +88,8 @@ class PairCollator:
         named (`bool`): a batch also has `names`, the row's id for each image of pairs and for each document, and `replies`,
             the documents' texts.
         worded (`bool`): a batch of pairs also has `words`, the caption of each item.
+        predicted (`str`): which replies of documents are targets of eq. 1-2 behind their contexts: `"none"`, `"after images"`,
+            those whose context shows one, since W_i2t learns from no other, or `"all"`.
         images (`bool`): whether images are read; without them a batch is for the mapper's loss alone.
         epoch (`int`): with the seed and the row's id, what the draw of captions depends on; set it before each epoch.
 
@@ -97,6 +100,7 @@ class PairCollator:
 
     every_caption = named = worded = False
     images = True
+    predicted = "none"
 
     def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0, pack: bool = False):
         if caption not in ("random", "first"):
@@ -132,7 +136,7 @@ class PairCollator:
             )
             batch["images"] = {"features": features, "embeds": embeds}
         named: dict[str, Any] = {"names": names, "replies": replies} if self.named else {}
-        words = [item["caption"][1] for item in items if item["caption"] is not None]
+        words = [item["caption"][1] for item in items if item["caption"] and item["caption"][0] is not None]
         if self.worded and words:
             named["words"] = words
         return {**batch, **named, "skipped": dict(skips.counts), "n_seen": skips.seen}
@@ -201,13 +205,25 @@ class PairCollator:
         names = list(row["images"])
         context = [[names.index(e[0]) if isinstance(e, tuple) else e for e in turn] for turn in row["context"]]
         target = None if row["image"] is None else names.index(row["image"])
-        item = {"caption": None, "context": context, "image": target, "text": row["text"]}
+        shows = any(isinstance(e, int) for turn in context for e in turn)
+        predicted = self.predicted == "all" or (self.predicted == "after images" and shows)
+        caption = (None, row["text"]) if predicted and row["text"] is not None else None
+        item = {"caption": caption, "context": context, "image": target, "text": row["text"]}
         return [item], list(row["images"].values()), None
 
     def _image(self, row: dict[str, Any]) -> Any:
         if "image_features" in row:
             return row["image_features"], row["image_embeds"]
         return self.processor.decode(row["image"])
+
+
+def no_captions(device: torch.device) -> Captions:
+    """A part of no rows, by which a process without captions takes part in eq. 1-2's mean."""
+    none = torch.zeros(0, 1, dtype=torch.long, device=device)
+    return {
+        "input_ids": none, "attention_mask": none, "labels": none, "image_indices": none[:, 0],
+        "label_positions": none[:, 0],
+    }  # fmt: skip
 
 
 def known_problem(row: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -230,7 +246,7 @@ def _shifted(item: dict[str, Any], by: int) -> dict[str, Any]:
     """The item with its image indices counted from the batch's first image."""
     caption, target = item["caption"], item["image"]
     return item | {
-        "caption": caption and (caption[0] + by, caption[1]),
+        "caption": caption and (None if caption[0] is None else caption[0] + by, caption[1]),
         "context": [[e + by if isinstance(e, int) else e for e in turn] for turn in item["context"]],
         "image": None if target is None else target + by,
     }

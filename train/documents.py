@@ -25,7 +25,8 @@ class InterleavedDocuments(Dataset):
     Every reply of every conversation as a row for [`train.collate.PairCollator`].
 
     They go beyond the paper's caption pairs: the context (texts and images) is aligned with its reply by eq. 3-6, so that
-    both maps learn from images inside a conversation. They take no part in eq. 1-2.
+    both maps learn from images inside a conversation. By choice a reply's text is a target of eq. 1-2, too, behind its
+    context (`predicted` of the collator).
 
     A reply's targets are its texts, joined by a space, and the first of its images. Its context is the turns before it, the
     last `CONTEXT` of them; a warning counts where there are more. A reply that cannot be used has a row too, with what is

@@ -127,8 +127,14 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuR
     and its validation split.
 
     Raises:
-        ValueError: nothing or no known layout is named, or documents are wanted where there are none.
+        ValueError: nothing or no known layout is named, or documents are wanted where there are none or by `--schedule
+            captioning`.
     """
+    if args.schedule == "captioning" and (data_args.dialogues is not None or data_args.interleaved):
+        raise ValueError(
+            "--schedule captioning trains eq. 1-2 alone, in which most documents take no part: leave --dialogues and "
+            "--interleaved out, or give --schedule joint or alternating"
+        )
     if data_args.source == "miniature":
         if data_args.dialogues is not None:
             raise ValueError("--dialogues beside --train_data miniature: give one of them")
@@ -281,6 +287,16 @@ def make_collator(data: TrainingData, model: UniMuRModel, data_args: DataArgumen
     raise ValueError(f"{data_args.source} holds no usable pair" + (f": {problem}" if problem else "; it is empty"))
 
 
+def replies_to_predict(model: UniMuRModel, data_args: DataArguments, args: UniMuRTrainingArguments) -> str:
+    """
+    Which replies are targets of eq. 1-2, as [`PairCollator`] names them: none where L_cap is not trained, and after words alone
+    only where a LoRA is, since nothing else learns from them.
+    """
+    if data_args.dialogues is None or not data_args.dialogue_captioning or args.schedule in ("matching", "drawing"):
+        return "none"
+    return "all" if model.config.text_adapter else "after images"
+
+
 def make_validation(
     data: TrainingData, model: UniMuRModel, collator: PairCollator, data_args: DataArguments,
     args: UniMuRTrainingArguments,
@@ -375,6 +391,7 @@ def train(
     elif model_args.init != "random" and model_args.model is None:
         closed = solve(data, model, collator, model_args, args)
     collator.worded, collator.images = targets is not None, args.schedule != "drawing"
+    collator.predicted = replies_to_predict(model, data_args, args)
     validation = None
     if args.schedule == "drawing":
         args.eval_strategy = IntervalStrategy.NO

@@ -1,6 +1,7 @@
 """Batches of one kind: caption pairs, documents of words, documents with images."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -49,3 +50,16 @@ class GroupedSampler(Sampler[int]):
             placed += zip(places.tolist(), batches, strict=True)
         for _, batch in sorted(placed, key=lambda item: item[0]):
             yield from batch.tolist()
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """
+    Tells the innermost sampler of a loader its epoch. accelerate's loaders do so themselves, but where several processes
+    skip the batches before an interruption they do not reach it.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    sampler = getattr(batches, "sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)

@@ -22,11 +22,11 @@ from transformers.utils import logging
 from modeling_unimur.towers_unimur import load_lora_weights
 from train.bank import NegativesBank
 from train.checkpoints import ASIDE, STATE, newest_whole, put_in_place, what_is_broken
-from train.collate import SkipCounter
+from train.collate import SkipCounter, no_captions
 from train.drawing import DrawingTargets
 from train.numerics import IN_A_ROW, SKIP, STOP, NonFiniteError, culprits, describe, is_finite
 from train.progress import Progress
-from train.sampler import GroupedSampler
+from train.sampler import GroupedSampler, set_epoch
 from train.validation import Validation
 
 logger = logging.get_logger(__name__)
@@ -231,11 +231,8 @@ class UniMuRTrainer(Trainer):
         skipped, seen = inputs.pop("skipped"), inputs.pop("n_seen")
         self.skips.update(skipped, seen)
         self._images += seen - sum(skipped.values())
-        part = self.args.schedule
-        if part == "alternating":
-            part = "captioning" if self.state.global_step % 2 == 0 else "matching"
         words = inputs.pop("words", None)
-        inputs = {name: value for name, value in inputs.items() if name not in LEFT_OUT.get(part, ())}
+        part, inputs = self._scheduled(inputs)
         if words is not None and self.drawing_targets is not None and part != "captioning":
             inputs["drawing_targets"] = self.drawing_targets(words, self.args.device)
         banked = self.bank is not None and "targets" in inputs
@@ -251,6 +248,25 @@ class UniMuRTrainer(Trainer):
                 total, count = self._parts.get(name, (0.0, 0))
                 self._parts[name] = (total + loss.detach(), count + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _scheduled(self, inputs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """
+        Which part of eq. 7 this step trains, and the batch without the others. A batch without captions in any process, such
+        as one of replies that are pictures, is for the matching losses on every step.
+        """
+        captioned, part = self._anywhere("captions" in inputs), self.args.schedule
+        if part == "alternating":
+            part = "captioning" if captioned and self.state.global_step % 2 == 0 else "matching"
+        left_out = LEFT_OUT.get(part, ())
+        if captioned and "captions" not in inputs:  # eq. 1-2 is a mean over all processes, which wait for each other
+            inputs = inputs | {"captions": no_captions(self.args.device)}
+        return part, {name: value for name, value in inputs.items() if name not in left_out}
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether something holds in any process; every process takes part where their batches may differ in it."""
+        if self.groups is None or self.accelerator.num_processes == 1:
+            return here
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.args.device), "sum"))
 
     def floating_point_ops(self, inputs):
         """6 for each parameter and token of the contexts, as transformers counts them; none where they are cached."""
@@ -460,13 +476,14 @@ class UniMuRTrainer(Trainer):
 
 
 class _Passes(TrainerCallback):
-    """Counts passes over the data, and tells the collator, which draws a caption per image by them."""
+    """Counts passes over the data, and tells the sampler and the collator, which draws a caption per image by them."""
 
     def __init__(self, trainer: UniMuRTrainer, collator: Any):
         self.trainer, self.collator = trainer, collator
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         number = self.trainer.progress.begin_pass(state.global_step)
         epoch = number if self.trainer.streamed else int(state.epoch or 0)
         if hasattr(self.collator, "epoch"):
             self.collator.epoch = epoch
+        set_epoch(train_dataloader, epoch)

@@ -128,6 +128,26 @@ def test_interleaved_batch():
     assert batch["targets"]["text_rows"].tolist() == [1] and len(batch["targets"]["input_ids"]) == 1
 
 
+def test_a_reply_is_predicted_after_its_context(caplog):
+    def captions(context, text, **fields):
+        items = [{"caption": (None, text), "context": context, "image": None, "text": text}]
+        return make_processor(n_visual_tokens=1, **fields).documents(items, [picture(1)], pack=True)["captions"]
+
+    processor = make_processor(n_visual_tokens=1)
+    a, b, c, line = processor.tokenizer.convert_tokens_to_ids(["a", "b", "c", "Ċ"])
+    image = processor.image_token_id
+    part = captions([["a", 0], ["b"]], "ca")
+    assert part["input_ids"].tolist() == [[2, a, image, line, b, line, c, a, 2]]
+    assert part["labels"].tolist() == [[-100] * 6 + [c, a, 2]] and part["label_positions"].tolist() == [6, 7, 8]
+    assert part["image_indices"].tolist() == [0] and not caplog.text
+    cut = captions([["bb"], ["aa", 0]], "ca", max_length=7)
+    assert cut["input_ids"].tolist() == [[2, a, image, line, c, a, 2]]
+    assert "its 1 oldest turns and 1 tokens or images of the next were left out" in caplog.text
+    long = captions([["look", 0]], "c" * 20, max_length=8)  # its beginning, and one position of the context
+    assert long["labels"].tolist() == [[-100, -100] + [c] * 6] and long["input_ids"][0, 1] == line
+    assert "exceeds the LLM's 8 positions; its beginning is kept" in caplog.text
+
+
 def test_a_text_is_a_dialogue_of_one_turn(caplog):
     processor = make_processor(max_length=12)
     processor.tokenizer.model_max_length = 12  # by which a tokenizer warns on its own

@@ -129,6 +129,22 @@ def test_documents_and_pairs_in_one_batch():
     assert len(batch["captions"]["labels"]) == 1  # only the pair has a caption
 
 
+@pytest.mark.parametrize(("predicted", "rows"), [("none", 1), ("after images", 2), ("all", 3)])
+def test_replies_are_captions_by_choice(predicted, rows):
+    import datasets
+
+    images = datasets.Dataset.from_list([row(name) for name in ("target", "context")])
+    made, processor = documents(images), make_processor(n_visual_tokens=1)
+    collate = PairCollator(processor)
+    collate.predicted, collate.worded = predicted, True
+    batch = collate([row("p"), made[0], made[1]])
+    ids = [[i for i in ids if i >= 0][:-1] for ids in batch["captions"]["labels"].tolist()]
+    t = processor.tokenizer.convert_tokens_to_ids
+    assert ids == ([[t("a")], [t(c) for c in "here"], [t(c) for c in "here"]])[:rows]
+    assert batch["captions"]["image_indices"].tolist() == [0, 1][:rows]
+    assert batch["words"] == ["a"]  # what the mapper draws is a pair's
+
+
 def test_a_document_whose_image_was_left_out_is_counted():
     import datasets
 

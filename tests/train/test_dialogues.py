@@ -330,6 +330,101 @@ def test_a_share_repeats_what_is_too_few(tmp_path):
             mixed(pairs, documents, share)
 
 
+def test_a_reply_is_predicted_by_the_language_model_after_its_context(fresh, tmp_path):
+    import torch
+    import torch.nn.functional as F
+
+    from train.collate import PairCollator, no_captions
+
+    picture(1).save(tmp_path / "1.png"), picture(2).save(tmp_path / "2.png")
+    words = [message("user", "hi"), message("assistant", "ho")]
+    document = load_dialogues(lines(tmp_path / "c.jsonl", [CHAT, {"messages": words}]))
+    model = fresh()
+    collate = PairCollator(model.processor)
+    collate.predicted = "after images"
+    batch = collate([document[i] for i in range(3)])
+    kept = {name: batch[name] for name in ("captions", "contexts", "targets", "images")}
+    outputs = model(**kept)
+    # By hand, row by row: log p(token | what stands before it), over the tokens of the two texts after a picture.
+    features, total, count = model.encode_images(model.processor.pixels([picture(1)]))[0], 0.0, 0
+    for later, reply in (([], "a cat"), (["a cat", "show me another"], "here:")):
+        before = ["be kind", {"content": [image_part(picture(1)), {"type": "text", "text": "what is it?"}]}, *later]
+        ids = model.processor.contexts([before], end_with_ret=False)["input_ids"][0].tolist()
+        end = model.processor.tokenizer("\n" + reply, add_special_tokens=False)["input_ids"] + [2]
+        row = torch.tensor([ids + end])
+        logits = model.language_model(inputs_embeds=model.input_embeddings(row, features)).logits[0, len(ids) : -1]
+        total, count = total + F.cross_entropy(logits, row[0, len(ids) + 1 :], reduction="sum"), count + len(end) - 1
+    assert torch.allclose(outputs.loss_cap, total / count, atol=1e-5)
+    (gradient,) = torch.autograd.grad(outputs.loss_cap, model.W_i2t.weight, retain_graph=True)
+    (expected_gradient,) = torch.autograd.grad(total / count, model.W_i2t.weight)
+    assert expected_gradient.abs().max() > 0 and torch.allclose(gradient, expected_gradient, atol=1e-5)
+    empty = model(captions=no_captions(model.device), images=kept["images"])  # what a process without any has
+    empty.loss.backward()
+    assert empty.loss_cap == 0 and not model.W_i2t.weight.grad.any()
+
+
+def chatting(folder):
+    """Towers, photos with captions and chats of two replies, as flags; the second shows pictures, and is half of words."""
+    from tests.tiny import make_towers
+
+    towers, chats, rows = make_towers(folder / "towers"), [], []
+    for i in range(12):
+        picture(i).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "caption": f"photo {'abcdefghijkl'[i] * 3}"})
+        photo = image_part(f"{i}.png")
+        said = [message("user", f"say {i}"), message("assistant", f"word {i}" if i % 3 else photo)]
+        shown = [message("user", f"and {i}", photo), message("assistant", "yes" if i % 2 else photo)]
+        chats.append({"id": i, "messages": [*said, *shown]})
+    lines(folder / "metadata.jsonl", rows)
+    return [
+        f"--text_model={towers[0]}", f"--clip_model={towers[1]}", f"--dialogues={lines(folder / 'chats.jsonl', chats)}",
+        "--max_steps=10", "--per_device_train_batch_size=4", "--save_steps=5", "--lr_scheduler_type=cosine", "--use_cpu=true",
+        "--disable_tqdm=true", "--logging_steps=1", "--evaluate_pairs=0", "--learning_rate=0.01", "--warmup_steps=0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--cca_widths=3", "--cca_ridges=0.1", "--cca_powers=1", "--state_noise=0.3", "--negatives_bank=8"),
+        ("--alignment=paper", "--train_data={}", "--dialogue_share=0.7", "--schedule=alternating"),
+    ],
+    ids=["alone", "mixed"],
+)
+def test_a_run_on_dialogues_resumes_as_if_never_interrupted(tmp_path, more):
+    import torch
+    from safetensors.torch import load_file
+
+    from train.run import main
+
+    flags = [*chatting(tmp_path), *(flag.format(tmp_path) for flag in more)]
+    whole = main([*flags, f"--output_dir={tmp_path}/whole"])
+    at = f"--resume_from_checkpoint={tmp_path}/whole/checkpoint-5"
+    resumed = main([*flags, at, f"--output_dir={tmp_path}/resumed"])
+    first, second = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("whole", "resumed"))
+    begun = load_file(tmp_path / "whole" / "checkpoint-5" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(begun["W_t2m.weight"], first["W_t2m.weight"])
+    assert whole["pairs_seen"] == resumed["pairs_seen"] == 40
+    kinds = [tuple(sorted(name for name in log if name.startswith("loss_"))) for log in whole["log"][:10]]
+    assert len(set(kinds)) > 1, kinds  # batches of several kinds were seen
+
+
+def test_replies_are_targets_of_captioning_where_it_is_trained(tmp_path):
+    from train.run import main
+
+    flags = [*chatting(tmp_path), "--alignment=paper", f"--train_data={tmp_path}", "--save_strategy=no"]
+    captioned = {}
+    for name, more in {
+        "on": (), "off": ("--dialogue_captioning=false",), "no images": ("--schedule=matching",), "lora": ("--lora_rank=1",),
+    }.items():  # fmt: skip
+        log = main([*flags, *more, f"--output_dir={tmp_path}/out"])["log"][:9]  # an epoch: three batches of each kind
+        captioned[name] = sum("loss_cap" in each for each in log)
+    assert captioned == {"on": 6, "off": 3, "no images": 0, "lora": 9}
+    with pytest.raises(ValueError, match=r"--schedule captioning trains eq\. 1-2 alone"):
+        main([*flags, "--schedule=captioning", f"--output_dir={tmp_path}/out"])
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_run_trains_on_ones_own_chats_and_counts_what_is_bad(tmp_path, cached):
     from tests.tiny import make_towers
