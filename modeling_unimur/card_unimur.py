@@ -51,6 +51,12 @@ class Result:
     high: float
     n: int
 
+    def check(self) -> None:
+        """Raises `ValueError` where a figure is not finite or outside its interval."""
+        figures = (self.low, self.value, self.high)
+        if not all(map(math.isfinite, figures)) or not self.low <= self.value <= self.high:
+            raise ValueError(f"{self.task}, {self.metric}: {self.value} in [{self.low}, {self.high}] is no figure")
+
 
 TEMPLATE = """---
 {{ card_data }}
@@ -218,43 +224,17 @@ def model_card(
         ValueError: a figure or its interval is not finite, or the interval does not hold the value.
     """
     for result in results:
-        figures = (result.low, result.value, result.high)
-        if not all(map(math.isfinite, figures)) or not figures[0] <= figures[1] <= figures[2]:
-            raise ValueError(
-                f"{result.task}, {result.metric}: {figures[1]} in [{figures[0]}, {figures[2]}] is no figure"
-            )
-    towers = [
-        config.text_model_name_or_path or config.text_model_source,
-        config.clip_model_name_or_path or config.clip_model_source,
-    ]
-    named = [_public(tower) for tower in towers]
+        result.check()
+    named = _named_towers(config)
     licences = [(tower, licence_of(tower)) for tower in named if tower]
     strict = next((licence for _, licence in licences if licence.non_commercial), None)
     own = Licence(license or "not stated", license or "not stated by who pushed this")
+    drawing = _drawing_model(config)
     described = [
         f"[{name}](https://huggingface.co/{name})" if name else f"its own, {tower.model_type} of width {width}"
         for name, tower, width in zip(named, config.towers, (config.text_width, config.clip_width), strict=True)
     ]
-    data = ModelCardData(
-        language="en",
-        license=strict.identifier if strict else license,
-        license_name=strict.name.lower().replace(" ", "-") if strict else None,
-        license_link=strict.link if strict else None,
-        library_name="transformers",
-        pipeline_tag=PIPELINE_TAG,
-        tags=TAGS,
-        base_model=[name for name in named if name] or None,
-        datasets=list(datasets) or None,
-        model_name=repo_id.split("/")[-1] if results else None,
-        eval_results=[
-            EvalResult(
-                task_type=PIPELINE_TAG, task_name=r.task, dataset_type=slug(r.dataset),
-                dataset_name=r.dataset, dataset_config=r.protocol, metric_type=slug(r.metric),
-                metric_name=f"{r.metric}, 95 % interval {r.low:.3f} to {r.high:.3f}", metric_value=round(r.value, 6),
-            )
-            for r in results
-        ] or None,
-    )  # fmt: skip
+    data = _metadata(repo_id, named, strict, license, datasets, results)
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -276,6 +256,42 @@ def model_card(
         also_trained=" and the input embedding of `[RET]`" if config.train_ret_embedding else "",
         licences=[
             ("the trained maps" if config.is_adapter else "the checkpoint", own), *licences,
-            *((name, licence_of(name)) for name in [_drawing_model(config)] if name),
+            *([(drawing, licence_of(drawing))] if drawing else []),
         ],
+    )  # fmt: skip
+
+
+def _named_towers(config: UniMuRConfig) -> list[str | None]:
+    """Both towers by their names on the Hub."""
+    sources = (
+        config.text_model_name_or_path or config.text_model_source,
+        config.clip_model_name_or_path or config.clip_model_source,
+    )
+    return [_public(source) for source in sources]
+
+
+def _metadata(
+    repo_id: str, towers: Sequence[str | None], strict: Licence | None, license: str | None, datasets: Sequence[str],
+    results: Sequence[Result],
+) -> ModelCardData:  # fmt: skip
+    """What the Hub reads of a card; `strict`: a tower's licence that overrules `license`."""
+    return ModelCardData(
+        language="en",
+        license=strict.identifier if strict else license,
+        license_name=strict.name.lower().replace(" ", "-") if strict else None,
+        license_link=strict.link if strict else None,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=TAGS,
+        base_model=[name for name in towers if name] or None,
+        datasets=list(datasets) or None,
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=[
+            EvalResult(
+                task_type=PIPELINE_TAG, task_name=r.task, dataset_type=slug(r.dataset),
+                dataset_name=r.dataset, dataset_config=r.protocol, metric_type=slug(r.metric),
+                metric_name=f"{r.metric}, 95 % interval {r.low:.3f} to {r.high:.3f}", metric_value=round(r.value, 6),
+            )
+            for r in results
+        ] or None,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -359,7 +359,7 @@ def _collated(
     loader = DataLoader(_own_part(rows), batch_size=batch_size, collate_fn=collator, num_workers=workers)
     for batch in tqdm(loader, desc=about):
         skips.update(batch["skipped"], batch["n_seen"])
-        yield {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        yield send_to_device(batch, model.device)
 
 
 def _own_part(rows: Dataset) -> Dataset:
