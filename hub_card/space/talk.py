@@ -207,10 +207,10 @@ class App:
             raise ValueError("The diffusion model could not be loaded here; the server's log says why.") from error
         image = self.model.generate([turn.message for turn in session.turns[: session.queried]])
         turn = session.turns[-1]
-        found = tuple(picture for picture in turn.pictures if not picture.drawn)
+        former = tuple(picture for picture in turn.pictures if not picture.drawn)
         picture = Picture(DRAWN, reduced(image), drawn=True)
         # How sure the reply was is said of the pool's picture too.
-        turn = replace(turn, pictures=(picture,), also=(found + turn.also)[:ALSO], sure="")
+        turn = replace(turn, pictures=(picture,), also=(former + turn.also)[:ALSO], sure="")
         return replace(session, turns=(*session.turns[:-1], turn), reply=session.reply.with_drawn(image))
 
     def add_pictures(self, session: Session, files: Sequence[str], image_bias: float) -> Session:

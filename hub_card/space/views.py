@@ -99,7 +99,7 @@ def ranking(reply: Any) -> str:
     scores = [c.score for c in reply.candidates]
     used = set(_used(reply))
     rows = "".join(_row(c, c.id in used, _share(c.score, min(scores), max(scores))) for c in reply.candidates)
-    return f'<details class="u-found"><summary>What came closest, best first</summary><ol>{rows}</ol></details>'
+    return f'<details class="u-hits"><summary>What came closest, best first</summary><ol>{rows}</ol></details>'
 
 
 def _used(reply: Any) -> Iterable[str]:

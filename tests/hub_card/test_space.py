@@ -428,7 +428,7 @@ def replied(tab, count):
 
 
 def ranked(tab):
-    return tab.locator("#found .u-row").evaluate_all("rows => rows.map(r => r.dataset.id)")
+    return tab.locator("#hits .u-row").evaluate_all("rows => rows.map(r => r.dataset.id)")
 
 
 def send(tab, text, files=()):
@@ -455,7 +455,7 @@ def test_in_a_browser_type_send_upload_and_see_the_picture(browse, app, checkpoi
     tab.wait_for_function("document.querySelector('#size').innerText.includes('1 of them yours')", timeout=20_000)
     mine = app.add_pictures(mine, [str(checkpoint / "8.png")], 0.5)
     tab.locator("#bias input[type=range]").fill("0.5")
-    tab.wait_for_function("ids => [...document.querySelectorAll('#found .u-row')].map(r => r.dataset.id).join() == ids",
+    tab.wait_for_function("ids => [...document.querySelectorAll('#hits .u-row')].map(r => r.dataset.id).join() == ids",
                           arg=",".join(listed(mine)), timeout=20_000)  # fmt: skip
     assert "yours-1" in ranked(tab)
     # A picture in a turn is shown, and the reply is that of the same words and bias.
@@ -466,7 +466,7 @@ def test_in_a_browser_type_send_upload_and_see_the_picture(browse, app, checkpoi
     assert tab.locator("#talk figure").count() == sum(len(t.pictures) for t in mine.turns if t.role == "assistant")
     tab.click("#again")
     tab.wait_for_selector("#talk", state="hidden")
-    assert "1 of them yours" in tab.inner_text("#size") and not tab.is_visible("#found")
+    assert "1 of them yours" in tab.inner_text("#size") and not tab.is_visible("#hits")
 
 
 @in_browser
@@ -510,11 +510,11 @@ def test_in_a_browser_nothing_is_wider_than_the_window_and_a_phone_folds_the_ran
     replied(tab, 1)
     for _ in range(2):
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert tab.evaluate("document.querySelector('#found details').open") is (width > 800)
+        assert tab.evaluate("document.querySelector('#hits details').open") is (width > 800)
         send(tab, "hello")
-    tab.click("#found summary")
+    tab.click("#hits summary")
     send(tab, "again")  # what the visitor opened or closed stays so
-    assert tab.evaluate("document.querySelector('#found details').open") is not (width > 800)
+    assert tab.evaluate("document.querySelector('#hits details').open") is not (width > 800)
     picture_, words = (
         tab.locator(f"#talk .u-reply:has(figure) {part}").first.bounding_box() for part in ("figure", ".u-words")
     )
