@@ -376,6 +376,7 @@ class CheckpointModel(PreTrainedModel):
             with _reading(self._source, self.config_class):
                 self.processor = UniMuRProcessor.from_pretrained(**self._source)
         assert self._processor is not None
+        check_positions(self.config, self._processor)  # it may have been changed since
         return self._processor
 
     @processor.setter
@@ -456,13 +457,8 @@ def check_processor(config: UniMuRConfig, processor: UniMuRProcessor) -> None:
                 f"{name} is {stated} in the model's config and {given} in the processor: one of config.json and the "
                 "processor's files is damaged or of another checkpoint"
             )
-    text, clip = config.towers
-    limit = positions(text)
-    if limit is not None and processor.max_length > limit:
-        raise ValueError(
-            f"the processor's max_length={processor.max_length} is more than the {limit} positions of the language model: "
-            f"make the processor with max_length={limit}"
-        )
+    check_positions(config, processor)
+    clip = config.towers[1]
     length = clip_text_length(clip)
     if processor.clip_text_length != length:
         raise ValueError(
@@ -474,6 +470,16 @@ def check_processor(config: UniMuRConfig, processor: UniMuRProcessor) -> None:
         raise ValueError(
             f"clip_tokenizer has {len(processor.clip_tokenizer)} tokens and {clip.model_type}'s text tower "
             f"{vocabulary}: it is another model's tokenizer"
+        )
+
+
+def check_positions(config: UniMuRConfig, processor: UniMuRProcessor) -> None:
+    """Raises `ValueError` where the processor's dialogues may be longer than the LLM's positions."""
+    limit = positions(config.towers[0])
+    if limit is not None and processor.max_length > limit:
+        raise ValueError(
+            f"the processor's max_length={processor.max_length} is more than the {limit} positions of the language model: "
+            f"make the processor with max_length={limit}"
         )
 
 

@@ -329,6 +329,9 @@ def test_a_processor_longer_than_the_llm_is_refused(tmp_path):
     model = make_model(tmp_path)
     with pytest.raises(ValueError, match=r"max_length=2048 is more than the 128 positions.*max_length=128"):
         model.processor = make_processor(max_length=2048)
+    model.processor.max_length = 2048
+    with pytest.raises(ValueError, match="128 positions"):
+        model.embed_dialogues(["hi"])
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,11 @@ def flags_of(data: Path, out: Path, processes: int, *more: str) -> list[str]:
 
 
 def launch(data: Path, out: Path, processes: int, *more: str) -> dict:
-    flags = ["train/run.py", *flags_of(data, out, processes, *more)]
+    flags = flags_of(data, out, processes, *more)
+    if processes == 1:
+        return main(flags)
     config = ROOT / "train" / "configs" / "accelerate" / "two_cpu.yaml"
-    command = [sys.executable, *flags]
-    if processes == 2:
-        command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", *flags]
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "train/run.py", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -126,7 +126,7 @@ def test_two_processes_train_on_dialogues_as_one_also_when_interrupted(data, tmp
         "--lr_scheduler_type=constant",
     )
     more += ("--save_strategy=steps", "--save_steps=9", "--max_bad_share=0")
-    one = main(flags_of(data, tmp_path / "1", 1, *more, "--per_device_train_batch_size=4", "--max_steps=12"))
+    one = launch(data, tmp_path / "1", 1, *more, "--per_device_train_batch_size=4", "--max_steps=12")
     half = (*more, "--per_device_train_batch_size=2")
     launch(data, tmp_path / "2", 2, *half, "--max_steps=9")  # in the second of its epochs of 7
     two = launch(data, tmp_path / "2", 2, *half, "--max_steps=12", "--resume_from_checkpoint=last")
