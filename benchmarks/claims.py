@@ -88,8 +88,8 @@ def judge(
         pairs = drawing_pairs(drawings, better, worse, measure)
         a, b = ({seed: pair[side]["metrics"][measure]["value"] for seed, pair in pairs.items()} for side in (0, 1))
         scale = 1 if measure == "CLIP-Sim" else 100
-        found = _judged(claim, paper, a, b, scale)
-        judged += found if kind == ">" else [replace(j, verdict=_level(pairs, measure)) for j in found]
+        judgements = _judged(claim, paper, a, b, scale)
+        judged += judgements if kind == ">" else [replace(j, verdict=_level(pairs, measure)) for j in judgements]
     return judged
 
 

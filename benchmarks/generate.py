@@ -246,20 +246,20 @@ def report(result: Mapping[str, Any]) -> str:
 
 def grid(model: UniMuRModel, path: Path, n: int = 6) -> None:
     """Conversations of test, each with the picture retrieved and, on the card after it, the one drawn."""
-    said = visdial(splits()["test"], 400, SEED)
+    dialogues = visdial(splits()["test"], 400, SEED)
     from train.miniature import pictures
 
-    images: Any = pictures(said.images, SEED)
-    chosen = said.dialogues[:n]
+    images: Any = pictures(dialogues.images, SEED)
+    chosen = dialogues.dialogues[:n]
     # Every other dialogue's own picture is not in the pool.
     ids = [i for i in images if i not in {d["gold"]["image_ids"][0] for d in chosen[::2]}]
     pool = model.build_pool(images=[images[i] for i in ids], image_ids=ids, show_progress_bar=False)
-    contexts = Contexts(Dialogues(chosen, said.texts, images), "turns")
+    contexts = Contexts(Dialogues(chosen, dialogues.texts, images), "turns")
     rows: list[tuple[dict, Retrieval]] = []
     for dialogue, context in zip(chosen, contexts, strict=True):
         for when in ("never", "always"):
             rows.append((dialogue, model.retrieve(context, pool, modality="image", generate=when)))
-    draw_gallery(rows, said.texts, images, path, columns=4)
+    draw_gallery(rows, dialogues.texts, images, path, columns=4)
 
 
 if __name__ == "__main__":

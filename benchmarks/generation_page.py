@@ -85,10 +85,10 @@ def pairs(files: Sequence[Mapping[str, Any]]) -> str:
     """The two rows of Table A.2 beside each other, on the same items; empty where they were not measured."""
     rows = []
     for _, published, better, worse, measure, _ in DRAWING_CLAIMS:
-        found = drawing_pairs(files, better, worse, measure)
-        if found:
-            less = [difference(a, b, measure) for a, b in found.values()]
-            values = [[pair[side]["metrics"][measure]["value"] for pair in found.values()] for side in (0, 1)]
+        by_seed = drawing_pairs(files, better, worse, measure)
+        if by_seed:
+            less = [difference(a, b, measure) for a, b in by_seed.values()]
+            values = [[pair[side]["metrics"][measure]["value"] for pair in by_seed.values()] for side in (0, 1)]
             rows.append([measure, published, *(span(v, measure) for v in values), differences(less, measure)])
     if not rows:
         return ""
@@ -137,9 +137,9 @@ def span(values: Sequence[float | None], name: str) -> str:
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def differences(found: Sequence[Mapping[str, float | None] | None], name: str) -> str:
+def differences(given: Sequence[Mapping[str, float | None] | None], name: str) -> str:
     """One seed's difference with its interval; of several the mean, and on how many the interval is off zero."""
-    known = [d for d in found if d is not None and d["mean"] is not None and d["low"] is not None]
+    known = [d for d in given if d is not None and d["mean"] is not None and d["low"] is not None]
     if not known:
         return ""
     means, lows, highs = (_scale(name) * np.array([d[k] for d in known], dtype=float) for k in ("mean", "low", "high"))

@@ -17,7 +17,7 @@ def write_json(path: Path, value: Any, *, long_lists: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=1)
     if long_lists:  # no text holds a line break, so that only lists begin so
-        text = re.sub(r'\[\n[^\[\]{}"]*\]', lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
+        text = re.sub(r'\[\n[^\[\]{}"]*\]', lambda match: "[" + " ".join(match[0][1:-1].split()) + "]", text)
     path.write_text(text + "\n")
 
 

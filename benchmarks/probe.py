@@ -39,13 +39,13 @@ class PixelProbe:
 
     def accuracy(self, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
         """Attribute -> share of the pictures in which it is that of their scene, in percent."""
-        centred, found = self._pixels(pictures) - self.mean, {}
+        centred, accuracies = self._pixels(pictures) - self.mean, {}
         for name in ATTRIBUTES:
             weight, bias = self.maps[name]
             read = (centred @ weight + bias).argmax(1)
             share = (read == self._one_hot(name, scenes).argmax(1)).double().mean()
-            found[name] = round(100 * float(share), 1)
-        return found
+            accuracies[name] = round(100 * float(share), 1)
+        return accuracies
 
     def chance(self) -> dict[str, float]:
         """The same of a guess, in percent."""

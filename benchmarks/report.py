@@ -82,7 +82,7 @@ def page(folder: Path) -> Path:
         systems(results),
     ]  # fmt: skip
     measured = {task: [r for r in results if r["task"] == task] for task in TASKS}
-    parts += [section(task, found) for task, found in measured.items() if found]
+    parts += [section(task, rows) for task, rows in measured.items() if rows]
     plots.systems(results, folder / "systems.png")
     parts.append("![R@1 of every system on every retrieval task](systems.png)")
     if tables:

@@ -108,14 +108,14 @@ def _renamed(state: dict[str, Any], tokens: int, path: Path) -> dict[str, torch.
         raise BadDataError(
             f"{path}: {TABLE} has shape {tuple(rows.shape)}, expected the {tokens} rows of the [IMG] tokens"
         )
-    found = {
+    tensors = {
         NAMES.get(name) or "drawing." + name.removeprefix(MAPPER): _checked(name, value, path)
         for name, value in state.items()
     }
-    return found | {
+    return tensors | {
         "ret_embedding": rows[0],
         "drawing.tokens": rows[1:],
-        "logit_scale": found["logit_scale"].reshape(-1),
+        "logit_scale": tensors["logit_scale"].reshape(-1),
     }
 
 

@@ -43,19 +43,19 @@ def run(system: System, data: Dialogues, protocol: Protocol, clip: System | None
     embedded = clip.embed_images([data.images[name] for name in known]).numpy()
     true = embedded[[known[d["gold"]["image_ids"][0]] for d in data.dialogues]]
     drawings = None if drawn is None else clip.embed_images(drawn).numpy()
-    found = []
+    shown = []
     for names, scores in pictures or [([], np.zeros(0))] * 2:
         if drawings is None:
-            found.append(embedded[[known[name] for name in names]])
+            shown.append(embedded[[known[name] for name in names]])
         elif system.draw_below is None:
-            found.append(drawings)
+            shown.append(drawings)
         else:  # the image of the pool stays where it is good enough
             kept = scores >= system.draw_below
-            found.append(np.where(kept[:, None], embedded[[known[name] for name in names]], drawings))
-    for name, rows in zip(("CLIP-Sim", "CLIP-Sim, absent"), found, strict=True):
+            shown.append(np.where(kept[:, None], embedded[[known[name] for name in names]], drawings))
+    for name, rows in zip(("CLIP-Sim", "CLIP-Sim, absent"), shown, strict=True):
         measures[name] = Measure(cosine_per_item(rows, true), percent=False)
-    measures["CLIP-Sim, another's"] = Measure(cosine_per_item(found[0], np.roll(true, -1, axis=0)), percent=False)
-    measures["picture R@1"] = Measure(_nearest(found[0], data, embedded, known))
+    measures["CLIP-Sim, another's"] = Measure(cosine_per_item(shown[0], np.roll(true, -1, axis=0)), percent=False)
+    measures["picture R@1"] = Measure(_nearest(shown[0], data, embedded, known))
     return measures
 
 
