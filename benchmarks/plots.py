@@ -12,14 +12,15 @@ import numpy as np
 
 from .protocols import TASKS, read
 
-COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9b9a97", "#37352f")
+COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9b9a97", "#37352f", "#dfab01")
 
 
 def systems(results: list[Mapping[str, Any]], path: Path) -> None:
     """R@1 of every system on every retrieval task: a dot per seed, a bar for their mean."""
     tasks = [(task, given["lead"], given["drawn"]) for task, given in ((t, read(t)) for t in TASKS) if given["drawn"]]
     names = [n for n in dict.fromkeys(r["system"] for r in results) if "perplexity" not in n and n != "Frozen"]
-    figure, axis = plt.subplots(figsize=(10, 4.2))
+    names.sort(key=lambda name: not name.startswith("UniMuR"))  # ours beside each other, before the baselines
+    figure, axis = plt.subplots(figsize=(10, 4.8))
     width = 0.8 / len(names)
     for place, (task, measure, _) in enumerate(tasks):
         mine = [r for r in results if r["task"] == task and r["applies"] and "," not in r["protocol"]["variant"]]
@@ -39,7 +40,7 @@ def systems(results: list[Mapping[str, Any]], path: Path) -> None:
     axis.set_xticks(range(len(tasks)), [label for *_, label in tasks])
     axis.set_ylabel("R@1, %")
     axis.set_ylim(0, 100)
-    axis.legend(frameon=False, fontsize=9, ncols=2)
+    axis.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.02))
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

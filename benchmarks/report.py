@@ -85,20 +85,7 @@ def page(folder: Path) -> Path:
     parts += [section(task, rows) for task, rows in measured.items() if rows]
     plots.systems(results, folder / "systems.png")
     parts.append("![R@1 of every system on every retrieval task](systems.png)")
-    if tables:
-        parts.append(
-            "## Ablations\n\nPairs alone, as in the paper. Every row has the same steps and the same learning rates "
-            "to choose from; the choice was made on validation by the mean over the seeds, and only the chosen rate was "
-            "measured on test. A rate marked *edge* is the smallest or the largest of them. The first row of a table is "
-            "the setting of `UniMuRConfig` (of the miniature's configuration in the case of the visual prefix)."
-        )
-        parts += [ablation(measured) for measured in sorted(tables.values(), key=lambda t: t["asks"])]
-        if "4" in tables:
-            plots.bias(tables["4"], folder / "bias.png")
-            parts.append(
-                "Turning the modality bias (a number added to every image's cosine) trades the image retrieval rate "
-                "against R@1; the dots are the plain cosine.\n\n![Image retrieval rate against R@1](bias.png)"
-            )
+    parts += ablations(tables, folder)
     parts.append("## Which of the paper's orderings hold here\n\n" + orderings(results, tables, drawings))
     if drawings:
         parts.append(generation_page.page(folder))
@@ -112,6 +99,25 @@ def page(folder: Path) -> Path:
     path = folder / "README.md"
     path.write_text("\n\n".join(parts) + "\n")
     return path
+
+
+def ablations(tables: Mapping[str, Any], folder: Path) -> list[str]:
+    """The ablations that were measured, and the curves of the modality bias where Table 4 was."""
+    if not tables:
+        return []
+    about = (
+        "## Ablations\n\nPairs alone, in the paper's form of the space unless a row says otherwise. Every row has the same "
+        "steps and the same learning rates to choose from; the choice was made on validation by the mean over the seeds, and "
+        "only the chosen rate was measured on test. A rate marked *edge* is the smallest or the largest of them."
+    )
+    parts = [about, *(ablation(measured) for measured in sorted(tables.values(), key=lambda t: t["asks"]))]
+    if "4" in tables:
+        plots.bias(tables["4"], folder / "bias.png")
+        parts.append(
+            "Turning the modality bias (a number added to every image's cosine) trades the image retrieval rate "
+            "against R@1; the dots are the plain cosine.\n\n![Image retrieval rate against R@1](bias.png)"
+        )
+    return parts
 
 
 def systems(results: list[dict[str, Any]]) -> str:
