@@ -62,7 +62,7 @@ def test_the_page(folder):
     assert "5.0 (-5.0–15.0); above zero on 1 of 2 |" in text  # UniMuR against CLIP
     assert "| Frozen | - | - | - | - |" in text
     assert "| UniMuR | 24.7 | 49.8 | 60.9 |" in text  # the paper's own row
-    assert "0.712 (0.712–0.712)" in text and "measuring seed 1 took 101 s on two cores" in text
+    assert "0.712 (0.712–0.712)" in text and "measuring took 101 s (seed 1) on two cores" in text
     assert "on validation; 2 seeds." in text
     assert "| DAT | 1 | 40.0 (30.0–50.0) |" in text and "| VM | 2 (edge) |" in text
     for name in ("systems.png", "bias.png"):
