@@ -57,9 +57,9 @@ def set_epoch(loader: Any, epoch: int) -> None:
     Tells the innermost sampler of a loader its epoch. accelerate's loaders do so themselves, but where several processes
     skip the batches before an interruption they do not reach it.
     """
-    batches = getattr(loader, "batch_sampler", None)
+    batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
-    sampler = getattr(batches, "sampler", None)
+    sampler: Any = getattr(batches, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)

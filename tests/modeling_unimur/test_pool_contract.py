@@ -189,4 +189,6 @@ def test_a_pool_says_what_a_database_must_do():
 def test_a_notebook_shows_both_ends(empty):
     assert "<figure" not in empty._repr_html_()
     page = filled(empty)._repr_html_()
-    assert page.count("<img ") == 5 and "text 39" in page and "text 34" not in page and "the first and the last 5" in page
+    assert (
+        page.count("<img ") == 5 and "text 39" in page and "text 34" not in page and "the first and the last 5" in page
+    )

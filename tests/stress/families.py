@@ -11,6 +11,8 @@ conversation's embedding is the dialogue's. Otherwise the first line of the erro
 
 import argparse
 import json
+import multiprocessing
+import resource
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -28,6 +30,7 @@ from tests.tiny import init_weights, make_image_text_tower, make_processor, text
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "families.json"
 KINDS = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+MEMORY, SECONDS = 12 * 2**30, 120  # that a family may take
 DIALOGUES = ["hi", ["look at it", picture(1), "what is this?"]]
 # Of a config those fields that it has.
 TINY = {
@@ -105,6 +108,29 @@ def _same(a: torch.Tensor, b: torch.Tensor, otherwise: str) -> None:
     difference = float((a - b).abs().max() / b.abs().max())
     if not difference < 1e-4:
         raise AssertionError(f"{otherwise}: by {difference:.1g}")
+
+
+def checked(kind: str) -> dict[str, Any]:
+    """`check` in a process of its own, which one that cannot be made small may end; or the reason why it does not work."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        try:
+            sender.send(check(kind))
+        except Exception as error:  # whatever a family raises is what the table says of it
+            first = (str(error).splitlines() or [""])[0][:160]
+            sender.send({"works": False, "why": f"{type(error).__name__}: {first}"})
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    if receiver.poll():
+        return receiver.recv()
+    return {"works": False, "why": f"it needs more than {MEMORY >> 30} GiB or {SECONDS} s at this size"}
 
 
 def run(kinds: Sequence[str], table_file: Path | None = None) -> dict[str, Any]:

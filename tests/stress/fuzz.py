@@ -203,7 +203,7 @@ def _pools(answer: Any) -> None:
 
 def _dicts(answer: Any) -> None:
     for reply in answer if isinstance(answer, list) else [answer]:
-        assert set(reply) == {"text", "image", "candidates"}
+        assert set(reply) == {"text", "image", "image_source", "candidates"}
 
 
 Verb = tuple[st.SearchStrategy, Callable[[UniMuRModel, CandidatePool, Any], Any], Callable[[Any], None]]
