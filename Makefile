@@ -35,7 +35,7 @@ demo-real: $(VENV)/.installed
 	$(PY) -m benchmarks.real --seed $(SEED)
 
 test: $(VENV)/.installed
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Loading, embedding and retrieval on the oldest transformers that pyproject.toml admits.
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml).0

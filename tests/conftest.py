@@ -18,6 +18,21 @@ torch.set_num_threads(1)  # two workers on two cores
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
 KINDS = ("opt", "opt-350m", "gpt2", "llama", "qwen2")
 
+# They start processes of their own, minutes in all: first, so that no worker ends with them while the other waits.
+SLOW = (
+    "test_distributed.py",
+    "test_hub.py",
+    "test_push.py",
+    "test_pages.py",
+    "test_speed.py",
+    "test_embed.py",
+    "test_kills.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
