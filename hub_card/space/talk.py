@@ -30,8 +30,8 @@ SURE = ((0.6, "sure"), (0.15, "fairly sure"), (0.0, "unsure"))
 # Openings of a conversation, in the words that the miniature knows; a number is a picture of the strip that comes first.
 # Which are offered is decided by the model: those that it answers by a picture.
 OPENINGS: tuple[tuple[str, int | None], ...] = (
-    ("i met a penguin today. it had a blue beanie on. it spends the day playing the harp on the lawn. can i see it?", None),
     ("look who i met. later i saw it again, playing the drums on the beach. show me!", 3),
+    ("i met a penguin today. it had a blue beanie on. it spends the day playing the harp on the lawn. can i see it?", None),
     ("there was a monkey in a pink beanie, rolling a barrel. do you have a picture?", None),
     ("what do lions look like?", None),
     ("this is my friend. now imagine it in the desert. let me have a look!", 8),
@@ -39,7 +39,13 @@ OPENINGS: tuple[tuple[str, int | None], ...] = (
     ("i saw an owl in the forest. it had a purple hat on. i would love to see that.", None),
     ("what do pandas look like?", None),
 )  # fmt: skip
-OFFERED = 4  # of them
+# Of pictures that the pool has.
+NAMED = (
+    "i met a {} today. can i see it?",
+    "there was a {}. please show it to me.",
+    "i saw a {}. do you have a picture?",
+)
+OFFERED = 4  # examples
 DRAWN = "drawn, not from the pool"  # the name of a drawn picture
 
 
@@ -153,20 +159,39 @@ class App:
 
     @cached_property
     def examples(self) -> list[Example]:
-        """The openings that are answered by a picture, at most `OFFERED`."""
+        """Openings that are answered by a picture, at most `OFFERED`; by default three ask for one that the pool has."""
+        examples = self._named() if self.openings is OPENINGS else []
         offered = [
             (text, None if at is None else self.strip[at])
             for text, at in self.openings
             if at is None or at < len(self.strip)
         ]
-        examples = []
         for text, picture in offered:
-            (reply,) = self._answered(
-                Session(turns=(self._turn(text, [picture] if picture else []),), queried=1), 0.0
-            ).turns[1:]
-            if reply.pictures:
-                examples.append(Example(text, picture, picture or reply.pictures[0]))
+            pictures = self._opened(text, picture)
+            if pictures:
+                examples.append(Example(text, picture, picture or pictures[0]))
         return examples[:OFFERED]
+
+    def _opened(self, text: str, picture: Picture | None = None) -> Sequence[Picture]:
+        """The pictures of the reply to an opening."""
+        session = Session(turns=(self._turn(text, [picture] if picture else []),), queried=1)
+        return self._answered(session, 0.0).turns[1].pictures
+
+    def _named(self) -> list[Example]:
+        """
+        An example of each of `NAMED` about a picture of the strip whose name says what it shows, as the miniature's do
+        ("frog in a red hat, eating apple, forest"), and that the reply shows.
+        """
+        things = [name for name in (picture.name.partition(",")[0] for picture in self.strip) if " in a " in name]
+        examples: list[Example] = []
+        for thing in dict.fromkeys(things):
+            if len(examples) == len(NAMED):
+                break
+            text = NAMED[len(examples)].format(thing)
+            pictures = self._opened(text)
+            if pictures and pictures[0].name.startswith(thing):
+                examples.append(Example(text, None, pictures[0]))
+        return examples
 
     def say(self, session: Session, text: str | None, files: Iterable[str], image_bias: float) -> Session:
         """

@@ -20,7 +20,7 @@ import app as space  # noqa: E402
 import views  # noqa: E402
 from app import load  # noqa: E402
 from page import LAUNCH, build  # noqa: E402
-from talk import MAX_SIDE, STRIP, App, Session, Turn, excluded, name_of, sentence, sureness  # noqa: E402
+from talk import MAX_SIDE, NAMED, OFFERED, STRIP, App, Session, Turn, excluded, name_of, sentence, sureness  # noqa: E402
 
 MINIATURE = Path(__file__).parents[2] / "runs" / "miniature" / "checkpoint"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -551,3 +551,20 @@ def test_in_a_browser_every_example_of_the_miniature_shows_a_picture(browse):
         assert tab.locator("#talk .u-reply figure img").count() == 1
         tab.click("#again")
         tab.wait_for_selector("#examples button")
+
+
+def test_examples_ask_for_pictures_that_the_pool_has_and_the_reply_shows(app, monkeypatch):
+    things = ["frog in a red hat", "cat in a pink hat", "owl in a green hat"]
+    ids = [f"{thing}, eating apple, forest" for thing in things]
+    pool = app.model.build_pool(
+        images=[picture(i) for i in range(3)], texts=["here."], image_ids=ids, show_progress_bar=False
+    )
+    asked = App(app.model, pool)
+    # A model that mistakes the cat for the owl.
+    monkeypatch.setattr(
+        App, "_opened", lambda self, text, given=None: [self.strip[0 if "frog in a red" in text else 2]]
+    )
+    assert [(e.text, e.thumbnail.name) for e in asked._named()] == [
+        (NAMED[0].format(things[0]), ids[0]), (NAMED[1].format(things[2]), ids[2]),
+    ]  # fmt: skip
+    assert [e.text for e in asked.examples][:2] == [e.text for e in asked._named()] and len(asked.examples) == OFFERED
