@@ -6,11 +6,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from PIL import Image
+from torch.multiprocessing import start_processes
 
 from tests.tiny import make_model
 
@@ -66,3 +72,21 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     rng = random.Random(seed)
     blocks.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(16)])
     return blocks.resize(size, Image.NEAREST)
+
+
+def two_processes(function: Callable, *arguments: Any) -> None:
+    """
+    Calls `function(*arguments)` in two processes that find each other over gloo, as `accelerate launch` would with
+    `train/configs/accelerate/two_cpu.yaml`. They are forks, which have everything imported already.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with patch_environment(world_size=2, master_addr="127.0.0.1", master_port=port, accelerate_use_cpu="true"):
+        start_processes(_as_rank, args=(function, arguments), nprocs=2, start_method="fork")
+
+
+def _as_rank(rank: int, function: Callable, arguments: tuple) -> None:
+    AcceleratorState._reset_state(True)  # what the tests before were: one process
+    with patch_environment(rank=rank, local_rank=rank):
+        function(*arguments)

@@ -137,13 +137,7 @@ def run(kinds: Sequence[str], table_file: Path | None = None) -> dict[str, Any]:
     """What works of each type, as `check` gives it or with the reason; printed, and written to a file on the way."""
     table: dict[str, Any] = {}
     for kind in kinds:
-        try:
-            table[kind] = check(kind)
-        except Exception as error:  # whatever a family raises is what the table says of it
-            table[kind] = {
-                "works": False,
-                "why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}",
-            }
+        table[kind] = checked(kind)
         print(kind, table[kind], flush=True)
         if table_file:
             table_file.write_text(json.dumps(table, indent=1) + "\n")

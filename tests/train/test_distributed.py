@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import picture
+from tests.conftest import picture, two_processes
 from tests.tiny import make_towers
 from train.run import main
 
@@ -53,11 +53,11 @@ def test_streamed_shards_give_two_processes_the_batches_of_one(data, tmp_path):
                 tar.add(data / f"{i}.txt", f"{i}.txt")
     more = (f"--train_data={data}/shards", "--packing=false")
     more += (f"--eval_data={data}/photos", "--eval_steps=2")
-    one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
+    one, two = train(data, tmp_path / "1", 1, *more), train(data, tmp_path / "2", 2, *more)
     check_alike(one, two, tmp_path, seen=32)
     assert one["validation"]["eval_image_R@5"] == two["validation"]["eval_image_R@5"]
     assert one["validation"]["eval_loss"] == pytest.approx(two["validation"]["eval_loss"], rel=1e-4)
-    launch(data, tmp_path / "packed", 2, f"--train_data={data}/shards")
+    train(data, tmp_path / "packed", 2, f"--train_data={data}/shards")
 
 
 def flags_of(data: Path, out: Path, processes: int, *more: str) -> list[str]:
@@ -69,30 +69,35 @@ def flags_of(data: Path, out: Path, processes: int, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def launch(data: Path, out: Path, processes: int, *more: str) -> dict:
+def train(data: Path, out: Path, processes: int, *more: str) -> dict:
     flags = flags_of(data, out, processes, *more)
     if processes == 1:
         return main(flags)
-    config = ROOT / "train" / "configs" / "accelerate" / "two_cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "train/run.py", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes(main, flags)
     return json.loads((out / "train_results.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "more", [(), ("--schedule=alternating", "--train_ret_embedding=true"), ("--cache_features=true",)]
-)
+def test_the_launcher_of_the_pages_starts_two_processes_that_train_as_one(data, tmp_path):
+    config = ROOT / "train" / "configs" / "accelerate" / "two_cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "train/run.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command += flags_of(data, tmp_path / "2", 2)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "2" / "train_results.json").read_text())
+    check_alike(train(data, tmp_path / "1", 1), two, tmp_path, seen=32)
+
+
+@pytest.mark.parametrize("more", [("--schedule=alternating", "--train_ret_embedding=true"), ("--cache_features=true",)])
 def test_two_processes_train_as_one(data, tmp_path, more):
     read_for_the_cache = 8 if "--cache_features=true" in more else 0
-    one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
+    one, two = train(data, tmp_path / "1", 1, *more), train(data, tmp_path / "2", 2, *more)
     check_alike(one, two, tmp_path, seen=32 + read_for_the_cache)
 
 
 def test_two_processes_solve_the_canonical_alignment_as_one(data, tmp_path):
     more = ("--alignment=canonical", "--max_steps=0", "--cca_widths=3", "--cca_ridges=0.1", "--cca_powers=1")
-    one, two = launch(data, tmp_path / "1", 1, *more), launch(data, tmp_path / "2", 2, *more)
+    one, two = train(data, tmp_path / "1", 1, *more), train(data, tmp_path / "2", 2, *more)
     assert (one["processes"], two["processes"]) == (1, 2) and one["pairs_seen"] == two["pairs_seen"] == 8
     assert one["closed_form"] == pytest.approx(two["closed_form"], nan_ok=True)
     first, second = (load_file(tmp_path / n / "checkpoint" / "model.safetensors") for n in "12")
@@ -126,8 +131,8 @@ def test_two_processes_train_on_dialogues_as_one_also_when_interrupted(data, tmp
         "--lr_scheduler_type=constant",
     )
     more += ("--save_strategy=steps", "--save_steps=9", "--max_bad_share=0")
-    one = launch(data, tmp_path / "1", 1, *more, "--per_device_train_batch_size=4", "--max_steps=12")
+    one = train(data, tmp_path / "1", 1, *more, "--per_device_train_batch_size=4", "--max_steps=12")
     half = (*more, "--per_device_train_batch_size=2")
-    launch(data, tmp_path / "2", 2, *half, "--max_steps=9")  # in the second of its epochs of 7
-    two = launch(data, tmp_path / "2", 2, *half, "--max_steps=12", "--resume_from_checkpoint=last")
+    train(data, tmp_path / "2", 2, *half, "--max_steps=9")  # in the second of its epochs of 7
+    two = train(data, tmp_path / "2", 2, *half, "--max_steps=12", "--resume_from_checkpoint=last")
     check_alike(one, two, tmp_path, seen=48, rel=1e-6, atol=1e-6)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +9,10 @@ import torch
 
 import train.embed as embed
 from modeling_unimur import CandidatePool, UniMuRModel
-from tests.conftest import picture
+from tests.conftest import picture, two_processes
 from tests.tiny import make_model
 from train.collate import TooManyBadPairsError
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["a red fox", "two dogs", "the sea", "", "my old hat", "one panda", "sky"]
 
 
@@ -76,15 +73,10 @@ def test_the_pool_is_that_of_build_pool(data, whole, capsys):
     )
 
 
-def test_two_processes_write_the_same_files(data, whole, tmp_path):
-    config = ROOT / "train" / "configs" / "accelerate" / "two_cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "train/embed.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, *flags(data, tmp_path / "two")], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "shards of process 0" in done.stderr and "shards of process 1" in done.stderr
+def test_two_processes_write_the_same_files(data, whole, tmp_path, capfd):
+    two_processes(embed.main, flags(data, tmp_path / "two"))
+    written = capfd.readouterr().err
+    assert "shards of process 0" in written and "shards of process 1" in written
     assert files(tmp_path / "two") == files(whole)
 
 
