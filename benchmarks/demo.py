@@ -10,6 +10,7 @@ import resource
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from train.command import require, run_command
 
@@ -76,19 +77,24 @@ def main() -> None:
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = max(own + world.towers_memory, own + sum(done.memory for done in both))
     seconds["total"] = sum(seconds.values())
-    results = {
+    report(output, {
         "seed": arguments.seed, "split": arguments.split, "results": columns, "seconds": seconds | world.seconds,
         "peak_memory_gib": memory, "clip_truncated_dialogues": clip.truncated,
         "checkpoint": trained["checkpoint"],
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def report(output: Path, results: dict[str, Any]) -> None:
+    """Writes `results.json`, and prints the table, whether its figures lie among the published ones, and where things are."""
     write_json(output / "results.json", results)
-    print(f"\n{arguments.split} split, seed {arguments.seed}; percent, CLIP-Sim a cosine")
-    print(table(columns))
-    if arguments.split == "test":
+    print(f"\n{results['split']} split, seed {results['seed']}; percent, CLIP-Sim a cosine")
+    print(table(results["results"]))
+    if results["split"] == "test":
         seeds, values = published()
-        print(place(columns["UniMuR"], seeds, values.get("UniMuR", {})))
+        print(place(results["results"]["UniMuR"], seeds, values.get("UniMuR", {})))
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
-    print(f"peak memory: {memory:.2f} GiB\ncheckpoint: {trained['checkpoint']}\ngallery: {output / 'gallery.png'}")
+    print(f"peak memory: {results['peak_memory_gib']:.2f} GiB\ncheckpoint: {results['checkpoint']}\n"
+          f"gallery: {output / 'gallery.png'}")  # fmt: skip
 
 
 def replies(model: UniMuRModel, split: Split) -> list[tuple[dict, Retrieval]]:

@@ -93,8 +93,8 @@ def chosen(task: str, variants: Sequence[str] | None, *, miniature: bool) -> lis
     return [protocol for protocol in every if not variants or protocol.variant in variants]
 
 
-def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Raises `ValueError` or `OSError`: a variant or a system is unknown, or a model or the data cannot be read."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--model", required=True, help="a UniMuR checkpoint: a folder or a name on the Hub")
@@ -118,8 +118,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmarks"), help="folder of the json and the table"
     )
-    arguments = parser.parse_args(argv)
+    return parser
 
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Raises `ValueError` or `OSError`: a variant or a system is unknown, or a model or the data cannot be read."""
+    arguments = make_parser().parse_args(argv)
     measured = chosen(arguments.task, arguments.variant, miniature=arguments.data is None)
     systems = [load("unimur", arguments.model)]
     for baseline in arguments.baseline:

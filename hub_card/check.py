@@ -1,4 +1,4 @@
-"""Whether a folder is fit to be a Hub repository: everything its users would call is called, in a process of its own."""
+"""Whether a folder is fit to be a Hub repository: everything its users would call is called, in other processes."""
 
 import json
 import os
@@ -83,19 +83,23 @@ def hidden(*names: str) -> str:
 
 
 def run_python(
-    source: str, folder: Path, environment: dict[str, str] | None = None, *, without: Sequence[str] = ()
+    sources: Sequence[str], folder: Path, environment: dict[str, str] | None = None, *, without: Sequence[str] = ()
 ) -> str:
     """
-    Runs Python source in a process of its own in `folder`, which cannot import the packages `without`; returns its output,
-    raises [`NotFitError`] where it fails.
+    Runs Python sources after each other, each with names of its own, in one process in `folder`, which cannot import the
+    packages `without`; returns what they print, raises [`NotFitError`] with the one that fails.
     """
-    script = hidden(*without) + source if without else source
+    runs = [f"exec(compile({source!r}, 'source {at}', 'exec'), {{'__name__': '__main__'}})\n"
+            for at, source in enumerate(sources)]  # fmt: skip
+    script = hidden(*without) + "".join(runs)
     done = subprocess.run(
         [sys.executable, "-P", "-c", script], cwd=folder, env=environment or os.environ.copy(), capture_output=True,
         text=True, stdin=subprocess.DEVNULL, timeout=1800,
     )  # fmt: skip
     if done.returncode:
-        raise NotFitError(f"this fails:\n{source}\n{done.stderr[-2000:]}")
+        reached = re.findall(r'File "source (\d+)"', done.stderr)
+        failing = sources[int(reached[-1])] if reached else "\n".join(sources)
+        raise NotFitError(f"this fails:\n{failing}\n{done.stderr[-2000:]}")
     return done.stdout
 
 
@@ -139,17 +143,19 @@ def check_folder(folder: Path, repo_id: str, say: Callable[[str], None] = print)
         elsewhere = Path(empty)
         photos(elsewhere)
 
-        def run(source: str) -> None:
-            run_python(source, elsewhere, os.environ | {"HF_HUB_OFFLINE": "1"}, without=["modeling_unimur"])
+        def run(sources: list[str]) -> None:
+            run_python(sources, elsewhere, os.environ | {"HF_HUB_OFFLINE": "1"}, without=["modeling_unimur"])
 
-        run(LOADS.format(name=str(folder)))
+        packed = (folder / "pool").is_dir()
+        run([LOADS.format(name=str(folder)), *([HANDLER.format(name=str(folder))] if packed else [])])
         say("AutoModel with its self-check, AutoProcessor, AutoConfig and pipeline")
-        if (folder / "pool").is_dir():
-            run(HANDLER.format(name=str(folder)))
+        if packed:
             say("endpoint handler")
-        for block in blocks(card.text, "python"):
-            if "sentence_transformers" in block and find_spec("sentence_transformers") is None:
+        snippets = blocks(card.text, "python")
+        if find_spec("sentence_transformers") is None:
+            others = [block for block in snippets if "sentence_transformers" not in block]
+            if len(others) < len(snippets):
                 say("NOT checked, sentence-transformers is not installed: the card's snippet for it")
-                continue
-            run(block.replace(repo_id, str(folder)))
+            snippets = others
+        run([block.replace(repo_id, str(folder)) for block in snippets])
         say("every snippet of the card")

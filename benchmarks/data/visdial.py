@@ -82,15 +82,7 @@ def read_visdial_answers(folder: str | Path, split: str = "val", progress: bool 
     folder = Path(folder)
     path, data = _read(folder, split)
     questions, answers = (require(data, name, list, f"{path}: data") for name in ("questions", "answers"))
-    rounds = (
-        r
-        for n, d, _ in visdial_dialogues(path, data, False)
-        for r in require(d, "dialog", list, f"{path}: dialogue {n}")
-    )
-    if not any(isinstance(r, dict) and "gt_index" in r for r in rounds):
-        raise BadDataError(
-            f"{path}: the split {split!r} is published without answers; 'val' is what can be scored here"
-        )
+    _check_answered(path, data, split)
     answer_ids = [f"a{i}" for i in range(len(answers))]
     texts = {i: visdial_text(answers, n, f"{path}: answers") for n, i in enumerate(answer_ids)}
     dense_path, dense = _dense(folder, split)
@@ -111,16 +103,11 @@ def read_visdial_answers(folder: str | Path, split: str = "val", progress: bool 
                 missing.add(ABSENT, name)
             else:
                 images[image_id] = files[name]
-                options = require(a_round, "answer_options", list, where)
-                for option in options:
-                    visdial_text(answers, option, f"{where}, answer_options")
-                gold = require(a_round, "gt_index", int, where)
-                if not 0 <= gold < len(options):
-                    raise BadDataError(f"{where}: gt_index is {gold}, expected 0 to {len(options) - 1}")
+                options, gold = _options(a_round, answers, where)
                 item = {
                     "dialogue_id": item_id, "turns": list(turns), "target_turn": len(turns),
                     "pool": {"text_ids": [answer_ids[i] for i in options], "image_ids": []},
-                    "gold": {"text_ids": [answer_ids[options[gold]]], "image_ids": []},
+                    "gold": {"text_ids": [answer_ids[gold]], "image_ids": []},
                 }  # fmt: skip
                 if item_id in dense:
                     item["relevance"] = _relevance(dense[item_id], len(options), f"{dense_path}: {item_id}")
@@ -147,6 +134,26 @@ def _read(folder: Path, split: str) -> tuple[Path, dict]:
     if not str(held).startswith(split):
         raise BadDataError(f"{path}: is of the split {held!r}, expected {split!r}")
     return path, data
+
+
+def _check_answered(path: Path, data: dict[str, Any], split: str) -> None:
+    """Raises `BadDataError` where no round says which option is its answer."""
+    for n, dialogue, _ in visdial_dialogues(path, data, False):
+        rounds = require(dialogue, "dialog", list, f"{path}: dialogue {n}")
+        if any(isinstance(a_round, dict) and "gt_index" in a_round for a_round in rounds):
+            return
+    raise BadDataError(f"{path}: the split {split!r} is published without answers; 'val' is what can be scored here")
+
+
+def _options(a_round: dict[str, Any], answers: Sequence[str], where: str) -> tuple[list[int], int]:
+    """A round's options as indices into the answers, and that of the gold one."""
+    options = require(a_round, "answer_options", list, where)
+    for option in options:
+        visdial_text(answers, option, f"{where}, answer_options")
+    gold = require(a_round, "gt_index", int, where)
+    if not 0 <= gold < len(options):
+        raise BadDataError(f"{where}: gt_index is {gold}, expected 0 to {len(options) - 1}")
+    return options, options[gold]
 
 
 def _round(a_round: Any, questions: Sequence[str], answers: Sequence[str], where: str) -> list[dict]:

@@ -11,9 +11,11 @@ paper's 16 hours on four V100 cannot be compared: it does not give the size of a
 """
 
 import argparse
+import itertools
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,8 @@ from .models import sentence
 from .step import CACHED_ALL, CACHED_CLIP, UNCACHED, UNPACKED, with_cached, without
 
 PAIRS, EPOCHS = 3_300_000, 5
-WAYS = {
-    "uncached": UNCACHED,
-    "CLIP cached": CACHED_CLIP,
-    "CLIP and [RET] states cached": CACHED_ALL,
-}  # fmt: skip
+ALL_CACHED = "CLIP and [RET] states cached"
+WAYS = {"uncached": UNCACHED, "CLIP cached": CACHED_CLIP, ALL_CACHED: CACHED_ALL}
 
 
 def make_model(small: bool, device: torch.device, dtype: torch.dtype) -> UniMuRModel:
@@ -127,6 +126,36 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / _seconds(lambda: a @ b, device, 20)
 
 
+def measure(
+    model: UniMuRModel, batches: list[dict[str, Any]], operations: dict[str, float], rate: float, steps: int
+) -> dict[str, dict[str, Any]]:
+    """Every way's samples per second, share of the matrix rate `rate`, hours of the whole training, and peak memory."""
+    device, size = model.device, len(batches[0]["contexts"]["states"])
+    on_gpu = device.type == "cuda"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=on_gpu)
+    model.train()
+    needed = {"uncached": sum(operations.values()), "CLIP cached": operations["captioning"] + operations["retrieval"],
+              ALL_CACHED: operations["captioning"]}  # fmt: skip
+    ways = {}
+    for way, left_out in WAYS.items():
+        ready = itertools.cycle([without(batch, **left_out) for batch in batches])
+
+        def step(ready: Iterator[dict[str, Any]] = ready) -> None:
+            model(**next(ready)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        each = size / _seconds(step, device, steps)
+        ways[way] = {
+            "samples_per_second": each, "share_of_matrix_rate": each * needed[way] / rate,
+            "hours": EPOCHS * PAIRS / each / 3600, "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        }  # fmt: skip
+    return ways
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small shapes, for a trial")
@@ -144,52 +173,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     losses = check(model, batches[0], 1e-4 if dtype == torch.float32 else 2e-2)
     operations = flop_per_pair(model, batches[0])
     rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=device.type == "cuda"
-    )
-    model.train()
-    needed = {"uncached": sum(operations.values()), "CLIP cached": operations["captioning"] + operations["retrieval"],
-              "CLIP and [RET] states cached": operations["captioning"]}  # fmt: skip
-    ways = {}
-    for way, left_out in WAYS.items():
-        ready = [without(batch, **left_out) for batch in batches]
-        number = 0
-
-        def step(ready=ready):
-            nonlocal number
-            number += 1
-            model(**ready[number % len(ready)]).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        each = arguments.batch / _seconds(step, device, arguments.steps)
-        ways[way] = {
-            "samples_per_second": each, "share_of_matrix_rate": each * needed[way] / rate,
-            "hours": EPOCHS * PAIRS / each / 3600,
-            "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        }  # fmt: skip
+    ways = measure(model, batches, operations, rate, arguments.steps)
     build = arguments.batch / _seconds(lambda: with_cached(model, batches[0], packed=True), device, arguments.steps)
-    ways["CLIP and [RET] states cached"]["hours_with_building"] = (
-        ways["CLIP and [RET] states cached"]["hours"] + PAIRS / build / 3600
-    )
+    ways[ALL_CACHED]["hours_with_building"] = ways[ALL_CACHED]["hours"] + PAIRS / build / 3600
     config = model.config
     floats = config.image_feature_width + 2 * config.clip_width + config.text_width
     result = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "dtype": str(dtype),
-        "torch": torch.__version__,
-        "small": arguments.small,
-        "batch": arguments.batch,
-        "losses": losses,
-        "gflop_per_pair": {name: value / 1e9 for name, value in operations.items()},
-        "matrix_tflops": rate / 1e12,
-        "cache_samples_per_second": build,
-        "cache_bytes": 4 * PAIRS * floats,
-        "ways": ways,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(dtype),
+        "torch": torch.__version__, "small": arguments.small, "batch": arguments.batch, "losses": losses,
+        "gflop_per_pair": {name: value / 1e9 for name, value in operations.items()}, "matrix_tflops": rate / 1e12,
+        "cache_samples_per_second": build, "cache_bytes": 4 * PAIRS * floats, "ways": ways,
         "derived_from": f"{EPOCHS} epochs of {PAIRS:,} pairs, one visual token",
-    }
+    }  # fmt: skip
     write_json(arguments.output / "gpu-speed.json", result)
     print(json.dumps(result, indent=1))
     return result

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = [page.relative_to(ROOT).as_posix() for page in (ROOT / "README.md", *sorted(ROOT.glob("*/README.md")))]
 OURS = ("benchmarks", "hub_card", "modeling_unimur", "tests", "train")
 SEPARATORS = {"&&", "||", "|", ";", "&"}
-NEEDS_THE_HUB = re.compile(r"push_to_hub|from_hub|[\"']org/|https?://")
 
 
 class Parsed(BaseException):
@@ -82,17 +81,12 @@ def after_the_demo(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(read(page), "python")])
-def test_every_python_block_runs(page, after_the_demo, tmp_path):
+def test_every_python_block_runs(after_the_demo, tmp_path):
     """Those of the first page each alone, as it is pasted; those of another after each other, as it is read."""
-    parts = ["names = {}"]
-    for number, block in enumerate(blocks(read(page), "python"), start=1):
-        code = f"compile({block!r}, '{page}, Python block {number}', 'exec')"
-        if NEEDS_THE_HUB.search(block):
-            parts.append(code)
-        else:
-            parts.append(f"exec({code}, {'{}' if page == 'README.md' else 'names'})")
-    run_python("\n".join(parts), after_the_demo, os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)})
+    sources = blocks(read("README.md"), "python")
+    others = [blocks(read(page), "python") for page in PAGES if page != "README.md"]
+    sources += ["\n".join(page) for page in others if page]
+    run_python(sources, after_the_demo, os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture

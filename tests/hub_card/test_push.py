@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hub_card import arguments, push
+from hub_card import arguments, check, push
 from hub_card.check import NotFitError, check_folder
 from hub_card.push import main
 from modeling_unimur import UniMuRModel
@@ -172,13 +172,15 @@ def test_an_adapter_on_towers_of_this_machine_is_refused(tiny, tmp_path):
 )
 def test_what_its_users_do_not_have_the_check_has_not_either(made, monkeypatch, line, message):
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(check, "LOADS", "")  # the snippets alone
     readme = made / "README.md"
     readme.write_text(readme.read_text().replace("## Use", f"```python\n{line}\n```\n\n## Use", 1))
     with pytest.raises(NotFitError, match=message):
         check_folder(made, "org/x", say=lambda part: None)
 
 
-def test_a_snippet_that_fails_is_named(made):
+def test_a_snippet_that_fails_is_named(made, monkeypatch):
+    monkeypatch.setattr(check, "LOADS", "")  # the snippets alone
     readme = made / "README.md"
     failing = "```python\nraise SystemExit('no such thing')\n```\n\n## Use"
     readme.write_text(readme.read_text().replace("## Use", failing, 1))

@@ -88,7 +88,9 @@ def test_the_launcher_of_the_pages_starts_two_processes_that_train_as_one(data, 
     check_alike(train(data, tmp_path / "1", 1), two, tmp_path, seen=32)
 
 
-@pytest.mark.parametrize("more", [("--schedule=alternating", "--train_ret_embedding=true"), ("--cache_features=true",)])
+@pytest.mark.parametrize(
+    "more", [("--schedule=alternating", "--train_ret_embedding=true"), ("--cache_features=true",)]
+)
 def test_two_processes_train_as_one(data, tmp_path, more):
     read_for_the_cache = 8 if "--cache_features=true" in more else 0
     one, two = train(data, tmp_path / "1", 1, *more), train(data, tmp_path / "2", 2, *more)
