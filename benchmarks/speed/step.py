@@ -31,6 +31,8 @@ from .timing import interleaved, ratio
 
 BATCH, EPOCHS = 32, 5
 STEP_SHAPES = {"V1.6k": "OPT 6 x 512, vocabulary 1,600", "V50k": "OPT 6 x 512, vocabulary 50,272"}
+# About a quarter of a step's work, as at the paper's scale.
+TOWER = {"intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 256}
 REFERENCE = "reference"
 SAVINGS = {
     REFERENCE: Savings(),
@@ -50,11 +52,9 @@ HALF = {"packed (ours), towers in bfloat16": OURS, "CLIP and [RET] states cached
 
 
 def make_model(shape: str, seed: int = 0) -> UniMuRModel:
-    """The model of a shape, with a CLIP of about a quarter of a step's work as at the paper's scale."""
-    tower = {"intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 256}
-    return random_model(
-        *SHAPES[STEP_SHAPES[shape]], seed=seed, image=64, vision=tower | {"patch_size": 8}, words=tower
-    )
+    """The model of a shape, with a CLIP of `TOWER` on both sides."""
+    vision = TOWER | {"patch_size": 8}
+    return random_model(*SHAPES[STEP_SHAPES[shape]], seed=seed, image=64, vision=vision, words=TOWER)
 
 
 def batches(model: UniMuRModel, count: int, seed: int = 0) -> list[dict[str, Any]]:

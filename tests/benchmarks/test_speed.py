@@ -11,6 +11,8 @@ from benchmarks.speed.__main__ import main
 from benchmarks.speed.page import page
 from benchmarks.speed.timing import interleaved, ratio
 
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
 
 @pytest.fixture
 def small(monkeypatch):
@@ -19,6 +21,7 @@ def small(monkeypatch):
     monkeypatch.setattr(step, "SHAPES", models.SHAPES)
     monkeypatch.setattr(step, "STEP_SHAPES", {"V1.6k": "small"})
     monkeypatch.setattr(step, "BATCH", 6)
+    monkeypatch.setattr(step, "TOWER", TOWER)
 
 
 def test_every_variant_of_the_step_computes_the_same(small):
@@ -66,8 +69,7 @@ def test_the_retrieval_pass_of_the_reference_computes_its_next_token_loss(small,
 def test_the_step_and_embedding_parts_write_json_and_the_page(small, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "peak_memory", lambda variant, shape: 2**20)
     monkeypatch.setattr(embedding, "make_model", step.make_model)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    monkeypatch.setattr(embedding, "VIT_L", tower | {"patch_size": 32})
+    monkeypatch.setattr(embedding, "VIT_L", TOWER | {"patch_size": 32})
     monkeypatch.setattr(embedding, "PHOTOS", 4)
     main(["--part", "step", "--part", "embedding", "--rounds", "2", "--output", str(tmp_path)])
     measured = json.loads((tmp_path / "step-speed.json").read_text())
