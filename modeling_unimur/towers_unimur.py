@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import is_peft_available, logging
 
 from .packing_unimur import block_mask
@@ -177,7 +178,8 @@ def check_causal(language_model: PreTrainedModel) -> None:
     kind = language_model.config.model_type
     device = input_device(language_model)
     try:
-        rows = language_model.get_input_embeddings()(torch.arange(1, 5, device=device)[None])
+        table_rows = language_model.get_input_embeddings()(torch.arange(1, 5, device=device)[None])
+        rows = (table_rows + table_rows.roll(1, dims=1)) / 2  # no token's, as an image's are not
         mask = torch.ones(1, 4, dtype=torch.long, device=device)
         four = trunk_outputs(language_model, rows, mask, mask.cumsum(-1) - 1)
         three = trunk_outputs(language_model, rows[:, :3], mask[:, :3], mask[:, :3].cumsum(-1) - 1)
@@ -196,11 +198,14 @@ def check_causal(language_model: PreTrainedModel) -> None:
 
 def takes_conversations(language_model: PreTrainedModel) -> bool:
     """
-    Whether the LLM can continue from cached keys and values that are cut back: state-space layers keep a state instead, and
-    a trunk without position ids cannot know where it continues.
+    Whether the LLM can continue from cached keys and values that are cut back: layers of a state space or a convolution
+    keep a state instead, and a trunk without position ids cannot know where it continues.
     """
     stateful = any(getattr(part, "_is_stateful", False) for part in (language_model, language_model.base_model))
-    return not stateful and "position_ids" in signature(language_model.base_model.forward).parameters
+    if stateful or "position_ids" not in signature(language_model.base_model.forward).parameters:
+        return False
+    layers = DynamicCache(config=language_model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def input_device(language_model: PreTrainedModel) -> torch.device:

@@ -9,8 +9,11 @@ from tests.conftest import picture
 from tests.stress import families
 from tests.tiny import init_weights, make_processor
 
-# Scaled embeddings, soft caps and a window; ALiBi; a window; a state-space model.
-FAMILIES = {"gemma2": (True, True), "bloom": (False, False), "mistral": (True, True), "mamba": (False, False)}
+# Scaled embeddings, soft caps and a window; ALiBi; a window; a state-space model; convolutions; one beside a vision tower.
+FAMILIES = {
+    "gemma2": (True, True), "bloom": (False, False), "mistral": (True, True), "mamba": (False, False),
+    "lfm2_moe": (False, False), "gemma3": (True, True),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "expected"), FAMILIES.items())
@@ -31,6 +34,26 @@ def test_sequences_beyond_the_window_are_padded_and_it_says_so(tmp_path, monkeyp
     with torch.no_grad():
         assert torch.equal(model(**packed).ret_embeds, model(**padded).ret_embeds)
     assert "exceed the LLM's window of 8: they are padded, not packed" in caplog.text
+
+
+def test_what_needs_the_tokens_of_its_inputs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="type 'gemma4_text' does not run from input embeddings"):
+        families.make("gemma4_text", tmp_path)
+
+
+def test_the_page_has_every_type_once_and_every_reason():
+    rows = {
+        "opt": {"works": True, "packs": True, "converses": True},
+        "xglm": {"works": True, "packs": False, "converses": True},
+        "mamba": {"works": True, "packs": False, "converses": "refused"},
+        "ctrl": {"works": False, "why": "ValueError: a | b"},
+    }
+    lines = families.page(rows).splitlines()
+    assert "Each of the 4 types" in lines[2] and "; 3 work:" in lines[2]
+    for start, kind in (("**Everything", "opt"), ("**Training pads", "xglm"), ("**No `conv", "mamba")):
+        (line,) = [line for line in lines if line.startswith(start)]
+        assert line.endswith(f"** {kind}.") and "(1)" in line
+    assert lines[-1] == r"| ctrl | ValueError: a \| b |"
 
 
 def test_what_looks_ahead_is_refused(tmp_path, monkeypatch):
