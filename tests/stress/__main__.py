@@ -26,6 +26,8 @@ from tests.tiny import make_model
 
 from . import endpoint, families, fuzz, kills, pool_corruption
 
+FILES_OF_A_READER = 6  # kinds of file that the tests damage for `load_pairs`; for `load_dialogues` they are one more
+
 Answer = tuple[dict[str, Any], bool]  # figures, and whether the part held
 
 
@@ -60,14 +62,13 @@ def _fuzz(arguments: argparse.Namespace) -> Answer:
 
 def _readers(arguments: argparse.Namespace) -> Answer:
     file = Path(__file__).parents[1] / "train" / "test_fuzz_readers.py"
+    each = -(-arguments.cases // FILES_OF_A_READER)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", str(file)]
-    done = subprocess.run(
-        command, env=os.environ | {"FUZZ_CASES": str(arguments.cases)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=os.environ | {"FUZZ_CASES": str(each)}, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1]
     if done.returncode:
         print(done.stdout)
-    return {"cases of each file": arguments.cases, "pytest": last.strip("= ")}, not done.returncode
+    return {"cases of each file": each, "pytest": last.strip("= ")}, not done.returncode
 
 
 def _endpoint(arguments: argparse.Namespace) -> Answer:
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--part", choices=list(PARTS), action="append", help="this one alone; may be repeated")
     parser.add_argument("--kills", type=int, default=50, help="of each job")
     parser.add_argument("--pools", type=int, default=4000, help="damaged copies of saved pools")
-    parser.add_argument("--cases", type=int, default=2000, help="random inputs of each verb and each kind of file")
+    parser.add_argument("--cases", type=int, default=10_000, help="random inputs of each verb and each reader")
     parser.add_argument("--clients", type=int, default=64, help="of the endpoint")
     parser.add_argument("--seconds", type=float, default=120, help="for which the endpoint is asked")
     parser.add_argument("--output", type=Path, help="a JSON file for the summary; what it holds of other parts stays")

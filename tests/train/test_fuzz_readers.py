@@ -8,6 +8,9 @@ import io
 import json
 import os
 import tarfile
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -71,6 +74,13 @@ def damaged(data, damage):
     return data
 
 
+@contextmanager
+def scratch():
+    """A folder for one case, gone after it: of ten thousand each next one would be slower to make."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def outcome(read):
     try:
         return read()
@@ -82,25 +92,25 @@ def outcome(read):
 @pytest.mark.parametrize("name", PAIRS)
 @QUICK
 @given(damage=DAMAGE)
-def test_damaged_pairs(tmp_path_factory, name, damage):
-    folder = tmp_path_factory.mktemp("pairs")
-    (folder / name).write_bytes(damaged(PAIRS[name], damage))
-    path = folder / name if name == "pairs.tsv" else folder
-    for row in outcome(lambda: list(load_pairs(path, folder))):
-        assert row.keys() == FEATURES.keys() and (
-            row["problem"] is None or row["problem"].partition(":")[0].isidentifier()
-        )
+def test_damaged_pairs(name, damage):
+    with scratch() as folder:
+        (folder / name).write_bytes(damaged(PAIRS[name], damage))
+        path = folder / name if name == "pairs.tsv" else folder
+        for row in outcome(lambda: list(load_pairs(path, folder))):
+            assert row.keys() == FEATURES.keys() and (
+                row["problem"] is None or row["problem"].partition(":")[0].isidentifier()
+            )
 
 
 @pytest.mark.parametrize("name", CHATS)
 @QUICK
 @given(damage=DAMAGE)
-def test_damaged_dialogues(tmp_path_factory, name, damage):
-    folder = tmp_path_factory.mktemp("chats")
-    (folder / name).write_bytes(damaged(CHATS[name], damage))
-    documents = outcome(lambda: load_dialogues(folder / name))
-    for row in (documents[i] for i in range(len(documents))):
-        assert "problem" in row or (row["context"] and (row["text"] or row["image"]))
+def test_damaged_dialogues(name, damage):
+    with scratch() as folder:
+        (folder / name).write_bytes(damaged(CHATS[name], damage))
+        documents = outcome(lambda: load_dialogues(folder / name))
+        for row in (documents[i] for i in range(len(documents))):
+            assert "problem" in row or (row["context"] and (row["text"] or row["image"]))
 
 
 WORDS = st.sampled_from(("user", "assistant", "image", "text", "<image>"))
@@ -116,16 +126,16 @@ ROW = st.dictionaries(st.sampled_from(("file_name", "captions", "caption", "text
 
 @QUICK
 @given(rows=st.lists(CHAT, max_size=4))
-def test_any_json_as_chats(tmp_path_factory, rows):
-    folder = tmp_path_factory.mktemp("any")
-    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    documents = outcome(lambda: load_dialogues(folder / "chats.jsonl"))
-    [documents[i] for i in range(len(documents))]
+def test_any_json_as_chats(rows):
+    with scratch() as folder:
+        (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        documents = outcome(lambda: load_dialogues(folder / "chats.jsonl"))
+        [documents[i] for i in range(len(documents))]
 
 
 @QUICK
 @given(rows=st.lists(ROW, max_size=4))
-def test_any_json_as_metadata(tmp_path_factory, rows):
-    folder = tmp_path_factory.mktemp("any")
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    outcome(lambda: list(load_pairs(folder)))
+def test_any_json_as_metadata(rows):
+    with scratch() as folder:
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        outcome(lambda: list(load_pairs(folder)))
