@@ -10,8 +10,9 @@ command resumes an interrupted run. W_i2t is solved in closed form; benchmarks/r
 import argparse
 import json
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.load import UniMuR
 from benchmarks.measure import Measure
@@ -65,24 +66,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.save_pretrained(folder / "checkpoint", golden=True)
         draw(bench, model, split, folder / "gallery.png")
 
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds["total"] = sum(seconds.values())
+    dtype = str(bench.model.language_model.dtype)
+    report(folder, results, {"seed": seed, "split": split, "seconds": seconds, "dtype": dtype})
+
+
+def report(folder: Path, results: Mapping[str, Mapping[str, Measure]], about: dict[str, Any]) -> None:
+    """Writes `results.json`, and prints the table, our form against each other row, and where things are."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     columns = {name: {k: m.value * (100 if m.percent else 1) for k, m in row.items()} for name, row in results.items()}
     differences = {
         name: {k: results[OURS][k].against(m) for k, m in row.items()} for name, row in results.items() if name != OURS
     }
-    write_json(folder / "results.json", {
-        "about": ABOUT, "seed": seed, "split": split, "results": columns, "first_less_this": differences,
-        "seconds": seconds, "peak_memory_gib": memory, "dtype": str(bench.model.language_model.dtype),
-    })  # fmt: skip
-    print(f"\n{split} split, seed {seed}; percent, CLIP-Sim a cosine. {ABOUT}")
+    figures = {"results": columns, "first_less_this": differences, "peak_memory_gib": memory}
+    write_json(folder / "results.json", {"about": ABOUT} | about | figures)
+    print(f"\n{about['split']} split, seed {about['seed']}; percent, CLIP-Sim a cosine. {ABOUT}")
     print(table(columns))
     print("\n" + against(results))
-    print("\nseconds: " + json.dumps({name: round(value) for name, value in seconds.items()}))
+    print("\nseconds: " + json.dumps({name: round(value) for name, value in about["seconds"].items()}))
     print(f"peak memory: {memory:.2f} GiB\ncheckpoint: {folder / 'checkpoint'}\ngallery: {folder / 'gallery.png'}")
 
 
-def against(results: dict[str, dict[str, Measure]]) -> str:
+def against(results: Mapping[str, Mapping[str, Measure]]) -> str:
     """Our form less each other row, in points with the paired 95 % interval, for the two main measures."""
     lines = []
     for measure in ("dialogue to image R@1", "overall R@1"):

@@ -28,6 +28,7 @@ from modeling_unimur import CandidatePool, MilvusPool
 from modeling_unimur.pool_base import Pool
 from train.command import require, run_command
 
+from .memory import status
 from .milvus_server import LoopbackMilvus
 
 BLOCK = 10_000  # candidates loaded by one call
@@ -153,12 +154,6 @@ def measure(
     }
 
 
-def resident(pid: int) -> float:
-    """GiB of memory of a process, by Linux's /proc."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 2**20
-
-
 def milvus(folder: Path, made_by: dict[str, Any], vectors: np.ndarray, queries: np.ndarray, expected: list[set[str]],
            seconds: float) -> dict[str, Any]:  # fmt: skip
     """The server's part."""
@@ -172,7 +167,7 @@ def milvus(folder: Path, made_by: dict[str, Any], vectors: np.ndarray, queries: 
                 lambda searched=searched: MilvusPool(server.address, "million", search_params=searched, timeout=60),
                 queries, expected, seconds,
             )  # fmt: skip
-            indexes[kind]["server_gib"] = resident(server.pid)
+            indexes[kind]["server_gib"] = status("VmRSS", server.pid) / 2**30
             print(kind, indexes[kind], flush=True)
         version = pool.client.get_server_version()
         pool.close()
@@ -194,7 +189,7 @@ def faiss_pool(folder: Path, made_by: dict[str, Any], vectors: np.ndarray, queri
         searched = pool if kind == "exact" else pool.build_index(kind, queries=queries)
         built = time.perf_counter() - start
         results["indexes"][kind] = {"built_in_s": built} | measure(lambda p=searched: p, queries, expected, seconds)
-        results["indexes"][kind]["process_gib"] = resident(os.getpid())
+        results["indexes"][kind]["process_gib"] = status("VmRSS") / 2**30
         print("faiss pool,", kind, results["indexes"][kind], flush=True)
     return results
 

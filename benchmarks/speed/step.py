@@ -25,6 +25,7 @@ from modeling_unimur import UniMuRModel
 from train.bank import NegativesBank
 from train.command import run_command
 
+from .memory import status
 from .models import SHAPES, random_model, sentence
 from .reference import ReferenceStep, Savings, padded
 from .timing import interleaved, ratio
@@ -205,15 +206,10 @@ def one(variant: str, shape: str) -> int:
     model = make_model(shape)
     made = batches(model, 1)
     Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak memory of this process
-    before = _status("VmRSS")
+    before = status("VmRSS")
     step = stepper(variant, model, made)
     step(0), step(1)
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    return status("VmHWM") - before
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.speed.memory import status
 from hub_card.serve import load_handler
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
@@ -108,9 +109,10 @@ class Load:
 
 def resident(pid: int) -> float:
     """The memory of a process in MB; NaN where the system does not tell it as Linux does."""
-    file = Path(f"/proc/{pid}/status")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return next((int(line.split()[1]) / 1000 for line in lines if line.startswith("VmRSS")), float("nan"))
+    try:
+        return status("VmRSS", pid) / 1e6
+    except OSError:
+        return float("nan")
 
 
 def run(clients: int, seconds: float) -> dict[str, Any]:
