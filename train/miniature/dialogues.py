@@ -133,17 +133,9 @@ def responses(
     by_looks = defaultdict(list)
     for scene in scenes:
         by_looks[scene.animal, scene.hat].append(scene)
-    crowded = _crowded(scenes, round(n * informed_share), 4, rng)
-    taken = set(crowded)
-    chosen = crowded + [scene for scene in scenes if scene not in taken][: n - len(crowded)]
-    n_images = round(n * image_share)
-    # The request alternates over whole groups, so that the image pool keeps them together.
-    informed_images = min(round(n_images * informed_share), len(crowded)) // 4 * 4
-    wants = [i < informed_images for i in range(len(crowded))]
-    others = [i < n_images - informed_images for i in range(n - len(crowded))]
-    rng.shuffle(others)
+    chosen, wants, crowded = _targets(scenes, n, round(n * image_share), informed_share, rng)
     result, seen = DialogueSet(), set()
-    for i, (scene, wanted) in enumerate(zip(chosen, wants + others, strict=True)):
+    for i, (scene, wanted) in enumerate(zip(chosen, wants, strict=True)):
         ask = rng.choice(ASK_IMAGE if wanted else ASK_TEXT)
         text = _reply(scene, ask, rng)
         while text in seen:
@@ -151,7 +143,7 @@ def responses(
         seen.add(text)
         dialogue_id, text_id, image_id = f"{name}-{i}", f"{name}-text-{i}", f"{name}-image-{i}"
         friends = [s for s in by_looks[scene.animal, scene.hat] if s.object != scene.object and s.place != scene.place]
-        informs = i < len(crowded) and bool(friends)
+        informs = i < crowded and bool(friends)
         if informs:
             shown_id = f"{name}-context-{i}"
             result.images[shown_id] = rng.choice(friends)
@@ -172,6 +164,24 @@ def responses(
     for dialogue in result.dialogues:
         dialogue["pool"] = {"text_ids": text_ids, "image_ids": image_ids}
     return result
+
+
+def _targets(
+    scenes: Sequence[Scene], n: int, n_images: int, informed_share: float, rng: random.Random
+) -> tuple[list[Scene], list[bool], int]:
+    """
+    The scenes that `n` replies are about, and which of these hold an image; the first ones, as many as the last number
+    says, come in groups for contexts that show an image.
+    """
+    crowded = _crowded(scenes, round(n * informed_share), 4, rng)
+    taken = set(crowded)
+    chosen = crowded + [scene for scene in scenes if scene not in taken][: n - len(crowded)]
+    # The request alternates over whole groups, so that the image pool keeps them together.
+    informed_images = min(round(n_images * informed_share), len(crowded)) // 4 * 4
+    wants = [i < informed_images for i in range(len(crowded))]
+    others = [i < n_images - informed_images for i in range(n - len(crowded))]
+    rng.shuffle(others)
+    return chosen, wants + others, len(crowded)
 
 
 def visdial(scenes: Sequence[Scene], n: int, seed: int = 0, *, name: str = "visdial", rounds: int = 6) -> DialogueSet:
