@@ -1,6 +1,7 @@
 """The timed ways compute the same before they are timed; the json and the page say what was measured."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from benchmarks.speed import embedding, models, profiles, step
 from benchmarks.speed import reference as reference_module
 from benchmarks.speed.__main__ import main
+from benchmarks.speed.memory import status
 from benchmarks.speed.page import page
 from benchmarks.speed.timing import interleaved, ratio
 
@@ -120,3 +122,12 @@ def test_the_gpu_script_works_at_small_shapes_anywhere(tmp_path):
     with pytest.raises(AssertionError, match="CLIP cached gives the loss"):
         batch = gpu.make_batch(model, 4, 0)
         gpu.check(model, batch | {"images": batch["images"] | {"features": batch["images"]["features"] + 1}}, 1e-4)
+
+
+def test_memory_is_read_in_bytes_of_a_process_that_lives():
+    assert status("VmHWM") >= status("VmRSS") == pytest.approx(status("VmRSS", os.getpid()), rel=0.2)
+    assert status("VmRSS") > 2**20
+    with pytest.raises(OSError):
+        status("VmRSS", 2**22 + 1)  # above the kernel's largest
+    with pytest.raises(OSError, match="has no VmNone"):
+        status("VmNone")
