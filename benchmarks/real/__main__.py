@@ -31,7 +31,7 @@ from .replies import canonical_model, draw
 from .settings import CANONICAL, FITS, PAIRS
 from .study import OURS, measured
 
-OWN = "miniature's OPT (pairs)"
+OWN = "miniature's OPT"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with stage("the real language model, and the miniature's towers", seconds):
         bench = make_bench(folder, arguments.miniature, seed)
-    with stage("the miniature's own language model, on pairs alone", seconds):
+    with stage("the miniature's own language model, on pairs alone, in closed form too", seconds):
         own = folder / f"taught-{seed}"
         if not any((own / "checkpoint").glob("*.safetensors")):
             towers = arguments.miniature or folder / "miniature"
             job = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={seed}", f"--miniature={towers}",
-                   "--interleaved=false", f"--output_dir={own}"]  # fmt: skip
+                   "--interleaved=false", "--max_steps=0", f"--output_dir={own}"]  # fmt: skip
             side_by_side([(train, {"argv": job})])
     with stage("captions: states, and both maps in closed form", seconds):
         pairs = bench.pairs(PAIRS)
