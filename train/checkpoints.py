@@ -69,16 +69,44 @@ def newest_whole(output_dir: str | Path) -> Path | None:
     The newest of a run's checkpoints from which it can continue; `None` where there is none. A warning names newer ones that
     are not whole, and why.
     """
-    numbered = {}
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name):
-            numbered[int(match[1])] = folder
-    for _, folder in sorted(numbered.items(), reverse=True):
+    for _, folder in sorted(_numbered(output_dir).items(), reverse=True):
         problem = what_is_broken(folder)
         if problem is None:
             return folder
         logger.warning(f"{folder} is passed over, since {problem}: a save of it was interrupted")
     return None
+
+
+def rotate_checkpoints(output_dir: str | Path, limit: int | None, step: int, best: str | None = None) -> None:
+    """
+    Deletes a run's oldest checkpoints beyond `limit`. Each is moved aside first, by one rename, so that no half of one
+    keeps its name. Those of later steps than `step` are what a run left that was resumed before them: they go first.
+
+    Args:
+        limit: how many to keep; all for `None` or 0.
+        step: of the newest, which stays.
+        best: the folder of the best, which stays too.
+    """
+    numbered = _numbered(output_dir)
+    stay = {step} | {
+        number for number, folder in numbered.items() if best and folder.resolve() == Path(best).resolve()
+    }
+    others = sorted(numbered.keys() - stay, key=lambda number: (number < step, number))
+    aside = Path(output_dir) / ASIDE
+    for number in others[: len(numbered) - max(limit, len(stay))] if limit else ():
+        gone = aside / f"removed-{numbered[number].name}"
+        shutil.rmtree(gone, ignore_errors=True)
+        aside.mkdir(exist_ok=True)
+        os.replace(numbered[number], gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    _remove_empty(aside)
+
+
+def _numbered(output_dir: str | Path) -> dict[int, Path]:
+    """Step -> folder of a run's checkpoints, whole or not."""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    matches = ((re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name), folder) for folder in folders)
+    return {int(match[1]): folder for match, folder in matches if match}
 
 
 def what_is_broken(folder: Path) -> str | None:

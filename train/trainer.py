@@ -16,12 +16,12 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from modeling_unimur.towers_unimur import load_lora_weights
 from train.bank import NegativesBank
-from train.checkpoints import ASIDE, STATE, newest_whole, put_in_place, what_is_broken
+from train.checkpoints import ASIDE, STATE, newest_whole, put_in_place, rotate_checkpoints, what_is_broken
 from train.collate import SkipCounter, no_captions
 from train.drawing import DrawingTargets
 from train.numerics import IN_A_ROW, SKIP, STOP, NonFiniteError, culprits, describe, is_finite
@@ -367,13 +367,15 @@ class UniMuRTrainer(Trainer):
             if self.bank is not None:
                 save_file(self.bank.state_dict(), filled / BANK)
             put_in_place(filled, target)
-            rotate_checkpoints(
-                output_dir=str(folder), save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True,
-            )  # fmt: skip
+        self._rotate()
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
+
+    def _rotate(self) -> None:
+        if self.args.should_save:
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(self.args.output_dir, limit, self.state.global_step, best)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self._aside is None:  # what is pushed in the background must not move
@@ -437,6 +439,8 @@ class UniMuRTrainer(Trainer):
         self._check_one_batch()
         self._since = time.perf_counter()
         result = super().train(**kwargs)
+        if resume_from_checkpoint:
+            self._rotate()  # a run that was killed after its last save had not come to it
         self.skips = self.total_skips()
         if not self.state.global_step:
             raise ValueError(

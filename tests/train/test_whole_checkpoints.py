@@ -15,7 +15,7 @@ import train.checkpoints
 import train.trainer
 from tests.tiny import make_model
 from tests.train.test_trainer import pairs, trained_tensors, trainer_of
-from train.checkpoints import ASIDE, newest_whole, restore, what_is_broken, whole_folder
+from train.checkpoints import ASIDE, newest_whole, restore, rotate_checkpoints, what_is_broken, whole_folder
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "seed": 3, "save_total_limit": 3}
 
@@ -82,6 +82,35 @@ def test_a_run_killed_after_its_last_step_takes_no_further_one(tmp_path, whole_r
     assert trainer.state.global_step == 6
     for name, tensor in whole_run[1].items():
         assert torch.equal(model.get_parameter(name), tensor), name
+
+
+def test_a_run_killed_between_its_last_save_and_the_deletion_of_older_ones_keeps_to_its_limit(tmp_path, whole_run):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    trainer = trainer_of(make_model(tmp_path / "t"), tmp_path / "run", pairs(16), **SAVING | {"save_total_limit": 2})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (None, None, [2, 4, 6, 8]),
+        (3, None, [2, 4, 6]),  # 8 is of the run before this one, which went on from 4
+        (2, None, [4, 6]),
+        (1, None, [6]),
+        (2, "checkpoint-2", [2, 6]),
+        (1, "checkpoint-2", [2, 6]),
+    ],
+)
+def test_the_newest_and_the_best_stay(tmp_path, monkeypatch, limit, best, kept):
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "file").touch()
+    removed, remove = [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: removed.append(path) or remove(path, **options))
+    rotate_checkpoints(tmp_path, limit, 6, best and str(tmp_path / best))
+    assert sorted(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == kept
+    assert all(path.parent.name == ASIDE for path in removed)  # never half of one under its own name
 
 
 def cut(path: Path) -> None:
