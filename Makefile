@@ -1,7 +1,7 @@
-# Two commands do everything on a machine with Python 3.10 to 3.13, make and git: `make demo` and `make test`.
+# Two commands do everything on a machine with Python 3.11 to 3.13, make and git: `make demo` and `make test`.
 # `make demo-real` adds a real language model, and is the only one that fetches weights.
-RUNS = import sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
+RUNS = import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
     $$p -c '$(RUNS)' 2>/dev/null && echo $$p && break; done)
 SEED ?= 0
 VENV := .venv
@@ -15,7 +15,7 @@ export MKL_CBWR ?= AUTO,STRICT
 
 # The exact pin comes first and alone: a resolver that meets an open torch range elsewhere may pull CUDA builds.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python from 3.10 to 3.13 with venv is on the PATH: install one, or say make PYTHON=..."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python from 3.11 to 3.13 with venv is on the PATH: install one, or say make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

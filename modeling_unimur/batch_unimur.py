@@ -5,10 +5,9 @@ Plain dicts, which every loader, launcher and sharding library moves between dev
 rows of a part, `i` the images of the batch, each of which is in it once.
 """
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
-from typing_extensions import NotRequired
 
 
 class Packing(TypedDict):

@@ -6,13 +6,12 @@ from copy import copy, deepcopy
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from huggingface_hub import HfApi, ModelCard
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from typing_extensions import Self
 
 from .card_unimur import model_card
 from .configuration_unimur import TOKENS, UniMuRConfig

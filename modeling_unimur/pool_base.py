@@ -8,11 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from math import nan
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from typing_extensions import Self
 
 from .display_unimur import gallery
 from .pool_ids import candidate_ids, check_unique, duplicate, id_string, id_strings

@@ -1,8 +1,7 @@
 """Where FROMAGe's code puts BOS: before text, never before an image."""
 
 from itertools import pairwise
-
-from typing_extensions import Self
+from typing import Self
 
 from modeling_unimur import UniMuRProcessor
 
