@@ -87,13 +87,15 @@ def rotate_checkpoints(output_dir: str | Path, limit: int | None, step: int, bes
         step: of the newest, which stays.
         best: the folder of the best, which stays too.
     """
+    if not limit:
+        return
     numbered = _numbered(output_dir)
     stay = {step} | {
         number for number, folder in numbered.items() if best and folder.resolve() == Path(best).resolve()
     }
     others = sorted(numbered.keys() - stay, key=lambda number: (number < step, number))
     aside = Path(output_dir) / ASIDE
-    for number in others[: len(numbered) - max(limit, len(stay))] if limit else ():
+    for number in others[: max(0, len(numbered) - max(limit, len(stay)))]:
         gone = aside / f"removed-{numbered[number].name}"
         shutil.rmtree(gone, ignore_errors=True)
         aside.mkdir(exist_ok=True)

@@ -95,6 +95,7 @@ def test_a_run_killed_between_its_last_save_and_the_deletion_of_older_ones_keeps
     ("limit", "best", "kept"),
     [
         (None, None, [2, 4, 6, 8]),
+        (5, None, [2, 4, 6, 8]),
         (3, None, [2, 4, 6]),  # 8 is of the run before this one, which went on from 4
         (2, None, [4, 6]),
         (1, None, [6]),
