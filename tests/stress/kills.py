@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from modeling_unimur import CandidatePool
 from tests.conftest import picture
@@ -159,6 +160,8 @@ def forked(work: Callable[[], int]) -> int:
     child = os.fork()
     if not child:
         code = 255
+        # tqdm's own lock is one of all forks: who is killed while it is held would keep it from the others for ever.
+        tqdm.set_lock(threading.RLock())
         try:
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)
