@@ -202,7 +202,8 @@ def takes_conversations(language_model: PreTrainedModel) -> bool:
     keep a state instead, and a trunk without position ids cannot know where it continues.
     """
     stateful = any(getattr(part, "_is_stateful", False) for part in (language_model, language_model.base_model))
-    if stateful or "position_ids" not in signature(language_model.base_model.forward).parameters:
+    takes = signature(language_model.base_model.forward).parameters
+    if stateful or not {"position_ids", "past_key_values"} <= takes.keys():
         return False
     layers = DynamicCache(config=language_model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
