@@ -1,14 +1,18 @@
 """The demo's table, its gallery and recall on pairs; and that the tasks agree with what `retrieve` returns."""
 
+import json
+
 import pytest
 import torch
 
 from benchmarks.baselines.clip import ClipBaseline
+from benchmarks.demo import report
 from benchmarks.gallery import draw_gallery
 from benchmarks.load import UniMuR
 from benchmarks.miniature import Split, image_to_itself, measure, table
 from benchmarks.protocols import protocols
 from benchmarks.schema import Dialogues
+from benchmarks.spread import RESULTS
 from benchmarks.tasks import image, response
 from benchmarks.tasks.contexts import context_of
 from tests.conftest import picture
@@ -109,3 +113,16 @@ def test_the_gallery_is_drawn(tiny, split, tmp_path):
     draw_gallery(rows[:3], split.responses.texts | split.facts.texts, split.images, tmp_path / "g.png")
     drawn = Image.open(tmp_path / "g.png")
     assert drawn.width > 800 and len(drawn.convert("L").getcolors()) > 20
+
+
+def test_the_demo_reports_its_figures_among_the_published_ones(tmp_path, capsys):
+    columns = json.loads((RESULTS / "demo-0.json").read_text())["columns"]
+    results = {"seed": 0, "split": "test", "results": columns, "seconds": {"total": 3.0}, "peak_memory_gib": 1.5,
+               "checkpoint": "c"}  # fmt: skip
+    report(tmp_path, results)
+    printed = capsys.readouterr().out
+    assert "test split, seed 0" in printed and "figures of UniMuR lie within those of" in printed
+    assert "total 3" in printed and "peak memory: 1.50 GiB" in printed
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    report(tmp_path, results | {"split": "validation"})
+    assert "lie within" not in capsys.readouterr().out  # the published ones are of the test split
