@@ -172,7 +172,7 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table as Markdown: the types that work, by what of them works, and why each other does not."""
     works = {kind: row for kind, row in rows.items() if row["works"]}
     whole = [kind for kind, row in works.items() if row["packs"] and row["converses"] is True]
-    padded = [kind for kind, row in works.items() if not row["packs"] and row["converses"] is True]
+    padded = [kind for kind, row in works.items() if not row["packs"]]
     no_talk = [kind for kind, row in works.items() if row["converses"] is not True]
     parts = [
         "# Language models",
