@@ -145,7 +145,7 @@ def measure(
         thread.start()
     for thread in threads:
         thread.join()
-    p50, p99 = 1000 * np.percentile(taken, (50, 99))
+    p50, p99 = (1000 * np.percentile(taken, (50, 99))).tolist()
     return {
         "recall_at_10": sum(hits) / (TOP_K * len(hits)),
         "p50_ms": p50,
