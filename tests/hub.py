@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
+
+from tests.processes import run_script
 
 KINDS = {"models": "", "datasets": "datasets/", "spaces": "spaces/"}
 LARGE = (".safetensors", ".bin", ".arrow", ".png", ".jpg")
@@ -80,17 +81,13 @@ class LoopbackHub:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "PYTHONPATH"}
         return kept | {
             "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": "hf_loopback", "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
-            "DISABLE_SAFETENSORS_CONVERSION": "1", "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **more,
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            "DISABLE_SAFETENSORS_CONVERSION": "1", "TOKENIZERS_PARALLELISM": "false", **more,
         }  # fmt: skip
 
     def run(self, script: str, *arguments: object, home: Path, cwd: Path, **more: str) -> subprocess.CompletedProcess:
         """Runs Python source in its own process, outside this checkout; its output is text."""
-        cwd.mkdir(parents=True, exist_ok=True)
-        return subprocess.run(
-            [sys.executable, "-c", script, *map(str, arguments)], cwd=cwd, env=self.environment(home, **more),
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
-        )  # fmt: skip
+        return run_script(script, *arguments, cwd=cwd, environment=self.environment(home, **more))
 
 
 @contextmanager

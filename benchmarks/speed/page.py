@@ -156,7 +156,9 @@ def _quality(measured: dict[str, Any]) -> str:
             row.append((span(reached, 1) if reached else "") + missed if way != REFERENCE else "")
         rows.append(row)
     tried = ", ".join(f"{rate}: {100 * value:.1f} %" for rate, value in measured["reference_rates_searched"].items())
-    rate = f"searched on the first seed ({tried})" if tried else f"given, {measured['rates'][REFERENCE]:g}, not searched"
+    rate = (
+        f"searched on the first seed ({tried})" if tried else f"given, {measured['rates'][REFERENCE]:g}, not searched"
+    )
     return (
         f"## Seconds to a recall\n\nOn the miniature's caption pairs, {len(measured['seeds'])} seeds, "
         f"{measured['steps']} steps of {measured['batch']} pairs, one thread: what each ends with in % on validation, the "
@@ -205,12 +207,12 @@ def _milvus(measured: dict[str, Any]) -> str:
         )
     ]  # fmt: skip
     return (
-        f"## {measured['size']:,} candidates in a Milvus server\n\nMilvus {server['version']}, its {measured['clients']} clients "
-        f"and the faiss pool over the same vectors of {measured['dimension']} dimensions, on one machine of {measured['cores']} "
-        f"cores. Loaded from disk at {loading['candidates_per_second']:,.0f} candidates a second; the server was killed "
-        f"(SIGKILL) after {loading['killed_after']:,}, held {loading['kept']:,} when it was up again "
-        f"({loading['restarted_in_s']:.0f} s), and nothing was lost or came twice. Latency is of ten candidates of one query, "
-        f"with {measured['clients']} clients asking at once; recall is against exact search in numpy, over "
+        f"## {measured['size']:,} candidates in a Milvus server\n\nMilvus {server['version']}, its {measured['clients']} "
+        f"clients and the faiss pool over the same vectors of {measured['dimension']} dimensions, on one machine of "
+        f"{measured['cores']} cores. Loaded from disk at {loading['candidates_per_second']:,.0f} candidates a second; the "
+        f"server was killed (SIGKILL) after {loading['killed_after']:,}, held {loading['kept']:,} when it was up again "
+        f"({loading['restarted_in_s']:.0f} s), and nothing was lost or came twice. Latency is of ten candidates of one "
+        f"query, with {measured['clients']} clients asking at once; recall is against exact search in numpy, over "
         f"{measured['queries']} queries.\n\n"
         + table(["", "built in s", "recall@10", "p50, ms", "p99, ms", "searches a second", "GiB"], rows)
     )

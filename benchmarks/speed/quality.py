@@ -201,7 +201,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="of the reference; of several the best")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=list(RATES), help="of the reference; of several the best"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/report"), help="of each seed's miniature, which is made if absent"

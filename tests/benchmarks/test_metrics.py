@@ -3,8 +3,6 @@
 import doctest
 import itertools
 import math
-import subprocess
-import sys
 
 import evaluate
 import numpy as np
@@ -22,6 +20,7 @@ from benchmarks.metrics import (
     vqa_accuracy_per_item,
 )
 from benchmarks.metrics.recall_at_k import recall_at_k
+from tests.processes import run_script
 
 NAN = math.nan
 NAMES = ["clip_sim", "image_retrieval_rate", "recall_at_k", "visdial", "vqa_accuracy"]
@@ -66,9 +65,7 @@ def test_loads_by_path_outside_this_repository(tmp_path):
         f"import evaluate; print(evaluate.load({folder!r}).compute(predictions=[[1.0, 0.0]], references=[[0]])['R@1'])"
     )
     env = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
+    done = run_script(code, cwd=tmp_path, environment=env)
     assert done.stdout.strip() == "1.0", done.stderr
 
 

@@ -3,9 +3,6 @@
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +11,7 @@ from hub_card.check import NotFitError, check_folder
 from hub_card.push import main
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
+from tests.processes import ROOT, run_script
 from train.command import run_command
 
 
@@ -92,16 +90,16 @@ def test_who_is_not_logged_in_learns_it_first(checkpoint, monkeypatch):
 
 def test_no_usage_data_is_sent_unless_somebody_wants_it(tmp_path):
     read = (
-        "import sys; sys.path.insert(0, 'hub_card/space'); {}; import gradio.analytics, huggingface_hub.constants as c; "
+        "import sys; sys.path[:0] = ['hub_card/space', '.']; {}; "
+        "import gradio.analytics, huggingface_hub.constants as c; "
         "print(gradio.analytics.analytics_enabled(), c.HF_HUB_DISABLE_TELEMETRY)"
     )
     kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_DISABLE_TELEMETRY", "GRADIO_ANALYTICS_ENABLED")}
     wanted = {"HF_HUB_DISABLE_TELEMETRY": "0", "GRADIO_ANALYTICS_ENABLED": "True"}
-    root = Path(__file__).parents[2]
 
     def sends(module, more):
-        done = subprocess.run([sys.executable, "-c", read.format(f"import {module}")], cwd=root, env=kept | more,
-                              capture_output=True, text=True, check=True)  # fmt: skip
+        done = run_script(read.format(f"import {module}"), cwd=ROOT, environment=kept | more)
+        assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
     assert sends("hub_card", {}) == sends("app", {}) == ["False", "True"]

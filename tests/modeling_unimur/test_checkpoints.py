@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from transformers import AutoProcessor
 
 from modeling_unimur import UniMuRConfig, UniMuRModel
 from tests.conftest import KINDS, picture
+from tests.processes import run_script
 from tests.tiny import make_towers
 
 DIALOGUES = ["hello", ["look", picture(1)]]
@@ -73,11 +72,8 @@ def test_only_the_main_process_writes_what_lies_beside_the_weights(tiny, tmp_pat
 def test_loads_in_a_process_without_the_package(tiny, tmp_path, full):
     model = tiny()
     model.save_pretrained(tmp_path / "c", with_towers=full)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(tmp_path / "c"), str(tmp_path / "out.pt")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = run_script(REMOTE, tmp_path / "c", tmp_path / "out.pt", cwd=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = torch.load(tmp_path / "out.pt", weights_only=True)
     assert torch.allclose(theirs, model.embed_dialogues(["hello", "a panda"]), atol=1e-6)
@@ -187,7 +183,7 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("configuration_unimur", sys.argv[1] + "/configuration_unimur.py")
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    done = run_script(script, tmp_path, cwd=tmp_path, environment=dict(os.environ))
     assert done.returncode != 0
     stated = re.search(r'"transformers>=(.*?),', (Path(__file__).parents[2] / "pyproject.toml").read_text())[1]
     assert f"UniMuR needs transformers {stated} or newer" in done.stderr

@@ -1,18 +1,15 @@
 """A configuration is read as its yaml means it, and what cannot be is refused in a sentence that names it."""
 
-import subprocess
-import sys
+import os
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 from modeling_unimur import UniMuRConfig
+from tests.processes import ROOT, run_script
 from train.arguments import CONFIGS, DERIVED, ConfigArguments, parse
 from train.collate import TooManyBadPairsError
 from train.command import run_command, sentence
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(tmp_path, text, *flags):
@@ -124,11 +121,7 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback():
 
 
 def test_the_command_ends_in_one_sentence(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "train/run.py", "--train_data", str(tmp_path / "absent")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = "import runpy; runpy.run_path('train/run.py', run_name='__main__')"
+    done = run_script(command, "--train_data", tmp_path / "absent", cwd=ROOT, environment=dict(os.environ))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"error: {tmp_path / 'absent'} does not exist" in done.stderr
