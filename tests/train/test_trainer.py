@@ -62,7 +62,7 @@ def test_one_batch_is_overfitted_through_w_t2m_alone(tmp_path):
     model = make_model(tmp_path / "t", lambda2=0.0)
     model.W_i2t.requires_grad_(False)
     before = model.W_i2t.weight.clone()
-    trainer = trainer_of(model, tmp_path, per_device_train_batch_size=8, max_steps=400, logging_steps=400)
+    trainer = trainer_of(model, tmp_path, per_device_train_batch_size=8, max_steps=200, logging_steps=200)
     with torch.no_grad():
         start = model(**_inputs(model))
     trainer.train()
@@ -85,7 +85,7 @@ def test_one_batch_is_overfitted_through_w_i2t_alone(tmp_path):
     with torch.no_grad():
         start = model(**_inputs(model, rows)).loss_cap
     trainer_of(
-        model, tmp_path, rows, per_device_train_batch_size=2, max_steps=400, learning_rate=0.1, logging_steps=400
+        model, tmp_path, rows, per_device_train_batch_size=2, max_steps=200, learning_rate=0.1, logging_steps=200
     ).train()
     with torch.no_grad():
         end = model(**_inputs(model, rows))
