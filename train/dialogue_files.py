@@ -90,7 +90,7 @@ def load_rows(
     [`InterleavedDocuments.pairs`].
 
     Raises:
-        ValueError: neither is named, pairs are streamed beside dialogues, or as those say.
+        ValueError: neither is named, or as those say.
     """
     documents = None if dialogues is None else load_dialogues(dialogues, image_folder)
     if train_data is None:
@@ -99,13 +99,7 @@ def load_rows(
                 "--train_data is missing: a folder or file of image-caption pairs, or 'miniature'; or give --dialogues"
             )
         return documents.pairs(), documents
-    pairs = load_pairs(train_data, image_folder=image_folder)
-    if documents is not None and isinstance(pairs, datasets.IterableDataset):
-        raise ValueError(
-            f"--dialogues beside the streamed archives of {train_data} is not supported: unpack them into a folder, whose "
-            "images keep their texts beside them"
-        )
-    return pairs, documents
+    return load_pairs(train_data, image_folder=image_folder), documents
 
 
 Reader = Callable[[Path, Images], Conversations]

@@ -14,6 +14,7 @@ from train.conversations import ImageId, Turn, temporary_folder, write_conversat
 from train.rows import FEATURES, make_row
 
 PAIRS, OF_WORDS, WITH_IMAGES = range(3)  # the kinds of rows, of which a batch holds one
+KINDS = OF_WORDS, WITH_IMAGES  # of documents
 
 logger = logging.get_logger("train")
 
@@ -82,9 +83,9 @@ class InterleavedDocuments(Dataset):
         self.images = images
         self._rows = {image_id: row for row, image_id in enumerate(images["id"])}
 
-    def shows_image(self, index: int) -> bool:
-        """Whether a document's context has an image."""
-        return bool(self._shows[index])
+    def kind(self, index: int) -> int:
+        """`WITH_IMAGES` where a document's context has an image, else `OF_WORDS`."""
+        return WITH_IMAGES if self._shows[index] else OF_WORDS
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -176,16 +177,22 @@ def mixed(pairs: Any, documents: InterleavedDocuments, share: float | None = Non
     """
     counts = [len(pairs), len(documents)]
     if share is not None:
-        if not 0 < share < 1:
-            raise ValueError(f"--dialogue_share {share}: expected a number between 0 and 1")
+        share = checked_share(share)
         needed = [round(counts[1] / share * (1 - share)), round(counts[0] / (1 - share) * share)]
         counts = [max(count, least) for count, least in zip(counts, needed, strict=True)]
-    kinds = [OF_WORDS + documents.shows_image(i) for i in range(len(documents))]
+    kinds = [documents.kind(i) for i in range(len(documents))]
     rows = [_repeated(len(part), count) for part, count in zip((pairs, documents), counts, strict=True)]
     groups = [PAIRS] * counts[0] + [kinds[i] for i in rows[1]]
     parts = [part if len(part) == count else Subset(part, picked)
              for part, count, picked in zip((pairs, documents), counts, rows, strict=True)]  # fmt: skip
     return ConcatDataset(parts), groups
+
+
+def checked_share(share: float) -> float:
+    """Raises `ValueError` where it is not between 0 and 1."""
+    if not 0 < share < 1:
+        raise ValueError(f"--dialogue_share {share}: expected a number between 0 and 1")
+    return share
 
 
 def _repeated(length: int, count: int) -> list[int]:

@@ -46,6 +46,7 @@ from train.drawing import DrawingTargets
 from train.features import cache_caption_states, cache_image_features
 from train.grouping import hold_out, is_held_out, one_row_an_image
 from train.recall import caption_to_image_recall
+from train.stream import MixedStream
 from train.tars import find_tars
 from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
 from train.validation import Validation
@@ -145,6 +146,11 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuR
         pairs, documents = load_rows(data_args.source, data_args.dialogues, data_args.image_folder)
         pairs = _grouped(pairs)
         data = TrainingData(pairs, pairs, documents)
+        if data.streamed and documents is not None and data_args.dialogue_share is None:
+            raise ValueError(
+                "--dialogues beside streamed archives, which have no length: give their share of the rows, such as "
+                "--dialogue_share 0.3"
+            )
     _hold_out(data, data_args)
     return data
 
@@ -330,15 +336,18 @@ def make_trainer(
     validation: Validation | None = None, source: str | list[str] | None = None, share: float | None = None,
 ) -> UniMuRTrainer:  # fmt: skip
     """The trainer over pairs and documents; `source` is that of streamed pairs, `share` the documents'."""
-    rows, groups = data.rows, None
-    if data.documents is not None:
-        rows, groups = mixed(rows, data.documents, share)
-        args.ddp_find_unused_parameters = True  # a batch of documents without images leaves W_i2t out
-    collator.pack = args.packing and "flash" not in (model.language_model.config._attn_implementation or "")
-    order = None
+    rows, groups, order = data.rows, None, None
     if data.streamed:
         names = [path.name for path in find_tars(source or "")]
         order = {"shards": names, "seed": args.seed, "shuffled pairs": SHUFFLED}
+    if data.documents is not None:
+        args.ddp_find_unused_parameters = True  # a batch of documents without images leaves W_i2t out
+        if order is not None and share is not None:
+            rows = MixedStream(rows, data.documents, share, args.train_batch_size * args.world_size, args.seed)
+            order |= {"dialogues": len(data.documents), "dialogue share": share}
+        else:
+            rows, groups = mixed(rows, data.documents, share)
+    collator.pack = args.packing and "flash" not in (model.language_model.config._attn_implementation or "")
     trainer = UniMuRTrainer(
         model=model, args=args, train_dataset=rows, groups=groups, data_collator=collator, validation=validation,
         order=order,
@@ -444,7 +453,7 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(args.seed)
     data = load_data(model_args, data_args, args)
     if data.streamed and args.max_steps < 0:
-        args.max_steps = _steps(streamed_length(data_args.source or []), data_args.eval_share, args)
+        args.max_steps = _steps(streamed_length(data_args.source or []), data_args, args)
     model = make_model(model_args, args)
     targets = learn_to_draw(model, model_args, args) if model_args.n_drawing_tokens else None
     if data_args.cache_features and args.schedule != "drawing":
@@ -483,11 +492,12 @@ def spare_cores(device: torch.device, processes: int) -> int:
     return 0 if device.type == "cpu" else max(1, (os.cpu_count() or 1) // processes - 1)
 
 
-def _steps(pairs: int | None, held_out: float, args: UniMuRTrainingArguments) -> int:
+def _steps(pairs: int | None, data_args: DataArguments, args: UniMuRTrainingArguments) -> int:
     if pairs is None:
         raise ValueError("these shards have no _stats.json that counts their pairs: give --max_steps")
     rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return max(1, int(pairs * (1 - held_out) * args.num_train_epochs // rows))
+    with_dialogues = 1 - (data_args.dialogue_share or 0 if data_args.dialogues else 0)
+    return max(1, int(pairs * (1 - data_args.eval_share) / with_dialogues * args.num_train_epochs // rows))
 
 
 if __name__ == "__main__":

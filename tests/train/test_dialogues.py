@@ -300,7 +300,7 @@ def test_the_miniature_written_out_reads_back_as_the_same_documents(tmp_path):
             assert strip[path] == name
             assert (tmp_path / path).read_bytes() == expected_row["image"]["bytes"]
             assert row["image"]["path"] == str(tmp_path / path)
-        assert documents.shows_image(i) == built_in.shows_image(i)
+        assert documents.kind(i) == built_in.kind(i)
 
 
 def test_documents_alone_give_their_pictures_with_words_as_pairs(tmp_path):

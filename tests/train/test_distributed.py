@@ -44,20 +44,34 @@ def chat(i: int) -> dict:
 
 
 def test_streamed_shards_give_two_processes_the_batches_of_one(data, tmp_path):
-    (data / "shards").mkdir()
-    for shard in range(2):
-        with tarfile.open(data / "shards" / f"{shard}.tar", "w") as tar:
-            for i in range(4 * shard, 4 * shard + 4):
-                tar.add(data / "photos" / f"{i}.png", f"{i}.png")
-                (data / f"{i}.txt").write_text(WORDS[i])
-                tar.add(data / f"{i}.txt", f"{i}.txt")
-    more = (f"--train_data={data}/shards", "--packing=false")
+    more = (f"--train_data={shards_of(data)}", "--packing=false")
     more += (f"--eval_data={data}/photos", "--eval_steps=2")
     one, two = train(data, tmp_path / "1", 1, *more), train(data, tmp_path / "2", 2, *more)
     check_alike(one, two, tmp_path, seen=32)
     assert one["validation"]["eval_image_R@5"] == two["validation"]["eval_image_R@5"]
     assert one["validation"]["eval_loss"] == pytest.approx(two["validation"]["eval_loss"], rel=1e-4)
     train(data, tmp_path / "packed", 2, f"--train_data={data}/shards")
+
+
+def test_streamed_shards_with_dialogues_give_two_processes_the_batches_of_one(data, tmp_path):
+    more = (f"--train_data={shards_of(data)}", f"--dialogues={data}/photos/chats.jsonl", "--dialogue_share=0.6")
+    more += ("--optim=sgd", "--max_bad_share=0", "--max_steps=8")
+    one = train(data, tmp_path / "1", 1, *more, "--per_device_train_batch_size=4")
+    two = train(data, tmp_path / "2", 2, *more, "--per_device_train_batch_size=2")
+    check_alike(one, two, tmp_path, seen=32)
+
+
+def shards_of(data: Path) -> Path:
+    """The photos as two archives."""
+    folder = data / "shards"
+    folder.mkdir(exist_ok=True)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(4 * shard, 4 * shard + 4):
+                tar.add(data / "photos" / f"{i}.png", f"{i}.png")
+                (data / f"{i}.txt").write_text(WORDS[i])
+                tar.add(data / f"{i}.txt", f"{i}.txt")
+    return folder
 
 
 def flags_of(data: Path, out: Path, processes: int, *more: str) -> list[str]:

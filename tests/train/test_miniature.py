@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from train.documents import WITH_IMAGES
 from train.miniature import pictures
 from train.miniature.dialogues import figure1, interleaved, responses, visdial, without_context_images
 from train.miniature.prepare import training_documents, training_pairs
@@ -98,7 +99,7 @@ def test_training_shows_train_scenes_only(parts):
     made = interleaved(scenes, 100, 0)
     assert set(made.images.values()) <= set(scenes)
     some = training_documents(scenes, pairs, 0, n=100)
-    assert len(some) >= 100 and any(some.shows_image(i) for i in range(len(some)))
+    assert len(some) >= 100 and any(some.kind(i) == WITH_IMAGES for i in range(len(some)))
     assert set(some[0]["images"]) <= set(pairs["id"][:])
 
 
