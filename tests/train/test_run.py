@@ -12,7 +12,8 @@ from modeling_unimur import UniMuRConfig
 from tests.conftest import picture
 from tests.tiny import make_towers
 from train.arguments import CONFIGS, parse
-from train.run import main, spare_cores
+from train.run import main
+from train.training_data import spare_cores
 
 REQUIRED = {
     "dtype": "bfloat16",
