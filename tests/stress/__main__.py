@@ -63,7 +63,7 @@ def _fuzz(arguments: argparse.Namespace) -> Answer:
 def _readers(arguments: argparse.Namespace) -> Answer:
     file = Path(__file__).parents[1] / "train" / "test_fuzz_readers.py"
     each = -(-arguments.cases // FILES_OF_A_READER)
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", str(file)]
+    command = [sys.executable, "-m", "pytest", "--tb=short", str(file)]
     done = subprocess.run(command, env=os.environ | {"FUZZ_CASES": str(each)}, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1]
     if done.returncode:

@@ -27,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.markdown import table
+from benchmarks.speed.memory import status
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
 from tests.tiny import init_weights, make_image_text_tower, make_processor, text_tokenizer
@@ -34,6 +35,7 @@ from tests.tiny import init_weights, make_image_text_tower, make_processor, text
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "families.json"
 KINDS = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 MEMORY, SECONDS = 12 * 2**30, 300  # that a family may take
+TOO_LARGE = f"it needs more than {MEMORY >> 30} GiB or {SECONDS} s at this size"
 DIALOGUES = ["hi", ["look at it", picture(1), "what is this?"]]
 # Of a config those fields that it has.
 TINY = {
@@ -138,12 +140,14 @@ def checked(kind: str) -> dict[str, Any]:
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def work() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        most = status("VmSize") + MEMORY  # beside what the parent has
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         try:
             sender.send(check(kind))
         except Exception as error:  # whatever a family raises is what the table says of it
             why = re.sub(rf"{tempfile.gettempdir()}/\w+/", "", " ".join(str(error).split()))
-            sender.send({"works": False, "why": f"{type(error).__name__}: {why}"})
+            why = TOO_LARGE if "allocate memory" in why else f"{type(error).__name__}: {why}"
+            sender.send({"works": False, "why": why})
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -153,7 +157,7 @@ def checked(kind: str) -> dict[str, Any]:
         process.join()
     if receiver.poll():
         return receiver.recv()
-    return {"works": False, "why": f"it needs more than {MEMORY >> 30} GiB or {SECONDS} s at this size"}
+    return {"works": False, "why": TOO_LARGE}
 
 
 def run(kinds: Sequence[str], file: Path | None = None) -> dict[str, Any]:
