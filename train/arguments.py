@@ -14,7 +14,7 @@ from modeling_unimur import UniMuRConfig
 from modeling_unimur.configuration_unimur import CHOICES, DRAWING_FIELDS
 from train.closed_form import Grid
 from train.command import DTYPES, Parser, unknown
-from train.trainer import UniMuRTrainingArguments
+from train.training_arguments import UniMuRTrainingArguments
 
 CONFIGS = Path(__file__).parent / "configs"
 CHOSEN = "Of --init cca: the values of {} to choose from, by held-out replies; see train/canonical.py."

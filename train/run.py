@@ -44,7 +44,8 @@ from train.drawing import DrawingTargets
 from train.recall import caption_to_image_recall
 from train.stream import MixedStream
 from train.tars import find_tars
-from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+from train.trainer import UniMuRTrainer
+from train.training_arguments import UniMuRTrainingArguments
 from train.training_data import TrainingData, cache, load_data
 from train.validation import Validation
 

@@ -15,7 +15,7 @@ from train.dialogue_files import load_dialogues, load_rows
 from train.documents import InterleavedDocuments
 from train.features import cache_caption_states, cache_image_features
 from train.grouping import hold_out, is_held_out, one_row_an_image
-from train.trainer import UniMuRTrainingArguments
+from train.training_arguments import UniMuRTrainingArguments
 
 
 @dataclass

@@ -18,7 +18,8 @@ from train.collate import PairCollator, SkipCounter
 from train.features import cache_image_features
 from train.miniature import Miniature
 from train.run import make_processor
-from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+from train.trainer import UniMuRTrainer
+from train.training_arguments import UniMuRTrainingArguments
 
 
 class FromageCollator(PairCollator):

@@ -15,7 +15,8 @@ from tests.benchmarks.tiny_fromage import WORDS, ids_of, inputs_of, make, rows_o
 from tests.conftest import picture
 from tests.tiny import make_towers
 from train.rows import FEATURES
-from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+from train.trainer import UniMuRTrainer
+from train.training_arguments import UniMuRTrainingArguments
 
 DIALOGUES = ["hello", ["look", picture(1), "how nice it is"], [picture(2)], "what does it look like?\nshow me"]
 TRAINED = {"W_i2t.weight", "W_i2t.bias", "W_t2m.weight", "W_t2m.bias", "W_v2m.weight", "W_v2m.bias",

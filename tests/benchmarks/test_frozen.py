@@ -10,7 +10,8 @@ from tests.conftest import picture
 from tests.tiny import make_processor, make_towers
 from train.collate import PairCollator
 from train.miniature import encode
-from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+from train.trainer import UniMuRTrainer
+from train.training_arguments import UniMuRTrainingArguments
 
 
 @pytest.fixture

@@ -48,7 +48,8 @@ def test_ones_own_image_is_no_negative():
 def test_the_trainer_fills_and_uses_it(fresh, tmp_path):
     from tests.conftest import picture
     from train.collate import PairCollator
-    from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+    from train.trainer import UniMuRTrainer
+    from train.training_arguments import UniMuRTrainingArguments
 
     rows = [{"id": str(i), "image": picture(i), "captions": [f"caption {i}"]} for i in range(8)]
     model = fresh()

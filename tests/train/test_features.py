@@ -18,7 +18,8 @@ from train.cache import CachedTable, CorruptCacheError, StaleCacheError, build_c
 from train.collate import PairCollator, SkipCounter
 from train.data import read_image_folder
 from train.features import MatchingStates, cache_caption_states, cache_image_features
-from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+from train.trainer import UniMuRTrainer
+from train.training_arguments import UniMuRTrainingArguments
 
 WORDS = ["a red fox", "two dogs run far away", "sea", "my old hat is here", "one panda", "sky", "tiny cup", "cars"]
 N = 12

@@ -11,7 +11,8 @@ from tests.tiny import make_model
 from train.collate import PairCollator, TooManyBadPairsError
 from train.miniature import encode
 from train.sampler import GroupedSampler
-from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+from train.trainer import UniMuRTrainer
+from train.training_arguments import UniMuRTrainingArguments
 
 WORDS = ["a red fox", "two dogs", "the green sea", "my old hat", "one panda", "blue sky", "tiny cup", "fast car"]
 

@@ -21,7 +21,8 @@ from train.data import FEATURES
 from train.documents import InterleavedDocuments
 from train.miniature import encode
 from train.run import main
-from train.trainer import UniMuRTrainer, UniMuRTrainingArguments
+from train.trainer import UniMuRTrainer
+from train.training_arguments import UniMuRTrainingArguments
 from train.validation import Validation
 
 
