@@ -53,5 +53,8 @@ def _run(source: str, arguments: list[str], cwd: str, environment: dict[str, str
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = ["-c", *arguments]
-    sys.path[:] = [entry for entry in sys.path if entry not in ("", str(ROOT))]
+    # Not what the tests' own process has added since it started, such as its cache of remote code.
+    sys.path[:] = [
+        p for p in sys.path if any(Path(p).is_relative_to(prefix) for prefix in (sys.prefix, sys.base_prefix))
+    ]
     exec(compile(source, "<script>", "exec"), {"__name__": "__main__"})
