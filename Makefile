@@ -10,6 +10,8 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 # MKL otherwise chooses its kernels by where in memory a matrix happens to lie, and the last bits with them.
 export MKL_CBWR ?= AUTO,STRICT
+# Every process of a job would otherwise compile this repository again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-generate demo-real test test-oldest stress style quality types clean
 

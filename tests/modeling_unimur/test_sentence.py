@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from modeling_unimur import UniMuRModel
 from tests.conftest import picture
+from tests.processes import FORKS
 
 sentence_transformers = pytest.importorskip(
     "sentence_transformers", reason="sentence-transformers is optional: pip install 'modeling-unimur[embed]'"
@@ -103,7 +104,8 @@ def test_truncation_and_quantisation_are_that_librarys(encoder):
     assert encoder.encode([f"t{i}" for i in range(120)], precision="int8").dtype == np.int8
 
 
-def test_a_pool_of_processes_gives_the_same(encoder):
+def test_a_pool_of_processes_gives_the_same(encoder, monkeypatch):
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: FORKS)  # with torch imported already
     texts = [f"text {i}" for i in range(6)]
     pool = encoder.start_multi_process_pool(["cpu", "cpu"])
     try:
