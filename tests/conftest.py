@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # two workers on two cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import random
 import socket
 from collections.abc import Callable
@@ -31,6 +32,10 @@ SLOW = (
     "modeling_unimur/test_loading.py", "train/test_progress.py", "train/test_kills.py", "train/test_features.py",
     "train/test_whole_checkpoints.py", "modeling_unimur/test_pool_contract.py", "benchmarks/test_quality.py",
 )  # fmt: skip
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays, and no collection has to walk it again
 
 
 def pytest_collection_modifyitems(items):

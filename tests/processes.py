@@ -5,6 +5,7 @@ A new interpreter takes seconds to import torch, and tests that need a process o
 environment when it is imported (transformers, huggingface_hub, datasets, gradio) is imported by each process itself.
 """
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -48,6 +49,7 @@ def _run(source: str, arguments: list[str], cwd: str, environment: dict[str, str
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
     import torch
 
+    gc.freeze()  # what was imported stays
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(environment)

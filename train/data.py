@@ -46,6 +46,7 @@ DOWNLOADED = (
     ".tif",
     ".tiff",
 )  # each is a look at the disk
+CHUNK = 10_000  # rows that are Python dicts at a time
 CAPTION_COLUMNS = ("captions", "caption", "text")
 LAYOUTS = """expected one of
   - a folder with metadata.jsonl, metadata.csv or metadata.parquet (file_name, and captions, caption or text) beside its
@@ -210,7 +211,7 @@ def _dataset(rows: Iterator[dict[str, Any]], origin: str | Path) -> datasets.Dat
     # Explicit features: inference from the first rows fails late. In memory: a cache on disk depends on the arguments alone and
     # would outlive a change of the files. In chunks: millions of Python dicts weigh several times their Arrow table.
     chunks = []
-    while chunk := list(islice(rows, 10_000)):
+    while chunk := list(islice(rows, CHUNK)):
         chunks.append(datasets.Dataset.from_list(chunk, features=FEATURES))
     if not chunks:
         raise ValueError(f"there is no pair in {origin}: it has no rows")
