@@ -210,7 +210,7 @@ def _span(values: list[float], digits: int, scale: float = 1) -> str:
 def ablation(measured: Mapping[str, Any]) -> str:
     """One ablation's table; its first row is the miniature's setting."""
     seeds, steps = len(measured["rows"][0]["seeds"]), measured["rows"][0].get("steps")
-    about = f"{seeds} seeds" + (f", {steps} steps" if steps else "")
+    about = f"{seeds} seed{'s' * (seeds > 1)}" + (f", {steps} steps" if steps else "")
     rows = []
     for row in measured["rows"]:
         cells = [_span([s["metrics"][c]["value"] for s in row["seeds"]], 1, 100) for c in measured["shown"]]
