@@ -39,6 +39,7 @@ def run_script(
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
+            process.join()
             raise TimeoutError(f"not done after {timeout:g} s:\n{source}")
         stdout, stderr = (path.read_text() for path in outputs)
         return subprocess.CompletedProcess([source, *given[1]], process.exitcode, stdout, stderr)

@@ -131,3 +131,16 @@ def test_memory_is_read_in_bytes_of_a_process_that_lives():
         status("VmRSS", 2**22 + 1)  # above the kernel's largest
     with pytest.raises(OSError, match="has no VmNone"):
         status("VmNone")
+
+
+def test_the_page_has_a_row_for_each_index_of_the_server_and_of_the_faiss_pool(tmp_path):
+    index = {"built_in_s": 6.2, "recall_at_10": 0.9914, "p50_ms": 71.6, "p99_ms": 102.4, "searches_per_second": 11.25}
+    server = {"version": "v2.3.5", "indexes": {"HNSW": index | {"server_gib": 4.52}}, "loading": {
+        "candidates_per_second": 1354.48, "killed_after": 10_000, "kept": 9_000, "restarted_in_s": 38.5}}  # fmt: skip
+    pool = {"indexes": {"exact": index | {"process_gib": 3.11}}}
+    about = {"size": 20_000, "dimension": 768, "clients": 8, "queries": 256, "cores": 2}
+    (tmp_path / "milvus-speed.json").write_text(json.dumps(about | {"milvus": server, "faiss": pool}))
+    text = page(tmp_path).read_text()
+    assert "| Milvus, HNSW | 6 | 0.991 | 72 | 102 | 11.2 | 4.5 |" in text
+    assert "| faiss pool, exact | 6 | 0.991 | 72 | 102 | 11.2 | 3.1 |" in text
+    assert "1,354 candidates a second" in text and "after 10,000, held 9,000" in text and "(38 s)" in text
