@@ -353,8 +353,8 @@ def _steps(pairs: int | None, data_args: DataArguments, args: UniMuRTrainingArgu
     if pairs is None:
         raise ValueError("these shards have no _stats.json that counts their pairs: give --max_steps")
     rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    with_dialogues = 1 - (data_args.dialogue_share or 0 if data_args.dialogues else 0)
-    return max(1, int(pairs * (1 - data_args.eval_share) / with_dialogues * args.num_train_epochs // rows))
+    kept = (1 - data_args.eval_share) / (1 - (data_args.dialogue_share or 0))
+    return max(1, int(pairs * kept * args.num_train_epochs // rows))
 
 
 if __name__ == "__main__":

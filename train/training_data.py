@@ -12,7 +12,7 @@ from train.arguments import DataArguments, ModelArguments
 from train.collate import SkipCounter
 from train.data import load_pairs
 from train.dialogue_files import load_dialogues, load_rows
-from train.documents import InterleavedDocuments
+from train.documents import InterleavedDocuments, checked_share
 from train.features import cache_caption_states, cache_image_features
 from train.grouping import hold_out, is_held_out, one_row_an_image
 from train.training_arguments import UniMuRTrainingArguments
@@ -70,6 +70,10 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: UniMuR
             "--schedule captioning trains eq. 1-2 alone, in which most documents take no part: leave --dialogues and "
             "--interleaved out, or give --schedule joint or alternating"
         )
+    if data_args.dialogue_share is not None:
+        checked_share(data_args.dialogue_share)
+        if data_args.dialogues is None and not data_args.interleaved:
+            raise ValueError("--dialogue_share is of --dialogues, and there are none: give them, or leave it out")
     if data_args.source == "miniature":
         if data_args.dialogues is not None:
             raise ValueError("--dialogues beside --train_data miniature: give one of them")

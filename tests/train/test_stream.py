@@ -85,3 +85,8 @@ def test_a_run_is_resumed_as_if_never_interrupted(flags, tmp_path):
         main([*given, at, "--dialogue_share=0.5", f"--output_dir={tmp_path}/other"])
     with pytest.raises(ValueError, match="no length: give their share of the rows"):
         main([*flags, f"--train_data={tmp_path}/s-*.tar", f"--output_dir={tmp_path}/none"])
+    with pytest.raises(ValueError, match="expected a number between 0 and 1"):  # before the steps are counted by it
+        main([*flags, f"--train_data={tmp_path}/s-*.tar", "--dialogue_share=1", "--max_steps=-1"])
+    alone = [flag for flag in flags if not flag.startswith("--dialogues")]
+    with pytest.raises(ValueError, match="--dialogue_share is of --dialogues, and there are none"):
+        main([*alone, f"--train_data={tmp_path}/s-*.tar", "--dialogue_share=0.5", f"--output_dir={tmp_path}/none"])
