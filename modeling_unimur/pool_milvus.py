@@ -29,12 +29,17 @@ BATCH = 1000  # rows a request: 3 MB of 768 dimensions; a server takes 64 MB
 MOST = 16_384  # results of a request, at most
 SAMPLE = 20_000  # candidates of a modality from which `calibrate` estimates its statistics
 CONTENT = ("text", "image_path", "image_base64", "source")
+# What a search waits for: this process's own insertions. Counts and checks of ids wait for everybody's, which a server
+# answers at its next tick only, every 200 ms.
+OWN_WRITES = {"consistency_level": "Session"}
 
 
 class MilvusPool(Pool):
     """
     A [`Pool`] in a collection of a Milvus server or, with milvus-lite, of a local file; `append` makes it grow. Tested
     with the server 2.3.5, the oldest that is taken, and with milvus-lite 3.2; versions between them have the same calls.
+    A search sees what was there when the pool was opened and what this process inserted since; what another process
+    inserts, within moments.
 
     Args:
         uri: a server's address (`"http://host:19530"`) or a local file (`"pool.db"`).
@@ -71,6 +76,7 @@ class MilvusPool(Pool):
         names = {field["name"] for field in about["fields"]}
         self._content = [name for name in CONTENT if name in names]  # of older pools without `source`
         self._asked(lambda: self.client.load_collection(collection))  # a server that was restarted takes its time to
+        self._count()  # a strong read: from here on, every search sees what is in the collection now
 
     @classmethod
     def create(
@@ -121,8 +127,9 @@ class MilvusPool(Pool):
         counted = self._query(filter, ["count(*)"])
         return int(counted[0]["count(*)"])
 
-    def _query(self, filter: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-        return self._asked(lambda: self.client.query(self.collection, filter=filter, output_fields=list(fields)))
+    def _query(self, filter: str, fields: Sequence[str], **level: str) -> list[dict[str, Any]]:
+        query = partial(self.client.query, self.collection, filter=filter, output_fields=list(fields), **level)
+        return self._asked(query)
 
     def _asked(self, call: Callable[[], T]) -> T:
         """The answer to a request. Raises `ConnectionError` in one sentence where there is none."""
@@ -148,7 +155,7 @@ class MilvusPool(Pool):
     def fetch(self, keys: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Stored]:
         """As [`Pool.fetch`]."""
         stored = {}
-        for row in self._get(sorted(id_ for _, id_ in keys), ["row", "modality", *self._content]):
+        for row in self._get(sorted(id_ for _, id_ in keys), ["row", "modality", *self._content], **OWN_WRITES):
             item, source = row["text"], row.get("source") or row["image_path"] or None
             if row["modality"] == "image":
                 item = Undecoded(row["id"], self._encoded(row))
@@ -165,10 +172,10 @@ class MilvusPool(Pool):
             )
         return inside(self.image_folder, row["image_path"])
 
-    def _get(self, ids: Sequence[str], fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def _get(self, ids: Sequence[str], fields: Sequence[str], **level: str) -> Iterator[dict[str, Any]]:
         for start in range(0, len(ids), BATCH):
             part = json.dumps(list(ids[start : start + BATCH]), ensure_ascii=False)
-            yield from self._query(f"id in {part}", ["id", *fields])
+            yield from self._query(f"id in {part}", ["id", *fields], **level)
 
     def check_ids(self, ids: Sequence[Any]) -> None:
         """As [`Pool.check_ids`]; a second insert would silently replace the first."""
@@ -343,7 +350,7 @@ class MilvusPool(Pool):
             search = partial(
                 self.client.search, self.collection, queries[start : start + BATCH].tolist(), limit=k,
                 filter=" and ".join(parts), search_params={"params": self.search_params},
-                output_fields=["id", "modality", "row"],
+                output_fields=["id", "modality", "row"], **OWN_WRITES,
             )  # fmt: skip
             for hits in self._asked(search):
                 entities = [(hit["distance"], hit["entity"]) for hit in hits]

@@ -1,5 +1,7 @@
 """What every pool does, whatever holds its candidates: in Arrow files, indexed, in Milvus, or in a list of a test's own."""
 
+import os
+import textwrap
 from functools import partial
 
 import numpy as np
@@ -12,6 +14,7 @@ from modeling_unimur import Candidate, CandidatePool, MilvusPool
 from modeling_unimur.pool_base import Pool
 from tests.conftest import picture
 from tests.modeling_unimur.pools import MADE_BY, ListPool, Q, unit
+from tests.processes import ROOT, run_script
 
 
 class Indexed(CandidatePool):
@@ -169,6 +172,32 @@ def test_a_pool_is_iterated_indexed_and_asked_for_its_ids(empty, tmp_path):
     for key, error in ((7, IndexError), (-8, IndexError), ("nobody", KeyError), (1.5, TypeError), (True, TypeError)):
         with pytest.raises(error):
             pool[key]
+
+
+def test_what_was_appended_is_found_at_once(empty):
+    pool = empty
+    for i in range(4):
+        pool = pool.append("text", [f"text {i}"], unit(1, i), [i])
+        assert pool.search(unit(1, i), top_k=1)[0].candidates[0].id == str(i)
+
+
+def test_a_server_s_pool_holds_what_another_process_inserted_before_it_was_opened(server, tmp_path):
+    MilvusPool.create(server, "shared", MADE_BY).close()
+    insert = """
+        import sys, numpy as np
+        from modeling_unimur import MilvusPool
+
+        MilvusPool(sys.argv[1], "shared").append("text", ["hello"], np.load(sys.argv[2]))
+        """
+    np.save(tmp_path / "embedding.npy", unit(1))
+    done = run_script(
+        textwrap.dedent(insert), server, tmp_path / "embedding.npy", cwd=tmp_path,
+        environment={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pool = MilvusPool(server, "shared")
+    assert pool.search(unit(1))[0].text == "hello"
+    pool.close()
 
 
 def test_the_model_that_made_it_is_checked(empty):
