@@ -38,7 +38,7 @@ class LoopbackMilvus:
         from milvus import MilvusServer, MilvusServerConfig
 
         for port in ETCD_PORTS:
-            _check_free(port)
+            check_free(port)
         self.server = MilvusServer(MilvusServerConfig(), wait_for_started=False)
         self.server.set_base_dir(str(self.folder))
         try:
@@ -72,7 +72,8 @@ class LoopbackMilvus:
         self.stop()
 
 
-def _check_free(port: int) -> None:
+def check_free(port: int) -> None:
+    """Raises a `RuntimeError` where something listens on a port of loopback."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a server just killed do not count
         try:

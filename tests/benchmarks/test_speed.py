@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benchmarks.speed import embedding, models, profiles, step
 from benchmarks.speed import reference as reference_module
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.memory import status
+from benchmarks.speed.milvus_server import check_free
 from benchmarks.speed.page import page
 from benchmarks.speed.timing import interleaved, ratio
 
@@ -144,3 +146,11 @@ def test_the_page_has_a_row_for_each_index_of_the_server_and_of_the_faiss_pool(t
     assert "| Milvus, HNSW | 6 | 0.991 | 72 | 102 | 11.2 | 4.5 |" in text
     assert "| faiss pool, exact | 6 | 0.991 | 72 | 102 | 11.2 | 3.1 |" in text
     assert "1,354 candidates a second" in text and "after 10,000, held 9,000" in text and "(38 s)" in text
+
+
+def test_a_port_that_another_server_has_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(RuntimeError, match=f"port {port} is taken: end the etcd"):
+            check_free(port)
+    check_free(port)
