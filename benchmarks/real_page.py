@@ -79,12 +79,13 @@ def verdict(seeds: Iterable[Mapping[str, Any]]) -> str:
 
 
 def prompts(result: Mapping[str, Any], count: int = 12) -> str:
-    """The best places to read at, one row per prompt."""
-    best = {}
+    """The best places to read at, one row per prompt, and after them those with a chat template or a trained [RET]."""
+    best: dict[tuple[str, bool], Mapping[str, Any]] = {}
     for row in sorted(result["rows"], key=lambda r: -r["R@1"]):
         best.setdefault((row["words"], row["chat"]), row)
     rows = []
-    for row in list(best.values())[:count]:
+    shown = [row for i, row in enumerate(best.values()) if i < count or row["chat"] or "trained" in row["words"]]
+    for row in shown:
         chat = " (chat template)" if row["chat"] else ""
         rows.append([f"`{row['words']!r}`{chat}", READ.get(row["read"], row["read"]), f"{row['R@1']:.1f}"])
     about = (

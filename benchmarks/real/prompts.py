@@ -8,6 +8,7 @@ correlation with the pictures, and gives the best dialogue to image R@1 over its
 """
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -196,23 +197,43 @@ def recalls(
         yield 100 * float(hit_rate_per_item((a @ b.T).numpy(), gold, (1,)).mean()), setting
 
 
+def others(path: Path, about: dict[str, Any], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    The rows of a former search's file whose words are not among those `measured`.
+
+    Raises:
+        ValueError: the file is of another LLM, or of other captions or dialogues.
+    """
+    if not path.is_file():
+        return []
+    former = json.loads(path.read_text())
+    if differ := [name for name, value in about.items() if former.get(name) != value]:
+        raise ValueError(f"{path} is of another search ({', '.join(differ)} differ): give another --output")
+    words = {(row["words"], row["chat"]) for row in measured}
+    return [row for row in former["rows"] if (row["words"], row["chat"]) not in words]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/real"), help="of the LLM and the states")
     parser.add_argument("--miniature", type=Path, help="of the miniature's towers; by default in the folder")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="all cost about the same")
+    parser.add_argument(
+        "--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="rows of others stay in the output as they are"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/real/real-prompts.json"))
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
     bench = make_bench(arguments.folder, arguments.miniature, seed=0)
+    about = {
+        "about": ABOUT, "split": "validation", "captions": N_CAPTIONS, "dialogues": N_DIALOGUES, "pool": 1000,
+        "dtype": str(bench.model.language_model.dtype),
+    }  # fmt: skip
     results = [row for kind in arguments.kinds for row in search(bench, arguments.folder / "search", kind)]
+    results += others(arguments.output, about, results)
     results.sort(key=lambda row: -row["R@1"])
     for row in results[:20]:
         print(f"{row['R@1']:5.1f}  {'chat ' if row['chat'] else ''}{row['words']!r}, {row['read']}")
-    write_json(arguments.output, {
-        "about": ABOUT, "split": "validation", "captions": N_CAPTIONS, "dialogues": N_DIALOGUES, "pool": 1000,
-        "dtype": str(bench.model.language_model.dtype), "rows": results, "seconds": round(time.perf_counter() - start),
-    })  # fmt: skip
+    write_json(arguments.output, about | {"rows": results, "seconds": round(time.perf_counter() - start)})
     print(f"written: {arguments.output}")
 
 

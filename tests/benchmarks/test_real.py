@@ -178,6 +178,26 @@ def test_the_search_reads_everywhere(bench, folder, monkeypatch):
     assert {row["words"] for row in prompts.search(bench, folder / "search", "chat")} == {"</s>\nA:"}
 
 
+def test_rows_of_a_former_search_stay(tmp_path):
+    old = {"words": "#", "chat": False, "R@1": 1.0}
+    path, about = tmp_path / "prompts.json", {"captions": 40, "dtype": "torch.float32"}
+    measured = [{"words": "#", "chat": True, "R@1": 2.0}, {"words": "again", "chat": False, "R@1": 3.0}]
+    assert prompts.others(path, about, measured) == []
+    path.write_text(json.dumps(about | {"rows": [old, old | {"words": "again"}]}))
+    assert prompts.others(path, about, measured) == [old]
+    with pytest.raises(ValueError, match=r"another search \(captions differ\)"):
+        prompts.others(path, about | {"captions": 41}, measured)
+
+
+def test_the_page_has_the_best_prompts_and_those_of_every_kind():
+    row = {"chat": False, "read": "last"}
+    rows = [row | {"words": f"w{i}", "R@1": 90.0 - i} for i in range(14)]
+    rows += [row | {"words": "end", "chat": True, "R@1": 5.0}, row | {"words": "trained row", "R@1": 4.0}]
+    text = real_page.prompts({"rows": rows, "dialogues": 1, "pool": 2, "captions": 3, "about": ""})
+    assert "`'w11'`" in text and "w12" not in text
+    assert "| `'end'` (chat template) | the last token | 5.0 |" in text and "| `'trained row'` |" in text
+
+
 def some(value: float, n: int = 200) -> Measure:
     import numpy as np
 
