@@ -16,6 +16,7 @@ logger = logging.get_logger(__name__)
 
 SAMPLE = 65_536  # embeddings that lists and codebooks are trained on, at least
 GOOD_RECALL = 0.95
+DOUBLINGS = 4  # of efSearch or nprobe, at most, to reach it
 TOO_FEW = "should be at least as large as number of clusters"  # faiss
 
 
@@ -87,7 +88,7 @@ class PoolIndex:
         }
         self = cls(embeddings, indexes, about)
         self._set_search()
-        about |= self._measure(queries, rng)
+        about |= self._tuned(queries, rng) if search is None else self._measure(queries, rng)
         low = {m: r for m, r in about["recall_at_10"].items() if r < GOOD_RECALL}
         if low:
             logger.warning(
@@ -128,6 +129,21 @@ class PoolIndex:
         for modality, index in self.indexes.items():
             for setting in filter(None, self.about["search"][modality].split(",")):
                 _faiss().ParameterSpace().set_index_parameters(index, setting)
+
+    def _tuned(self, queries: np.ndarray | None, rng: np.random.Generator) -> dict[str, Any]:
+        """The recall, after efSearch or nprobe was doubled where it was low."""
+        measured = self._measure(queries, rng)
+        for _ in range(DOUBLINGS):
+            search = self.about["search"]
+            low = [m for m, r in measured["recall_at_10"].items() if r < GOOD_RECALL and search[m]]
+            if not low:
+                break
+            for modality in low:
+                name, effort = search[modality].split("=")
+                search[modality] = f"{name}={2 * int(effort)}"
+            self._set_search()
+            measured = self._measure(queries, rng)
+        return measured
 
     def _measure(self, queries: np.ndarray | None, rng: np.random.Generator) -> dict[str, Any]:
         """The share of each modality's exact ten best that the index returns; one of equal score counts, too."""

@@ -2,7 +2,7 @@
 A pool of a million candidates in a real Milvus server, beside the faiss pool over the same vectors.
 
     python -m benchmarks.speed.milvus --output benchmarks/results
-    python -m benchmarks.speed.milvus --size 20000 --seconds 2           a trial, a minute
+    python -m benchmarks.speed.milvus --size 20000 --seconds 2           a trial, some minutes
 
 Loads texts with embeddings from disk, kills the server half-way (SIGKILL), starts it again and goes on with
 `skip_existing`; then, for each index: the seconds to build it, recall@10 against exact search in numpy, and the latency of
@@ -12,11 +12,12 @@ process share the machine.
 """
 
 import argparse
+import json
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from .milvus_server import LoopbackMilvus
 
 BLOCK = 10_000  # candidates loaded by one call
 CENTRES, SPREAD = 1_000, 0.7
-CLIENTS, TOP_K = 8, 10
+CLIENTS, TOP_K, QUERIES = 8, 10, 256
 # Milvus's index types with their parameters, and those of a search; by the server's names.
 INDEXES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "FLAT": ({}, {}),
@@ -43,7 +44,7 @@ INDEXES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def write_vectors(path: Path, size: int, dimension: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(size, dimension)` float32 unit rows in a file, mapped; and 256 queries of the same kind."""
+    """`(size, dimension)` float32 unit rows in a file, mapped; and `QUERIES` queries of the same kind."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CENTRES, dimension), dtype=np.float32)
 
@@ -56,7 +57,7 @@ def write_vectors(path: Path, size: int, dimension: int) -> tuple[np.ndarray, np
     for start, stop in blocks(size):
         vectors[start:stop] = draw(stop - start)
     vectors.flush()
-    return np.load(path, mmap_mode="r"), draw(256)
+    return np.load(path, mmap_mode="r"), draw(QUERIES)
 
 
 def blocks(size: int, start: int = 0) -> Iterator[tuple[int, int]]:
@@ -189,9 +190,13 @@ def faiss_pool(folder: Path, made_by: dict[str, Any], vectors: np.ndarray, queri
         searched = pool if kind == "exact" else pool.build_index(kind, queries=queries)
         built = time.perf_counter() - start
         results["indexes"][kind] = {"built_in_s": built} | measure(lambda p=searched: p, queries, expected, seconds)
+        results["indexes"][kind]["search"] = "" if kind == "exact" else searched.index.about["search"]["text"]
         results["indexes"][kind]["process_gib"] = status("VmRSS") / 2**30
         print("faiss pool,", kind, results["indexes"][kind], flush=True)
     return results
+
+
+PARTS = {"milvus": milvus, "faiss": faiss_pool}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -199,6 +204,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", type=int, default=1_000_000, help="candidates")
     parser.add_argument("--dimension", type=int, default=768)
     parser.add_argument("--seconds", type=float, default=30, help="for which the clients of an index ask")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="the other's figures are kept")
     parser.add_argument("--output", type=Path, default=Path("runs/report"))
     arguments = parser.parse_args(argv)
     require("search", "faiss", "pymilvus")
@@ -210,17 +216,37 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "preprocessing": "p",
         "dimension": arguments.dimension,
     }
+    about = {
+        "size": arguments.size, "dimension": arguments.dimension, "clients": CLIENTS, "queries": QUERIES,
+        "cores": os.cpu_count(),
+    }  # fmt: skip
+    path = arguments.output / "milvus-speed.json"
+    result = about | kept(path, about, arguments.parts)
     with tempfile.TemporaryDirectory() as folder:
         vectors, queries = write_vectors(Path(folder) / "vectors.npy", arguments.size, arguments.dimension)
-        expected = exact(vectors, queries)
-        given = made_by, vectors, queries, expected, arguments.seconds
-        result = {
-            "size": arguments.size, "dimension": arguments.dimension, "clients": CLIENTS, "queries": len(queries),
-            "cores": os.cpu_count(), "milvus": milvus(Path(folder) / "server", *given),
-            "faiss": faiss_pool(Path(folder) / "pool", *given),
-        }  # fmt: skip
-    write_json(arguments.output / "milvus-speed.json", result)
+        given = made_by, vectors, queries, exact(vectors, queries), arguments.seconds
+        for part in arguments.parts:
+            result[part] = PARTS[part](Path(folder) / part, *given)
+            write_json(path, result)
     return result
+
+
+def kept(path: Path, about: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """
+    What an earlier run measured of the other parts.
+
+    Raises:
+        ValueError: it measured something else.
+    """
+    others = [part for part in PARTS if part not in parts]
+    if not others or not path.is_file():
+        return {}
+    former = json.loads(path.read_text())
+    if differ := [name for name, value in about.items() if former.get(name) != value]:
+        raise ValueError(
+            f"{path} is of another run ({', '.join(differ)} differ): give another --output, or all --parts"
+        )
+    return {part: former[part] for part in others if part in former}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch
 
-from benchmarks.speed import embedding, models, profiles, step
+from benchmarks.speed import embedding, milvus, models, profiles, step
 from benchmarks.speed import reference as reference_module
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.memory import status
@@ -139,12 +139,12 @@ def test_the_page_has_a_row_for_each_index_of_the_server_and_of_the_faiss_pool(t
     index = {"built_in_s": 6.2, "recall_at_10": 0.9914, "p50_ms": 71.6, "p99_ms": 102.4, "searches_per_second": 11.25}
     server = {"version": "v2.3.5", "indexes": {"HNSW": index | {"server_gib": 4.52}}, "loading": {
         "candidates_per_second": 1354.48, "killed_after": 10_000, "kept": 9_000, "restarted_in_s": 38.5}}  # fmt: skip
-    pool = {"indexes": {"exact": index | {"process_gib": 3.11}}}
+    pool = {"indexes": {"exact": index | {"process_gib": 3.11, "search": ""}}}
     about = {"size": 20_000, "dimension": 768, "clients": 8, "queries": 256, "cores": 2}
     (tmp_path / "milvus-speed.json").write_text(json.dumps(about | {"milvus": server, "faiss": pool}))
     text = page(tmp_path).read_text()
-    assert "| Milvus, HNSW | 6 | 0.991 | 72 | 102 | 11.2 | 4.5 |" in text
-    assert "| faiss pool, exact | 6 | 0.991 | 72 | 102 | 11.2 | 3.1 |" in text
+    assert "| Milvus, HNSW | ef=128 | 6 | 0.991 | 72 | 102 | 11.2 | 4.5 |" in text
+    assert "| faiss pool, exact |  | 6 | 0.991 | 72 | 102 | 11.2 | 3.1 |" in text
     assert "1,354 candidates a second" in text and "after 10,000, held 9,000" in text and "(38 s)" in text
 
 
@@ -154,3 +154,13 @@ def test_a_port_that_another_server_has_is_named():
         with pytest.raises(RuntimeError, match=f"port {port} is taken: end the etcd"):
             check_free(port)
     check_free(port)
+
+
+def test_a_part_measured_again_leaves_the_other(tmp_path):
+    path, about = tmp_path / "milvus-speed.json", {"size": 20_000, "cores": 2}
+    assert milvus.kept(path, about, ["faiss"]) == {}
+    path.write_text(json.dumps(about | {"milvus": {"version": "1"}, "faiss": {"indexes": {}}}))
+    assert milvus.kept(path, about, ["faiss"]) == {"milvus": {"version": "1"}}
+    assert milvus.kept(path, about | {"size": 1}, ["milvus", "faiss"]) == {}
+    with pytest.raises(ValueError, match=r"another run \(size differ\)"):
+        milvus.kept(path, about | {"size": 1}, ["faiss"])

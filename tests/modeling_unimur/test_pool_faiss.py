@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling_unimur import CandidatePool
+from modeling_unimur.pool_faiss import Recipe
 from modeling_unimur.pool_files import Description
 
 pytest.importorskip("faiss")
@@ -69,6 +70,20 @@ def test_where_the_index_returns_too_few_the_rest_is_exact(pool):
     indexed = pool.build_index("IVF64,Flat", search="nprobe=1", oversample=1)
     hits = ids(indexed, unit(30, 7), top_k=40, modality="text")
     assert all(len(reply) == 40 for reply in hits)
+
+
+def test_effort_is_doubled_until_recall_is_good(pool, monkeypatch):
+    few = {"hnsw": Recipe("HNSW16", "efSearch=2", 1), "ivf": Recipe("IVF32,Flat", "nprobe=1", 1)}
+    monkeypatch.setattr("modeling_unimur.pool_faiss.recipe", lambda kind, *_: few[kind])
+    for kind in few:
+        name, least = few[kind].search.split("=")
+        given = pool.build_index(kind, search=few[kind].search).index.about
+        tuned = pool.build_index(kind).index.about
+        for modality, search in tuned["search"].items():
+            assert search in {f"{name}={int(least) * 2**i}" for i in range(1, 5)}
+            assert tuned["recall_at_10"][modality] > given["recall_at_10"][modality] + 0.1
+            half = f"{name}={int(search.split('=')[1]) // 2}"
+            assert pool.build_index(kind, search=half).index.about["recall_at_10"][modality] < 0.95
 
 
 def test_low_recall_is_a_warning(pool, monkeypatch):
