@@ -152,7 +152,10 @@ def make_collator(data: TrainingData, model: UniMuRModel, data_args: DataArgumen
         else:
             collator.named = True  # so that a step that goes wrong names its pairs
             return collator
-    raise ValueError(f"{data_args.source} holds no usable pair" + (f": {problem}" if problem else "; it is empty"))
+    raise ValueError(
+        f"{data_args.source or data_args.dialogues} holds no usable pair"
+        + (f": {problem}" if problem else "; it is empty")
+    )
 
 
 def replies_to_predict(model: UniMuRModel, data_args: DataArguments, args: UniMuRTrainingArguments) -> str:

@@ -449,3 +449,16 @@ def test_a_run_trains_on_ones_own_chats_and_counts_what_is_bad(tmp_path, cached)
         lost = {"undecodable": 1, "missing": 1, "not_json": 1, "no_messages": 1}
     assert summary["skipped"] == lost and summary["steps"] == (25 if cached else 26)
     assert json.loads((tmp_path / "out" / "train_results.json").read_text())["skipped"] == lost
+
+
+def test_chats_whose_pictures_are_all_missing_are_named(tmp_path):
+    from tests.tiny import make_towers
+    from train.run import main
+
+    towers, shown = make_towers(tmp_path / "towers"), message("user", "look", image_part("absent.png"))
+    path = lines(tmp_path / "chats.jsonl", [{"messages": [shown, message("assistant", "nice")]}] * 3)
+    with pytest.raises(ValueError, match=r"chats\.jsonl holds no usable pair(.|\n)*missing: 'absent\.png'"):
+        main([
+            f"--text_model={towers[0]}", f"--clip_model={towers[1]}", f"--dialogues={path}", "--use_cpu=true",
+            f"--output_dir={tmp_path}/out", "--disable_tqdm=true",
+        ])  # fmt: skip
