@@ -25,4 +25,4 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]], labels: int = 1) -
 
 
 def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"  # a bar ends a cell, in code, too

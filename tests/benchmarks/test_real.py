@@ -192,10 +192,10 @@ def test_rows_of_a_former_search_stay(tmp_path):
 def test_the_page_has_the_best_prompts_and_those_of_every_kind():
     row = {"chat": False, "read": "last"}
     rows = [row | {"words": f"w{i}", "R@1": 90.0 - i} for i in range(14)]
-    rows += [row | {"words": "end", "chat": True, "R@1": 5.0}, row | {"words": "trained row", "R@1": 4.0}]
+    rows += [row | {"words": "<|end|>", "chat": True, "R@1": 5.0}, row | {"words": "trained row", "R@1": 4.0}]
     text = real_page.prompts({"rows": rows, "dialogues": 1, "pool": 2, "captions": 3, "about": ""})
     assert "`'w11'`" in text and "w12" not in text
-    assert "| `'end'` (chat template) | the last token | 5.0 |" in text and "| `'trained row'` |" in text
+    assert r"| `'<\|end\|>'` (chat template) | the last token | 5.0 |" in text and "| `'trained row'` |" in text
 
 
 def some(value: float, n: int = 200) -> Measure:
