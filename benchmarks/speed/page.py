@@ -217,7 +217,9 @@ def _milvus(measured: dict[str, Any]) -> str:
         f"query, with {measured['clients']} clients asking at once; recall is against exact search in numpy, over "
         f"{measured['queries']} queries.\n\n"
         + table(
-            ["", "searched with", "built in s", "recall@10", "p50, ms", "p99, ms", "searches a second", "GiB"], rows
+            ["", "searched with", "built in s", "recall@10", "p50, ms", "p99, ms", "searches a second", "GiB"],
+            rows,
+            labels=2,
         )
     )
 
