@@ -187,9 +187,7 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
         f"**Training pads instead of packing ({len(padded)}):** {', '.join(padded) or 'none'}.",
         f"**No `conversation()`, whole dialogues instead ({len(no_talk)}):** {', '.join(no_talk) or 'none'}.",
         f"**Does not work ({len(rows) - len(works)}):**",
-        table(
-            ["type", "why"], [[k, row["why"].replace("|", "\\|")] for k, row in rows.items() if not row["works"]], 2
-        ),
+        table(["type", "why"], [[k, row["why"]] for k, row in rows.items() if not row["works"]], 2),
     ]
     return "\n\n".join(parts) + "\n"
 
