@@ -3,10 +3,10 @@ Both maps without a gradient step: moments summed in one pass over the data, fro
 
 `--init cca` solves the canonical alignment ([`train.canonical`]), `--init closed-form` the paper's ([`train.ridge`]). What
 a solution leaves open is chosen by the replies it retrieves for pairs, and documents where there are any, that were held out
-([`train.held_out`]); every pair counts in the maps themselves.
+([`train.held_out`]), of few by cross-validation; every pair counts in the maps themselves.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -24,7 +24,7 @@ from transformers.utils import logging
 from modeling_unimur import UniMuRModel
 from train.canonical import STATE, TEXT, Correlations, Setting
 from train.collate import PairCollator, SkipCounter
-from train.held_out import HeldOut, Rows, document_replies, pair_replies
+from train.held_out import FOLDS, HeldOut, Replies, Rows, document_replies, few_or_part, pair_replies
 from train.moments import Moments, Spectrum
 from train.ridge import matching_map, ridge_map
 
@@ -34,6 +34,7 @@ POOLED, PROJECTED, WORDS = "pooled", "projected", "words"  # an image's two feat
 PAIR_VIEWS, DOCUMENT_VIEWS = (STATE, POOLED, PROJECTED, TEXT, WORDS), (STATE, POOLED, PROJECTED)
 RIDGES, POWERS = (1e-4, 1e-3, 1e-2, 1e-1), (0.0, 0.25, 0.5, 0.75, 1.0)  # of the paper's alignment
 WORDS_RIDGE = 1e-2  # of W_i2t
+SUMMED = 256  # items whose rows are added up at once
 TOO_FEW = "the closed form needs at least two pairs besides those held out"
 
 Map = tuple[torch.Tensor, torch.Tensor]  # weight and bias
@@ -57,10 +58,12 @@ class Sums:
 
     Args:
         views: those of a row that enter the moments.
+        held: takes the rows held out; all of them where there are few ([`train.held_out.few_or_part`]).
+        device: of the moments.
     """
 
-    def __init__(self, views: Sequence[str]):
-        self.views, self.held = views, HeldOut()
+    def __init__(self, views: Sequence[str], held: HeldOut | None = None, device: torch.device | str = "cpu"):
+        self.views, self.held, self.device = views, held or HeldOut(), device
         self.moments: Moments | None = None
 
     def add(self, rows: Rows, items: Sequence[str]) -> None:
@@ -79,18 +82,20 @@ class Sums:
     def fit_surplus(self, slack: int = 0) -> None:
         """Adds what is held beyond the size, and by choice some more, to the moments after all."""
         for rows in self.held.surplus(slack):
-            if self._enters(rows):
+            if self.enters(rows):
                 self.fit(_stacked(rows))
 
     def fit(self, rows: Rows, at: Sequence[int] | slice = slice(None)) -> None:
         """Adds some of the rows to the moments."""
         if self.moments is None:
-            first = rows[self.views[0]]
-            self.moments = Moments({view: rows[view].shape[1] for view in self.views}, first.device)
+            self.moments = Moments({view: rows[view].shape[1] for view in self.views}, self.device)
         self.moments.add({view: rows[view][at] for view in self.views})
 
     def finish(self) -> "Sums":
         """Adds up those of all processes. Raises `ValueError` where one of them had no row to add."""
+        if self.held.every:
+            self.held.gather()
+            return self
         without = sum(gather_object([self.moments is None]))
         if without == PartialState().num_processes:
             return self
@@ -101,23 +106,55 @@ class Sums:
         self.fit_surplus()
         return self
 
+    def folds(self) -> list[tuple[Moments, list[Rows]]]:
+        """
+        What a setting is fitted to, and what was held out of it to choose by: one split, or of few items [`FOLDS`], in
+        which each is held out once. Fewer than two items a fold are no choice: then nothing is held out.
+
+        Raises:
+            ValueError: there is nothing to fit.
+        """
+        rows = self.held.rows()
+        if not self.held.every:
+            return [(self.fitted(), rows)]
+        rows.sort(key=self.enters, reverse=True)  # so that each split has its part of both kinds
+        if len(rows) < 2 * FOLDS or not self.enters(rows[FOLDS - 1]):
+            return [(self.whole(), [])]
+        parts = [rows[fold::FOLDS] for fold in range(FOLDS)]
+        return [(self._sum([r for other in parts if other is not part for r in other]), part) for part in parts]
+
     @property
+    def empty(self) -> bool:
+        """Whether no row enters the moments."""
+        return self.moments is None and not any(map(self.enters, self.held.rows()))
+
     def fitted(self) -> Moments:
-        """The moments of the rows that are fitted. Raises `ValueError` where there is none."""
+        """The moments of the rows that are not held out. Raises `ValueError` where there is none."""
         if self.moments is None:
             raise ValueError(TOO_FEW)
         return self.moments
 
     def whole(self) -> Moments:
-        """The moments of all rows, those held out too."""
-        rest = Moments(self.fitted.widths, self.fitted.device)
-        for rows in filter(self._enters, self.held.rows()):
-            rest.add({view: value for view, value in _stacked(rows).items() if view in self.views})
-        return self.fitted + rest
+        """The moments of all rows, those held out too. Raises `ValueError` where there is none."""
+        held = list(filter(self.enters, self.held.rows()))
+        if self.held.every:
+            return self._sum(held)
+        return self.fitted() + self._sum(held) if held else self.fitted()
 
-    def _enters(self, rows: Rows) -> bool:
+    def enters(self, rows: Rows) -> bool:
         """A document whose reply has no image is held out as a query, and enters no moments."""
         return all(view in rows for view in self.views)
+
+    def _sum(self, items: Iterable[Rows]) -> Moments:
+        """The moments of those of the items that enter them."""
+        counted = [_stacked(rows) for rows in items if self.enters(rows)]
+        if not counted:
+            raise ValueError(TOO_FEW)
+        moments = Moments({view: counted[0][view].shape[1] for view in self.views}, self.device)
+        for start in range(0, len(counted), SUMMED):
+            block = counted[start : start + SUMMED]
+            moments.add({view: torch.cat([rows[view] for rows in block]) for view in self.views})
+        return moments
 
 
 def _stacked(rows: Rows) -> Rows:
@@ -179,48 +216,58 @@ def solve_canonical(pairs: Sums, documents: Sums | None = None, grid: Grid | Non
         ValueError: there are too few pairs, or the states or the images do not vary.
     """
     grid = grid or Grid()
-    _check_enough(pairs)
-    if documents is not None and documents.moments is None:
+    if documents is not None and documents.empty:
         logger.warning("no document has a reply with an image: they do not count in the closed form")
         documents = None
-    of_documents = None if documents is None else document_replies(documents.held)
-    replies = [r for r in (pair_replies(pairs.held), of_documents) if r is not None]
-    fitted = Correlations(pairs.fitted, None if documents is None else documents.fitted)
+    splits = list(_splits(pairs, documents))
+    counts = [int(fitted.pairs.count) for fitted, _ in splits]
     shares = (0.0,) if documents is None else grid.document_shares
-    recall: dict[Setting, float] = {}
-    for feature, ridge, text_weight, share in product(grid.features, grid.ridges, grid.text_weights, shares):
-        directions = fitted.directions(feature, ridge, text_weight, share)
-        limit = min(len(directions[1]), int(pairs.fitted.count) - 1)
-        for width, power in product(_widths(grid.widths, limit), grid.powers):
-            setting = Setting(feature, width, ridge, power, text_weight, share)
-            cut = fitted.cut(directions, setting)
-            recall[setting] = _mean([r.recall(cut.of(STATE), cut.of(feature), feature) for r in replies])
-    setting, score = _best(recall, bool(replies))
+    recall: dict[Setting, list[float]] = {}
+    for fitted, replies in splits:
+        for feature, ridge, text_weight, share in product(grid.features, grid.ridges, grid.text_weights, shares):
+            directions = fitted.directions(feature, ridge, text_weight, share)
+            limit = min(len(directions[1]), min(counts) - 1)
+            for width, power in product(_widths(grid.widths, limit), grid.powers):
+                setting = Setting(feature, width, ridge, power, text_weight, share)
+                cut = fitted.cut(directions, setting)
+                tried = [r.recall(cut.of(STATE), cut.of(feature), feature) for r in replies]
+                recall.setdefault(setting, []).extend(tried)
+    setting, means, score = _best(recall)
     whole = Correlations(pairs.whole(), None if documents is None else documents.whole())
     maps = whole.maps(setting).maps
     solved = {"W_t2m": maps[STATE], "W_v2m": maps[setting.feature], "W_x2m": maps[TEXT]}
-    return _finished(solved, whole.pairs, asdict(setting), recall, score, whole.documents)
+    return _finished(solved, whole.pairs, asdict(setting), means, score, whole.documents)
 
 
 def solve_paper(pairs: Sums, ridges: Sequence[float] = RIDGES, powers: Sequence[float] = POWERS) -> ClosedForm:
     """The paper's alignment from what was summed; the views and errors of `solve_canonical`."""
-    _check_enough(pairs)
-    replies = pair_replies(pairs.held)
-    moments, whole = pairs.fitted, pairs.whole()
-    states, images = (Spectrum(moments.covariance(v, v), f"the {v} of a pair") for v in (STATE, PROJECTED))
-    recall: dict[tuple[float, float], float] = {}
-    for ridge, power in product(ridges, powers):
-        weight, bias = (t.float() for t in matching_map(moments, ridge, power, STATE, PROJECTED, (states, images)))
-        # Of images alone: this form returns no image out of a pool of both.
-        recall[ridge, power] = replies.image_recall(lambda h, w=weight, b=bias: h @ w.T + b) if replies else 0.0
-    (ridge, power), score = _best(recall, replies is not None)
+    recall: dict[tuple[float, float], list[float]] = {}
+    for fitted, replies in _splits(pairs):
+        moments = fitted.pairs
+        states, images = (Spectrum(moments.covariance(v, v), f"the {v} of a pair") for v in (STATE, PROJECTED))
+        for ridge, power in product(ridges, powers):
+            weight, bias = (t.float() for t in matching_map(moments, ridge, power, STATE, PROJECTED, (states, images)))
+            # Of images alone: this form returns no image out of a pool of both.
+            tried = [r.image_recall(lambda h, w=weight, b=bias: h @ w.T + b) for r in replies]
+            recall.setdefault((ridge, power), []).extend(tried)
+    (ridge, power), means, score = _best(recall)
+    whole = pairs.whole()
     solved = {"W_t2m": matching_map(whole, ridge, power, STATE, PROJECTED)}
-    return _finished(solved, whole, {"ridge": ridge, "power": power}, recall, score)
+    return _finished(solved, whole, {"ridge": ridge, "power": power}, means, score)
 
 
-def _check_enough(pairs: Sums) -> None:
-    if pairs.fitted.count < 2:
-        raise ValueError(TOO_FEW)
+def _splits(pairs: Sums, documents: Sums | None = None) -> Iterator[tuple[Correlations, list[Replies]]]:
+    """What a setting is fitted to, and the replies that judge it; where one kind has one split, it is in all."""
+    of_pairs, of_documents = pairs.folds(), [] if documents is None else documents.folds()
+    for fold in range(max(len(of_pairs), len(of_documents))):
+        moments, held = of_pairs[fold % len(of_pairs)]
+        if moments.count < 2:
+            raise ValueError(TOO_FEW)
+        interleaved, replies = None, [pair_replies(held)]
+        if of_documents:
+            interleaved, held = of_documents[fold % len(of_documents)]
+            replies.append(document_replies(held))
+        yield Correlations(moments, interleaved), [r for r in replies if r is not None]
 
 
 def _widths(wanted: Sequence[int], limit: int) -> list[int]:
@@ -229,20 +276,20 @@ def _widths(wanted: Sequence[int], limit: int) -> list[int]:
     if len(widths) == len(wanted):
         return widths
     if not widths:
-        logger.warning(f"there are {limit} canonical directions, fewer than {min(wanted)}: all of them are kept")
+        logger.warning_once(f"there are {limit} canonical directions, fewer than {min(wanted)}: all of them are kept")
     return sorted({*widths, limit})
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / max(len(values), 1)
-
-
-def _best(recall: dict[Any, float], by_recall: bool) -> tuple[Any, float | None]:
-    """The first of the best, so that equals are the same in every run; with nothing held out the middle of the grid."""
-    if not by_recall:
-        return list(recall)[len(recall) // 2], None
-    best = max(recall, key=recall.__getitem__)
-    return best, recall[best]
+def _best(recall: dict[Any, list[float]]) -> tuple[Any, dict[Any, float], float | None]:
+    """
+    The first of the best, so that equals are the same in every run, the mean of each, and the best mean; with nothing held
+    out the middle of the grid.
+    """
+    if not any(recall.values()):
+        return list(recall)[len(recall) // 2], dict.fromkeys(recall, 0.0), None
+    means = {setting: sum(values) / len(values) for setting, values in recall.items()}
+    best = max(means, key=means.__getitem__)
+    return best, means, means[best]
 
 
 def _finished(
@@ -298,7 +345,7 @@ def sum_pairs(
         skips: receives the counts of the pairs that could not be used, of this process.
         every_caption: each of an image's captions is a row; else the one that the collator draws.
     """
-    sums = Sums(PAIR_VIEWS)
+    sums = Sums(PAIR_VIEWS, few_or_part(rows), model.device)
     for batch in _collated(model, rows, collator, skips, "closed form: pairs", batch_size, workers, every_caption):
         names = batch["names"]
         sums.add(pair_rows(model, batch), [names[i] for i in batch["targets"]["image_indices"].tolist()])
@@ -313,7 +360,7 @@ def sum_documents(
     The moments of interleaved documents whose reply has an image: the context's state, through W_i2t as it is, and the
     image. What is held out may have a text alone.
     """
-    sums = Sums(DOCUMENT_VIEWS)
+    sums = Sums(DOCUMENT_VIEWS, few_or_part(documents), model.device)
     for batch in _collated(model, documents, collator, skips, "closed form: documents", batch_size, workers, False):
         _add_documents(sums, model, batch)
     return sums.finish()

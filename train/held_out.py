@@ -1,6 +1,7 @@
 """What is held out of a closed form, and the recall by which its open settings are chosen."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 
 HELD_OUT, ONE_IN = 1000, 10  # items at most, and of how many one
+FEW, FOLDS = 2000, 3  # up to so many items each is held out once, in one of so many splits
 
 Rows = dict[str, torch.Tensor]
 
@@ -21,16 +23,17 @@ class HeldOut:
 
     Args:
         size: how many at most.
+        every: holds every item, not one in ten.
     """
 
-    def __init__(self, size: int = HELD_OUT):
-        self.size = size
+    def __init__(self, size: int = HELD_OUT, every: bool = False):
+        self.size, self.every = size, every
         self.items: list[tuple[int, Rows]] = []
 
     def number(self, name: str) -> int | None:
         """The hash of an item that is held out, unless others fill the place; `None` for the rest."""
         number = zlib.crc32(f"held out {name}".encode())
-        return number if number < 2**32 // ONE_IN else None
+        return number if self.every or number < 2**32 // ONE_IN else None
 
     def add(self, number: int, rows: Rows) -> None:
         """Holds the rows of the item with this hash."""
@@ -51,6 +54,12 @@ class HeldOut:
     def gather(self) -> None:
         """Brings together those of all processes."""
         self.items = gather_object(self.items)
+
+
+def few_or_part(rows: Any) -> HeldOut:
+    """Holds every item of a data set of at most `FEW`, whose tenth would judge by chance, else one in ten."""
+    few = hasattr(rows, "__len__") and len(rows) <= FEW
+    return HeldOut(len(rows), every=True) if few else HeldOut()
 
 
 @dataclass
@@ -99,9 +108,8 @@ def first(scores: torch.Tensor) -> torch.Tensor:
     return (scores >= scores.diagonal()[:, None]).sum(1) == 1
 
 
-def pair_replies(held: HeldOut) -> Replies | None:
+def pair_replies(rows: Sequence[Rows]) -> Replies | None:
     """Held-out pairs as replies: a caption asks; its image and the next of its captions, where there are more, answer."""
-    rows = held.rows()
     captions = [r["state"] for r in rows]
     return _replies(
         [c[0] for c in captions], [c[1] if len(c) > 1 else None for c in captions],
@@ -109,9 +117,8 @@ def pair_replies(held: HeldOut) -> Replies | None:
     )  # fmt: skip
 
 
-def document_replies(held: HeldOut) -> Replies | None:
+def document_replies(rows: Sequence[Rows]) -> Replies | None:
     """Held-out documents as replies: the context asks, the reply's words and image answer."""
-    rows = held.rows()
     return _replies(
         [r["state"] for r in rows], [r.get("reply") for r in rows],
         [{view: r[view] for view in ("pooled", "projected")} if "pooled" in r else None for r in rows],

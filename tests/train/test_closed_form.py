@@ -16,6 +16,7 @@ from train import closed_form
 from train.canonical import STATE
 from train.closed_form import DOCUMENT_VIEWS, PAIR_VIEWS, ClosedForm, Grid, Sums, solve_canonical, solve_paper
 from train.collate import TooManyBadPairsError
+from train.held_out import HeldOut, few_or_part
 from train.moments import Moments
 from train.ridge import matching_map, ridge_map
 from train.run import main
@@ -114,6 +115,37 @@ def test_few_pairs_shrink_the_width_and_too_few_are_refused(caplog):
     still[0]["pooled"] = torch.ones_like(still[0]["pooled"])
     with pytest.raises(ValueError, match="the pooled of a pair does not vary"):
         solve_canonical(summed(still), grid=SMALL)
+
+
+@pytest.mark.parametrize("solve", [solve_canonical, solve_paper])
+def test_of_few_items_each_judges_once_and_counts_in_the_maps(solve):
+    values, names = rows(60)
+    sums = Sums(PAIR_VIEWS, HeldOut(60, every=True))
+    sums.add(values, names)
+    splits = sums.finish().folds()
+    assert [len(held) for _, held in splits] == [20, 20, 20] and [int(m.count) for m, _ in splits] == [80, 80, 80]
+    asked = torch.cat([row[STATE] for _, held in splits for row in held])
+    assert sorted(asked[:, 0].tolist()) == sorted(values[STATE][:, 0].tolist())
+    solved, whole = solve(sums), sums.whole()
+    assert solved.pairs == 120 and 0 < solved.score < 1
+    torch.testing.assert_close(whole.products, sum(m.products for m, _ in splits) / 2)
+
+
+def test_few_documents_without_enough_images_are_no_judges():
+    sums = Sums(DOCUMENT_VIEWS, HeldOut(40, every=True))
+    values, _ = rows(40, captions=1)
+    for i in range(40):
+        views = {view: values[view][i] for view in (DOCUMENT_VIEWS if i < 2 else (STATE,))}
+        sums.held.add(i, views | {"reply": values[STATE][i]})
+    ((fitted, held),) = sums.finish().folds()
+    assert held == [] and fitted.count == 2 and not sums.empty
+    solved = solve_canonical(summed(rows(400)), sums, SMALL)
+    assert solved.documents == 2 and solved.score is not None  # by the pairs
+
+
+def test_few_is_told_by_the_length():
+    assert few_or_part(range(2000)).every and not few_or_part(range(2001)).every
+    assert not few_or_part(iter(range(5))).every  # a stream does not say
 
 
 # The paper's alignment

@@ -51,9 +51,9 @@ def test_a_saved_model_learns_to_draw_and_nothing_else_moves(folder, settings): 
 
 
 def test_the_mapper_trains_beside_captioning_and_matching(folder, settings):  # noqa: F811
-    summary, weights = run(
-        folder, settings | DRAWING | {"train_ret_embedding": True, "cache_features": True, "logging_steps": 1}
-    )
+    more = {"train_ret_embedding": True, "cache_features": True, "logging_steps": 1, "eval_share": 0.3}
+    summary, weights = run(folder, settings | DRAWING | more)
+    assert "eval_image_R@1" in summary["validation"]  # retrieval is validated on the way
     last = [row for row in summary["log"] if "loss_draw" in row][-1]
     assert {"loss_cap", "loss_vm", "loss_draw"} <= last.keys() and any(n.startswith("drawing.") for n in weights)
     parts = sum(last[name] for name in ("loss_cap", "loss_vm", "loss_draw"))

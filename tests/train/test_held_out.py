@@ -58,7 +58,7 @@ def test_pairs_and_documents_become_replies():
     held.add(2, {"state": states([1, 2], [3, 4], [5, 6]), "pooled": states([7, 8]).repeat(3, 1),
                  "projected": states([9, 9]).repeat(3, 1)})  # fmt: skip
     held.add(1, {"state": states([0, 1]), **image})
-    replies = pair_replies(held)
+    replies = pair_replies(held.rows())
     assert replies.queries.tolist() == [[0, 1], [1, 2]]  # by their hash
     assert replies.has_text.tolist() == [False, True] and replies.texts.tolist() == [[0, 0], [3, 4]]
     assert replies.images["pooled"].tolist() == [[1, 0], [7, 8]] and replies.has_image.all()
@@ -66,7 +66,7 @@ def test_pairs_and_documents_become_replies():
     held = HeldOut()
     held.add(1, {"state": states(1, 2), "reply": states(3, 4)})
     held.add(2, {"state": states(5, 6), "pooled": states(7, 8), "projected": states(9, 9)})
-    replies = document_replies(held)
+    replies = document_replies(held.rows())
     assert replies.has_text.tolist() == [True, False] and replies.has_image.tolist() == [False, True]
     assert replies.images["pooled"].tolist() == [[0, 0], [7, 8]]
-    assert pair_replies(HeldOut()) is None
+    assert pair_replies([]) is None
