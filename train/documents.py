@@ -1,6 +1,7 @@
 """Interleaved documents as training rows: a dialogue whose context may show images, and the reply it leads to."""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,10 @@ class InterleavedDocuments(Dataset):
         """
         rows = list(self._pair_rows())
         if not rows:
+            lost = f". Of {len(self)} replies these cannot be used: {dict(Counter(self._problems.values()))}"
             raise ValueError(
                 "no turn of these dialogues has an image beside words: give image-caption pairs, too, with --train_data"
+                + (lost if self._problems else "")
             )
         return datasets.Dataset.from_list(rows, features=FEATURES)
 

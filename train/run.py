@@ -50,6 +50,10 @@ from train.training_data import TrainingData, cache, load_data
 from train.validation import Validation
 
 logger = logging.get_logger("train")
+UNASKED = (
+    "[RET] is an untrained row that starts from the mean of all, and no words stand before it: a language model that was not "
+    "taught [RET] is hardly asked for the gist. Try --ret_prompt $'\\nKeywords:' --ret_init ' the'"
+)
 SHUFFLED = 2_000  # undecoded pairs of streamed shards that are mixed, besides the shards' order: some 100 MB of photos
 
 
@@ -97,6 +101,8 @@ def make_model(model_args: ModelArguments, args: UniMuRTrainingArguments) -> Uni
         *towers(model_args), make_processor(model_args),
         ret_init=model_args.ret_init, dtype=model_args.dtype, **model_args.config_fields(),
     )  # fmt: skip
+    if model_args.ret_init is None and not model_args.ret_prompt and not model_args.train_ret_embedding:
+        logger.warning(UNASKED)
     if model_args.lora_rank:
         add_lora(model, model_args.lora_rank, model_args.lora_targets)
     return model

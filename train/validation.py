@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import Subset
+from tqdm.auto import tqdm
 
 from modeling_unimur import UniMuRModel
 from train.collate import PairCollator, SkipCounter, known_problem, usable_captions
@@ -139,7 +140,8 @@ class Validation:
     def _batches(self, rows: Any) -> Iterator[dict[str, Any]]:
         """This process's part of every batch; each has one, since the losses gather them."""
         state = PartialState()
-        for start in range(0, len(rows), self.batch_size):
+        starts = range(0, len(rows), self.batch_size)
+        for start in tqdm(starts, "validation", leave=False, disable=not state.is_main_process):
             count = min(self.batch_size, len(rows) - start)
             first, last = (start + count * (state.process_index + i) // state.num_processes for i in (0, 1))
             if count >= state.num_processes:
