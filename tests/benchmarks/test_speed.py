@@ -146,6 +146,9 @@ def test_the_page_has_a_row_for_each_index_of_the_server_and_of_the_faiss_pool(t
     assert "| Milvus, HNSW | ef=128 | 6 | 0.991 | 72 | 102 | 11.2 | 4.5 |" in text
     assert "| faiss pool, exact |  | 6 | 0.991 | 72 | 102 | 11.2 | 3.1 |" in text
     assert "1,354 candidates a second" in text and "after 10,000, held 9,000" in text and "(38 s)" in text
+    (tmp_path / "milvus-speed.json").write_text(json.dumps(about | {"milvus": server}))
+    with pytest.raises(ValueError, match="--parts faiss"):
+        page(tmp_path)
 
 
 def test_a_port_that_another_server_has_is_named():
