@@ -18,13 +18,14 @@ from transformers.trainer_utils import IntervalStrategy
 
 from modeling_unimur import UniMuRModel
 from train.arguments import CONFIGS, parse
-from train.closed_form import Grid, Sums, solve_canonical, sum_pairs
+from train.closed_form import Grid, solve_canonical, sum_pairs
 from train.collate import PairCollator, SkipCounter
 from train.features import MatchingStates, cache_image_features
 from train.miniature import prepare
 from train.miniature.towers import pretrain_opt
 from train.miniature.world import splits
 from train.run import make_processor
+from train.sums import Sums
 from train.trainer import UniMuRTrainer
 
 from .baselines.clip import ClipBaseline

@@ -200,7 +200,9 @@ def _on_paper(measured: dict[str, Any]) -> str:
 
 def _milvus(measured: dict[str, Any]) -> str:
     if missing := sorted({"milvus", "faiss"} - measured.keys()):
-        raise ValueError(f"milvus-speed.json lacks a part: python -m benchmarks.speed.milvus --parts {' '.join(missing)}")
+        raise ValueError(
+            f"milvus-speed.json lacks a part: python -m benchmarks.speed.milvus --parts {' '.join(missing)}"
+        )
     server, pool, loading = measured["milvus"], measured["faiss"], measured["milvus"]["loading"]
     rows = [
         [name, search, f"{about['built_in_s']:.0f}", f"{about['recall_at_10']:.3f}", f"{about['p50_ms']:.0f}",

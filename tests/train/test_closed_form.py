@@ -14,12 +14,13 @@ from modeling_unimur import UniMuRModel
 from tests.train.test_run import base, folder  # noqa: F401  a fixture
 from train import closed_form
 from train.canonical import STATE
-from train.closed_form import DOCUMENT_VIEWS, PAIR_VIEWS, ClosedForm, Grid, Sums, solve_canonical, solve_paper
+from train.closed_form import DOCUMENT_VIEWS, PAIR_VIEWS, ClosedForm, Grid, solve_canonical, solve_paper
 from train.collate import TooManyBadPairsError
 from train.held_out import HeldOut, few_or_part
 from train.moments import Moments
 from train.ridge import matching_map, ridge_map
 from train.run import main
+from train.sums import Sums
 
 SMALL = Grid(widths=(3, 6), ridges=(1e-3, 1e-1), powers=(1.0, 2.0))
 
