@@ -1,6 +1,8 @@
 """Loads a system of a given kind from a folder."""
 
+import importlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from PIL import Image
@@ -26,6 +28,9 @@ class UniMuR(Embedder, LanguageSystem):
         """By the model's [IMG] tokens, where it has them."""
         if not self.model.config.n_drawing_tokens:
             raise DoesNotApplyError
+        with suppress(ImportError):  # without diffusers the model says what to install
+            # The miniature's diffusion model has an autoencoder of its own, and diffusers imports nothing that a folder names.
+            importlib.import_module("train.miniature.diffusion")
         return self.model.draw_each(dialogues, show_progress_bar=True)
 
 

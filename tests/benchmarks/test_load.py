@@ -1,5 +1,8 @@
 """Every kind of system from a folder, through the one command."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Blip2ForImageTextRetrieval, CLIPVisionConfig
@@ -8,7 +11,7 @@ from benchmarks.baselines.blip2_miniature import bert_tokenizer, blip2_config
 from benchmarks.baselines.fromage import FromageModel
 from benchmarks.baselines.frozen import FrozenModel
 from benchmarks.data import miniature
-from benchmarks.load import SYSTEMS, load
+from benchmarks.load import SYSTEMS, UniMuR, load
 from benchmarks.run import main
 from tests.tiny import image_processor, make_processor, make_towers
 
@@ -52,3 +55,13 @@ def test_every_kind_is_a_row(checkpoints, tmp_path, monkeypatch):
 def test_an_unknown_kind_is_named(checkpoints):
     with pytest.raises(ValueError, match="no system 'gill'"):
         load("gill", checkpoints["unimur"])
+
+
+def test_the_miniatures_diffusion_model_is_known_where_a_checkpoint_draws(monkeypatch):
+    name = "train.miniature.diffusion"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    config = SimpleNamespace(n_drawing_tokens=4)
+    model = SimpleNamespace(config=config, draw_each=lambda dialogues, show_progress_bar: [name in sys.modules])
+    system = UniMuR.__new__(UniMuR)
+    system.model = model
+    assert system.draw(["a panda"]) == [True]
