@@ -1,6 +1,6 @@
 """Every kind of system from a folder, through the one command."""
 
-import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -57,11 +57,11 @@ def test_an_unknown_kind_is_named(checkpoints):
         load("gill", checkpoints["unimur"])
 
 
-def test_the_miniatures_diffusion_model_is_known_where_a_checkpoint_draws(monkeypatch):
-    name = "train.miniature.diffusion"
-    monkeypatch.delitem(sys.modules, name, raising=False)
+def test_the_miniatures_diffusion_model_is_imported_where_a_checkpoint_draws(monkeypatch):
+    imported = []
+    monkeypatch.setattr("benchmarks.load.importlib", SimpleNamespace(import_module=imported.append))
     config = SimpleNamespace(n_drawing_tokens=4)
-    model = SimpleNamespace(config=config, draw_each=lambda dialogues, show_progress_bar: [name in sys.modules])
     system = UniMuR.__new__(UniMuR)
-    system.model = model
-    assert system.draw(["a panda"]) == [True]
+    system.model = SimpleNamespace(config=config, draw_each=lambda dialogues, show_progress_bar: list(imported))
+    (name,) = system.draw(["a panda"])  # before anything is drawn
+    assert name == "train.miniature.diffusion" and find_spec(name) is not None
