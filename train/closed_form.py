@@ -135,7 +135,8 @@ def solve_paper(pairs: Sums, ridges: Sequence[float] = RIDGES, powers: Sequence[
         moments = fitted.pairs
         states, images = (Spectrum(moments.covariance(v, v), f"the {v} of a pair") for v in (STATE, PROJECTED))
         for ridge, power in product(ridges, powers):
-            weight, bias = (t.float() for t in matching_map(moments, ridge, power, STATE, PROJECTED, (states, images)))
+            solution = matching_map(moments, ridge, power, STATE, PROJECTED, (states, images))
+            weight, bias = (t.float().cpu() for t in solution)  # where the replies are held
             # Of images alone: this form returns no image out of a pool of both.
             tried = [r.image_recall(lambda h, w=weight, b=bias: h @ w.T + b) for r in replies]
             recall.setdefault((ridge, power), []).extend(tried)
