@@ -13,7 +13,7 @@ export MKL_CBWR ?= AUTO,STRICT
 # Every process of a job would otherwise compile this repository again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-generate demo-real test test-oldest stress style quality types clean
+.PHONY: demo demo-generate demo-real test test-gpu test-oldest stress style quality types clean
 
 # The exact pin comes first and alone: a resolver that meets an open torch range elsewhere may pull CUDA builds.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,8 +36,13 @@ demo-generate: $(VENV)/.installed
 demo-real: $(VENV)/.installed
 	$(PY) -m benchmarks.real --seed $(SEED)
 
+# On the CPU, where a machine has a GPU too: the tests compare bytes, and start several processes.
 test: $(VENV)/.installed
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What a GPU computes against the CPU.
+test-gpu: $(VENV)/.installed
+	$(PY) -m pytest tests/test_gpu.py
 
 # Loading, embedding and retrieval on the oldest transformers that pyproject.toml admits.
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml).0

@@ -1,21 +1,21 @@
 """
-The training step at the paper's size on a GPU: OPT-6.7B and CLIP ViT-L/14 shapes, random weights, bf16.
+Training at the paper's size on a GPU: OPT-6.7B and CLIP ViT-L/14 shapes, random weights, bf16.
 
     python -m benchmarks.speed.gpu --output benchmarks/results
     python -m benchmarks.speed.gpu --small --device cpu          the same at small shapes, anywhere
 
-Checks first that packed, padded and cached batches give the same losses. Then: the rate of a large matrix product, samples
-per second of the step uncached and cached (CLIP's features; CLIP's and [RET]'s states), the share of the measured matrix rate,
-peak memory, and the hours that follow for 5 epochs over 3.3 million pairs, including the building of the cache. The
-paper's 16 hours on four V100 cannot be compared: it does not give the size of an epoch, probably FROMAGe's 360,000 samples.
+Checks first that all ways give the same losses. Then, in interleaved rounds: the step as FROMAGe computes it, ours
+uncached and cached (CLIP's features; CLIP's and [RET]'s states), the cache's building, and the one pass of the closed form
+(`--init cca`), each with its pairs a second, the share of the measured matrix rate and its peak memory. At the end the
+closed form itself is solved. Hours follow for 5 epochs over 3.3 million pairs. The paper's 16 hours on four V100 cannot be
+compared: it does not give the size of an epoch, probably FROMAGe's 360,000 samples.
 """
 
 import argparse
-import itertools
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,21 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, OPTConfig, O
 from benchmarks.arguments import usable_device
 from benchmarks.output import write_json
 from modeling_unimur import UniMuRConfig, UniMuRModel, UniMuRProcessor
+from train.closed_form import PAIR_VIEWS, pair_rows, solve_canonical
 from train.command import run_command
 from train.miniature.towers import clip_tokenizer, opt_tokenizer
+from train.sums import Sums
 
 from .models import sentence
-from .step import CACHED_ALL, CACHED_CLIP, UNCACHED, UNPACKED, with_cached, without
+from .reference import ReferenceStep
+from .step import (
+    CACHED, CLIP_CACHED, EPOCHS, OURS, PADDED, REFERENCE, UNCACHED, building, inputs_of, stepper, with_cached, without,
+)  # fmt: skip
+from .timing import interleaved, ratio
 
-PAIRS, EPOCHS = 3_300_000, 5
-ALL_CACHED = "CLIP and [RET] states cached"
-WAYS = {"uncached": UNCACHED, "CLIP cached": CACHED_CLIP, ALL_CACHED: CACHED_ALL}
+PAIRS = 3_300_000
+STEPS = (REFERENCE, OURS, CLIP_CACHED, CACHED)
+BUILDING, SUMMING = "the cache's building", "the closed form's pass"
 
 
 def make_model(small: bool, device: torch.device, dtype: torch.dtype) -> UniMuRModel:
@@ -86,11 +92,12 @@ def check(model: UniMuRModel, batch: dict[str, Any], tolerance: float) -> dict[s
     """Losses of every way on one batch; raises `AssertionError` where they differ by more than the share `tolerance`."""
     losses = {}
     with torch.no_grad():
-        for way, left_out in {**WAYS, "padded": UNPACKED}.items():
-            losses[way] = float(model(**without(batch, **left_out)).loss)
+        for way in (*STEPS, PADDED):
+            inputs = inputs_of(way, model, batch)
+            losses[way] = float(ReferenceStep(model)(inputs) if way == REFERENCE else model(**inputs).loss)
     for way, loss in losses.items():
-        if not abs(loss - losses["padded"]) <= tolerance * abs(losses["padded"]):
-            raise AssertionError(f"{way} gives the loss {loss}, padded {losses['padded']}")
+        if not abs(loss - losses[REFERENCE]) <= tolerance * abs(losses[REFERENCE]):
+            raise AssertionError(f"{way} gives the loss {loss}, {REFERENCE} {losses[REFERENCE]}")
     return losses
 
 
@@ -126,34 +133,48 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / _seconds(lambda: a @ b, device, 20)
 
 
-def measure(
-    model: UniMuRModel, batches: list[dict[str, Any]], operations: dict[str, float], rate: float, steps: int
-) -> dict[str, dict[str, Any]]:
-    """Every way's samples per second, share of the matrix rate `rate`, hours of the whole training, and peak memory."""
-    device, size = model.device, len(batches[0]["contexts"]["states"])
-    on_gpu = device.type == "cuda"
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=on_gpu)
-    model.train()
-    needed = {"uncached": sum(operations.values()), "CLIP cached": operations["captioning"] + operations["retrieval"],
-              ALL_CACHED: operations["captioning"]}  # fmt: skip
-    ways = {}
-    for way, left_out in WAYS.items():
-        ready = itertools.cycle([without(batch, **left_out) for batch in batches])
+def summing(model: UniMuRModel, made: list[dict[str, Any]], sums: Sums) -> Callable[[int], None]:
+    """A function that adds one batch, uncached, to the closed form's sums; each call's pairs are new ones."""
+    ready = [without(batch, **UNCACHED) for batch in made]
+    calls = iter(range(10**9))
 
-        def step(ready: Iterator[dict[str, Any]] = ready) -> None:
-            model(**next(ready)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def add(number: int) -> None:
+        rows, call = pair_rows(model, ready[number % len(ready)]), next(calls)
+        sums.add(rows, [f"pair {call} {i}" for i in range(len(rows["state"]))])
 
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        each = size / _seconds(step, device, steps)
-        ways[way] = {
-            "samples_per_second": each, "share_of_matrix_rate": each * needed[way] / rate,
-            "hours": EPOCHS * PAIRS / each / 3600, "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        }  # fmt: skip
-    return ways
+    return add
+
+
+def measure(model: UniMuRModel, made: list[dict[str, Any]], rounds: int) -> tuple[dict[str, Any], dict[str, int], Sums]:
+    """Every way's seconds a batch in interleaved rounds, and its peak memory in bytes (on a GPU); and the sums."""
+    sums = Sums(PAIR_VIEWS, device=model.device)
+    ways: dict[str, Callable[[int], Any]] = {way: stepper(way, model, made) for way in STEPS}
+    ways |= {BUILDING: building(model, made), SUMMING: summing(model, made, sums)}
+    on_gpu, peaks = model.device.type == "cuda", {}
+    for way, call in ways.items() if on_gpu else ():
+        torch.cuda.reset_peak_memory_stats()
+        call(0)
+        peaks[way] = torch.cuda.max_memory_allocated()
+
+    def waited(call: Callable[[int], Any]) -> Callable[[int], None]:
+        def run(number: int) -> None:
+            call(number)
+            if on_gpu:
+                torch.cuda.synchronize()
+
+        return run
+
+    return interleaved({way: waited(call) for way, call in ways.items()}, rounds), peaks, sums
+
+
+def closed_form(sums: Sums) -> dict[str, Any]:
+    """Seconds in which the canonical alignment's settings are all tried and the maps solved; how many and of what."""
+    start = time.perf_counter()
+    solved = solve_canonical(sums.finish())
+    return {
+        "seconds": time.perf_counter() - start, "settings": len(solved.recall), "pairs": solved.pairs,
+        "held_out": len(sums.held.items),
+    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -161,7 +182,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--small", action="store_true", help="small shapes, for a trial")
     parser.add_argument("--device", type=usable_device, default="cuda")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("runs/report"))
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
@@ -169,28 +190,37 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit("no GPU here: give --small --device cpu for a trial")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = make_model(arguments.small, device, dtype)
-    batches = [make_batch(model, arguments.batch, seed) for seed in range(4)]
-    losses = check(model, batches[0], 1e-4 if dtype == torch.float32 else 2e-2)
-    operations = flop_per_pair(model, batches[0])
+    made = [make_batch(model, arguments.batch, seed) for seed in range(4)]
+    losses = check(model, made[0], 1e-4 if dtype == torch.float32 else 2e-2)
+    operations = flop_per_pair(model, made[0])
     rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512)
-    ways = measure(model, batches, operations, rate, arguments.steps)
-    build = arguments.batch / _seconds(lambda: with_cached(model, batches[0], packed=True), device, arguments.steps)
-    ways[ALL_CACHED]["hours_with_building"] = ways[ALL_CACHED]["hours"] + PAIRS / build / 3600
+    measured, peaks, sums = measure(model, made, arguments.rounds)
+    per_second = {way: arguments.batch / about["median"] for way, about in measured.items()}
+    towers = operations["CLIP"] + operations["retrieval"]
+    needed = {
+        REFERENCE: sum(operations.values()), OURS: sum(operations.values()), CLIP_CACHED: sum(operations.values())
+        - operations["CLIP"], CACHED: operations["captioning"], BUILDING: towers, SUMMING: towers,
+    }  # fmt: skip
+    one_pass = {BUILDING, SUMMING}
     config = model.config
     floats = config.image_feature_width + 2 * config.clip_width + config.text_width
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(dtype),
-        "torch": torch.__version__, "small": arguments.small, "batch": arguments.batch, "losses": losses,
-        "gflop_per_pair": {name: value / 1e9 for name, value in operations.items()}, "matrix_tflops": rate / 1e12,
-        "cache_samples_per_second": build, "cache_bytes": 4 * PAIRS * floats, "ways": ways,
-        "derived_from": f"{EPOCHS} epochs of {PAIRS:,} pairs, one visual token",
+        "torch": torch.__version__, "small": arguments.small, "batch": arguments.batch, "rounds": arguments.rounds,
+        "losses": losses, "gflop_per_pair": {name: value / 1e9 for name, value in operations.items()},
+        "matrix_tflops": rate / 1e12, "seconds": measured, "pairs_per_second": per_second, "peak_bytes": peaks,
+        "ratios": {way: ratio(measured, REFERENCE, way) for way in STEPS},
+        "share_of_matrix_rate": {way: per_second[way] * flop / rate for way, flop in needed.items()},
+        "hours": {w: (1 if w in one_pass else EPOCHS) * PAIRS / each / 3600 for w, each in per_second.items()},
+        "closed_form": closed_form(sums), "cache_bytes": 4 * PAIRS * floats,
+        "derived_from": f"{EPOCHS} epochs of {PAIRS:,} pairs, one visual token; one pass for the closed form and the cache",
     }  # fmt: skip
     write_json(arguments.output / "gpu-speed.json", result)
     print(json.dumps(result, indent=1))
     return result
 
 
-def _seconds(call, device: torch.device, repeats: int) -> float:
+def _seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     for _ in range(3):
         call()
     if device.type == "cuda":

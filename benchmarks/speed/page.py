@@ -174,6 +174,32 @@ def _quality(measured: dict[str, Any]) -> str:
     )
 
 
+def _gpu(measured: dict[str, Any]) -> str:
+    from .gpu import BUILDING, SUMMING
+
+    rows = []
+    for way, each in measured["pairs_per_second"].items():
+        share, hours = measured["share_of_matrix_rate"][way], measured["hours"][way]
+        memory = measured["peak_bytes"].get(way)
+        rows.append([way, _cell(measured["ratios"][way]) if way in measured["ratios"] else "", f"{each:,.0f}",
+                     f"{100 * share:.0f}", "" if memory is None else f"{memory / GIB:.1f}", f"{hours:.1f}"])  # fmt: skip
+    work = ", ".join(f"{name} {value:.0f}" for name, value in measured["gflop_per_pair"].items())
+    solved, losses = measured["closed_form"], measured["losses"].values()
+    return (
+        f"## OPT-6.7B and CLIP ViT-L/14 on a GPU\n\n{measured['device']}, torch {measured['torch']}, random weights of the "
+        f"published shapes in bfloat16, batches of {measured['batch']} pairs of 6 to 16 tokens on the device, Adam included, "
+        f"{measured['rounds']} rounds. The first row is the step computed as FROMAGe's, as above. All ways give the same loss "
+        f"({min(losses):.4f} to {max(losses):.4f}). A pair takes so many GFLOP: {work}; a matrix product reached "
+        f"{measured['matrix_tflops']:.0f} TFLOP/s. Hours are for {measured['derived_from']}, at these rates, reading and "
+        "decoding not counted.\n\n"
+        + table(["", "reference / this", "pairs a second", "% of the matrix rate", "peak GiB", "hours"], rows)
+        + f"\n\n`--init cca` is the row \"{SUMMING}\"; then {solved['settings']} settings were tried and the maps solved "
+        f"in {solved['seconds']:.1f} s, of {solved['pairs']:,} pairs ({solved['held_out']} held out). The two cached rows "
+        f"take the row \"{BUILDING}\" once before; the cache of so many pairs takes "
+        f"{measured['cache_bytes'] / GIB:.0f} GiB of disk."
+    )
+
+
 def _on_paper(measured: dict[str, Any]) -> str:
     """What larger pools cost: bytes a candidate times their number, over the bandwidth measured above."""
     seconds = measured["exact"]["1 queries"]["seconds"]["streamed"]["median"]
@@ -236,6 +262,7 @@ PARTS = {
     "step-speed.json": _step,
     "step-profile.json": _profile,
     "quality-speed.json": _quality,
+    "gpu-speed.json": _gpu,
     "embedding-speed.json": _embedding,
     "text-retrieval-speed.json": _texts,
     "pool-speed.json": _pool,

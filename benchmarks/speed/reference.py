@@ -48,7 +48,7 @@ class ReferenceStep(nn.Module):
         self.model, self.savings = model, savings or Savings()
         table = model.language_model.get_input_embeddings().weight.detach()
         # [RET] is the last row, of a matrix that is trained whole and shared by input and output.
-        self.table = nn.Parameter(torch.cat([table, model.ret_embedding.detach()[None]]).clone())
+        self.table = nn.Parameter(torch.cat([table, model.ret_embedding.detach()[None].to(table)]))
         self.table.requires_grad_(not self.savings.table_frozen)
 
     def trained(self) -> list[nn.Parameter]:
