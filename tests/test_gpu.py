@@ -81,5 +81,8 @@ def test_training_on_it_ends_in_a_checkpoint_that_the_cpu_loads(folder, changes)
     assert all(torch.isfinite(value).all() for value in weights.values())
     model = UniMuRModel.from_pretrained(summary["checkpoint"])
     torch.testing.assert_close(
-        deepcopy(model).float().to("cuda").embed_texts(TEXTS).cpu(), model.float().embed_texts(TEXTS), atol=1e-3, rtol=0
+        deepcopy(model).float().to("cuda").embed_texts(TEXTS).cpu(),
+        model.float().embed_texts(TEXTS),
+        atol=1e-3,
+        rtol=0,
     )

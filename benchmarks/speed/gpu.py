@@ -33,8 +33,19 @@ from train.sums import Sums
 from .models import sentence
 from .reference import ReferenceStep
 from .step import (
-    CACHED, CLIP_CACHED, EPOCHS, OURS, PADDED, REFERENCE, UNCACHED, building, inputs_of, stepper, with_cached, without,
-)  # fmt: skip
+    CACHED,
+    CLIP_CACHED,
+    EPOCHS,
+    OURS,
+    PADDED,
+    REFERENCE,
+    UNCACHED,
+    building,
+    inputs_of,
+    stepper,
+    with_cached,
+    without,
+)
 from .timing import interleaved, ratio
 
 PAIRS = 3_300_000
@@ -145,7 +156,9 @@ def summing(model: UniMuRModel, made: list[dict[str, Any]], sums: Sums) -> Calla
     return add
 
 
-def measure(model: UniMuRModel, made: list[dict[str, Any]], rounds: int) -> tuple[dict[str, Any], dict[str, int], Sums]:
+def measure(
+    model: UniMuRModel, made: list[dict[str, Any]], rounds: int
+) -> tuple[dict[str, Any], dict[str, int], Sums]:
     """Every way's seconds a batch in interleaved rounds, and its peak memory in bytes (on a GPU); and the sums."""
     sums = Sums(PAIR_VIEWS, device=model.device)
     ways: dict[str, Callable[[int], Any]] = {way: stepper(way, model, made) for way in STEPS}
@@ -165,6 +178,22 @@ def measure(model: UniMuRModel, made: list[dict[str, Any]], rounds: int) -> tupl
         return run
 
     return interleaved({way: waited(call) for way, call in ways.items()}, rounds), peaks, sums
+
+
+def rates(measured: dict[str, Any], operations: dict[str, float], rate: float, batch: int) -> dict[str, Any]:
+    """By way: pairs a second, the ratio to the reference, the share of the matrix rate `rate`, and the hours that follow."""
+    per_second = {way: batch / about["median"] for way, about in measured.items()}
+    step, towers = sum(operations.values()), operations["CLIP"] + operations["retrieval"]
+    needed = {
+        REFERENCE: step, OURS: step, CLIP_CACHED: step - operations["CLIP"], CACHED: operations["captioning"],
+        BUILDING: towers, SUMMING: towers,
+    }  # fmt: skip
+    return {
+        "pairs_per_second": per_second,
+        "ratios": {way: ratio(measured, REFERENCE, way) for way in STEPS},
+        "share_of_matrix_rate": {way: per_second[way] * flop / rate for way, flop in needed.items()},
+        "hours": {w: (EPOCHS if w in STEPS else 1) * PAIRS / each / 3600 for w, each in per_second.items()},
+    }
 
 
 def closed_form(sums: Sums) -> dict[str, Any]:
@@ -195,26 +224,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     operations = flop_per_pair(model, made[0])
     rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512)
     measured, peaks, sums = measure(model, made, arguments.rounds)
-    per_second = {way: arguments.batch / about["median"] for way, about in measured.items()}
-    towers = operations["CLIP"] + operations["retrieval"]
-    needed = {
-        REFERENCE: sum(operations.values()), OURS: sum(operations.values()), CLIP_CACHED: sum(operations.values())
-        - operations["CLIP"], CACHED: operations["captioning"], BUILDING: towers, SUMMING: towers,
-    }  # fmt: skip
-    one_pass = {BUILDING, SUMMING}
     config = model.config
     floats = config.image_feature_width + 2 * config.clip_width + config.text_width
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(dtype),
         "torch": torch.__version__, "small": arguments.small, "batch": arguments.batch, "rounds": arguments.rounds,
         "losses": losses, "gflop_per_pair": {name: value / 1e9 for name, value in operations.items()},
-        "matrix_tflops": rate / 1e12, "seconds": measured, "pairs_per_second": per_second, "peak_bytes": peaks,
-        "ratios": {way: ratio(measured, REFERENCE, way) for way in STEPS},
-        "share_of_matrix_rate": {way: per_second[way] * flop / rate for way, flop in needed.items()},
-        "hours": {w: (1 if w in one_pass else EPOCHS) * PAIRS / each / 3600 for w, each in per_second.items()},
+        "matrix_tflops": rate / 1e12, "seconds": measured, "peak_bytes": peaks,
         "closed_form": closed_form(sums), "cache_bytes": 4 * PAIRS * floats,
         "derived_from": f"{EPOCHS} epochs of {PAIRS:,} pairs, one visual token; one pass for the closed form and the cache",
-    }  # fmt: skip
+    } | rates(measured, operations, rate, arguments.batch)  # fmt: skip
     write_json(arguments.output / "gpu-speed.json", result)
     print(json.dumps(result, indent=1))
     return result

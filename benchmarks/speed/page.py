@@ -193,9 +193,9 @@ def _gpu(measured: dict[str, Any]) -> str:
         f"{measured['matrix_tflops']:.0f} TFLOP/s. Hours are for {measured['derived_from']}, at these rates, reading and "
         "decoding not counted.\n\n"
         + table(["", "reference / this", "pairs a second", "% of the matrix rate", "peak GiB", "hours"], rows)
-        + f"\n\n`--init cca` is the row \"{SUMMING}\"; then {solved['settings']} settings were tried and the maps solved "
+        + f'\n\n`--init cca` is the row "{SUMMING}"; then {solved["settings"]} settings were tried and the maps solved '
         f"in {solved['seconds']:.1f} s, of {solved['pairs']:,} pairs ({solved['held_out']} held out). The two cached rows "
-        f"take the row \"{BUILDING}\" once before; the cache of so many pairs takes "
+        f'take the row "{BUILDING}" once before; the cache of so many pairs takes '
         f"{measured['cache_bytes'] / GIB:.0f} GiB of disk."
     )
 
