@@ -6,7 +6,6 @@ The main job end to end: the miniature is made, UniMuR trained on it, evaluated 
 
 import argparse
 import json
-import resource
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +22,7 @@ from modeling_unimur import CandidatePool, Retrieval, UniMuRModel
 from train.arguments import CONFIGS
 from train.miniature import encode, prepare
 from train.miniature.world import Scene
-from train.parallel import side_by_side
+from train.parallel import peak_memory, side_by_side
 from train.run import main as train
 
 from .baselines.clip import ClipBaseline
@@ -74,7 +73,7 @@ def main() -> None:
         draw_gallery([rows[i] for i in (2, 6, 9)], texts, split.images, output / "three.png")
 
     # Every process counts: this one, and those that work beside it in two of the stages.
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    own = peak_memory()
     memory = max(own + world.towers_memory, own + sum(done.memory for done in both))
     seconds["total"] = sum(seconds.values())
     report(output, {

@@ -69,7 +69,12 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def peak_memory() -> float:
+    """The most memory that this process has had, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def _timed(function: Callable, arguments: dict[str, Any]) -> Done:
     start = time.perf_counter()
     result = function(**arguments)
-    return Done(result, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    return Done(result, time.perf_counter() - start, peak_memory())

@@ -9,7 +9,6 @@ command resumes an interrupted run. W_i2t is solved in closed form; benchmarks/r
 
 import argparse
 import json
-import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from benchmarks.measure import Measure
 from benchmarks.miniature import table
 from benchmarks.output import stage, write_json
 from modeling_unimur import UniMuRModel
-from train.arguments import CONFIGS
 from train.command import run_command
-from train.parallel import side_by_side
-from train.run import main as train
+from train.parallel import peak_memory
 
 from . import visual
-from .bench import make_bench
+from .bench import make_bench, make_towers
 from .fetch import ABOUT
+from .parts import make_parts
 from .replies import canonical_model, draw
 from .settings import CANONICAL, FITS, PAIRS
 from .study import OURS, measured
@@ -45,18 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds: dict[str, float] = {}
 
     with stage("the real language model, and the miniature's towers", seconds):
+        make_towers(folder, arguments.miniature, seed)
+    own = folder / f"taught-{seed}"
+    with stage("states, and the miniature's own language model on pairs alone beside them", seconds):
+        memory = make_parts(folder, arguments.miniature, seed, split, own)
+    with stage(f"every system measured on the {split} split", seconds):
         bench = make_bench(folder, arguments.miniature, seed)
-    with stage("the miniature's own language model, on pairs alone, in closed form too", seconds):
-        own = folder / f"taught-{seed}"
-        if not any((own / "checkpoint").glob("*.safetensors")):
-            towers = arguments.miniature or folder / "miniature"
-            job = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={seed}", f"--miniature={towers}",
-                   "--interleaved=false", "--max_steps=0", f"--output_dir={own}"]  # fmt: skip
-            side_by_side([(train, {"argv": job})])
-    with stage("captions: states, and both maps in closed form", seconds):
         pairs = bench.pairs(PAIRS)
         visual.closed_form(bench, pairs.features)
-    with stage(f"the {split} split: states, and every system measured", seconds):
         results = measured(bench, pairs, {OURS: CANONICAL} | FITS, seed, split)
         system = UniMuR(UniMuRModel.from_pretrained(own / "checkpoint"))
         results["CLIP"] = results.get("CLIP") or bench.measure(bench.embedded_by(bench.clip, split), split)
@@ -68,23 +62,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     seconds["total"] = sum(seconds.values())
     dtype = str(bench.model.language_model.dtype)
-    report(folder, results, {"seed": seed, "split": split, "seconds": seconds, "dtype": dtype})
+    about = {"seed": seed, "split": split, "seconds": seconds, "dtype": dtype}
+    report(folder, results, about | {"peak_memory_gib": max(memory, peak_memory())})
 
 
 def report(folder: Path, results: Mapping[str, Mapping[str, Measure]], about: dict[str, Any]) -> None:
     """Writes `results.json`, and prints the table, our form against each other row, and where things are."""
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     columns = {name: {k: m.value * (100 if m.percent else 1) for k, m in row.items()} for name, row in results.items()}
     differences = {
         name: {k: results[OURS][k].against(m) for k, m in row.items()} for name, row in results.items() if name != OURS
     }
-    figures = {"results": columns, "first_less_this": differences, "peak_memory_gib": memory}
+    figures = {"results": columns, "first_less_this": differences}
     write_json(folder / "results.json", {"about": ABOUT} | about | figures)
     print(f"\n{about['split']} split, seed {about['seed']}; percent, CLIP-Sim a cosine. {ABOUT}")
     print(table(columns))
     print("\n" + against(results))
     print("\nseconds: " + json.dumps({name: round(value) for name, value in about["seconds"].items()}))
-    print(f"peak memory: {memory:.2f} GiB\ncheckpoint: {folder / 'checkpoint'}\ngallery: {folder / 'gallery.png'}")
+    print(f"peak memory: {about['peak_memory_gib']:.2f} GiB, of all processes together")
+    print(f"checkpoint: {folder / 'checkpoint'}\ngallery: {folder / 'gallery.png'}")
 
 
 def against(results: Mapping[str, Mapping[str, Measure]]) -> str:

