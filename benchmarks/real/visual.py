@@ -6,9 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from train.closed_form import WORDS_RIDGE
-from train.moments import Moments
-from train.ridge import ridge_map
+from train.visual_words import visual_words
 
 from .bench import Bench
 
@@ -19,23 +17,18 @@ STEPS, BATCH = 40, 32
 @torch.no_grad()
 def closed_form(bench: Bench, features: torch.Tensor) -> None:
     """
-    Sets every visual token to the ridge regression of the caption's mean input embedding on CLIP's feature.
+    Gives every visual token a word of the caption to hold; see [`train.visual_words`].
 
     Args:
         features: CLIP's pooled outputs `(n, c)` of the first n train pictures.
     """
     model = bench.model
     captions = [texts[0] for texts in bench.world.pairs[: len(features)]["captions"]]
-    table = model.language_model.get_input_embeddings()
-    means = torch.stack(
-        [table(torch.tensor(row)).float().mean(0) for row in model.processor.tokenizer(captions)["input_ids"]]
-    )
-    moments = Moments({"feature": features.shape[1], "caption": means.shape[1]})
-    moments.add({"feature": features, "caption": means})
-    weight, bias = ridge_map(moments, WORDS_RIDGE, "feature", "caption")
-    tokens = model.config.n_visual_tokens
-    model.W_i2t.weight.copy_(weight.float().repeat(tokens, 1))
-    model.W_i2t.bias.copy_(bias.float().repeat(tokens))
+    ids = model.processor.tokenizer(captions, add_special_tokens=False)["input_ids"]
+    table = model.language_model.get_input_embeddings().weight
+    weight, bias = visual_words(features, ids, table, model.config.n_visual_tokens)
+    model.W_i2t.weight.copy_(weight)
+    model.W_i2t.bias.copy_(bias)
 
 
 def train(bench: Bench, features: torch.Tensor, path: Path, seed: int = 0) -> float | None:
