@@ -14,7 +14,7 @@ from typing import Any
 from train.command import require, run_command
 
 if __name__ == "__main__":
-    require("bench", "accelerate", "evaluate", "matplotlib", "yaml")
+    require("bench", "accelerate", "evaluate", "matplotlib", "scipy", "yaml")
 
 import torch
 

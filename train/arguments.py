@@ -81,6 +81,13 @@ class ModelArguments(ConfigArguments):
                           "pairs, and with --max_steps 0 they are all of the training.",
                   "choices": ["cca", "random", "closed-form"]},
     )  # fmt: skip
+    visual_start: str = field(
+        default="words",
+        metadata={"help": "Where a closed form puts W_i2t. words: each of several visual tokens holds a word of the caption "
+                          "that the image predicts (train/visual_words.py); mean: all hold the mean of its words, as one "
+                          "token does.",
+                  "choices": ["words", "mean"]},
+    )  # fmt: skip
     cca_widths: list[int] = field(default_factory=lambda: list(Grid.widths), metadata={"help": CHOSEN.format("k")})
     cca_ridges: list[float] = field(default_factory=lambda: list(Grid.ridges), metadata={"help": CHOSEN.format("rho")})
     cca_powers: list[float] = field(default_factory=lambda: list(Grid.powers), metadata={"help": CHOSEN.format("w")})

@@ -24,10 +24,11 @@ from transformers.utils import logging
 from modeling_unimur import UniMuRModel
 from train.canonical import STATE, TEXT, Correlations, Setting
 from train.collate import PairCollator, SkipCounter
-from train.held_out import Replies, Rows, document_replies, few_or_part, pair_replies
+from train.held_out import HeldOut, Replies, Rows, document_replies, few_or_part, pair_replies
 from train.moments import Moments, Spectrum
 from train.ridge import matching_map, ridge_map
 from train.sums import TOO_FEW, Sums
+from train.visual_words import visual_words
 
 logger = logging.get_logger("train")
 
@@ -35,6 +36,7 @@ POOLED, PROJECTED, WORDS = "pooled", "projected", "words"  # an image's two feat
 PAIR_VIEWS, DOCUMENT_VIEWS = (STATE, POOLED, PROJECTED, TEXT, WORDS), (STATE, POOLED, PROJECTED)
 RIDGES, POWERS = (1e-4, 1e-3, 1e-2, 1e-1), (0.0, 0.25, 0.5, 0.75, 1.0)  # of the paper's alignment
 WORDS_RIDGE = 1e-2  # of W_i2t
+SAMPLED = 20_000  # images whose captions the visual tokens' words are found on, of all processes
 
 Map = tuple[torch.Tensor, torch.Tensor]  # weight and bias
 
@@ -76,10 +78,9 @@ class ClosedForm:
         if model.config.alignment == "canonical":
             model.set_shared_space(len(self.maps["W_t2m"][0]), self.setting["feature"])
         for name, (weight, bias) in self.maps.items():
-            if name == "W_i2t":  # every visual token starts at the same place
-                tokens = model.config.n_visual_tokens
-                weight, bias = weight.repeat(tokens, 1), bias.repeat(tokens)
             linear = getattr(model, name)
+            tokens = linear.out_features // len(bias)  # of W_i2t: one place for all visual tokens, or a word for each
+            weight, bias = weight.repeat(tokens, 1), bias.repeat(tokens)
             with torch.no_grad():
                 linear.weight.copy_(weight)
                 linear.bias.copy_(bias)
@@ -225,7 +226,7 @@ def _caption_means(batch: dict[str, Any], model: UniMuRModel) -> torch.Tensor:
 
 def sum_pairs(
     model: UniMuRModel, rows: Dataset, collator: PairCollator, skips: SkipCounter, *, batch_size: int, workers: int = 0,
-    every_caption: bool = True,
+    every_caption: bool = True, captions: HeldOut | None = None,
 ) -> Sums:  # fmt: skip
     """
     The moments of caption pairs. Each process reads its part; the sums are those of all.
@@ -234,12 +235,41 @@ def sum_pairs(
         rows: cached or not, streamed or not.
         skips: receives the counts of the pairs that could not be used, of this process.
         every_caption: each of an image's captions is a row; else the one that the collator draws.
+        captions: receives a caption of each image, for `visual_words`.
     """
     sums = Sums(PAIR_VIEWS, few_or_part(rows), model.device)
     for batch in _collated(model, rows, collator, skips, "closed form: pairs", batch_size, workers, every_caption):
-        names = batch["names"]
-        sums.add(pair_rows(model, batch), [names[i] for i in batch["targets"]["image_indices"].tolist()])
+        names = [batch["names"][i] for i in batch["targets"]["image_indices"].tolist()]
+        views = pair_rows(model, batch)
+        sums.add(views, names)
+        if captions is not None:
+            _sample(captions, model, batch, views[POOLED], names)
+    if captions is not None:
+        captions.gather()
+        captions.surplus()
     return sums.finish()
+
+
+def _sample(
+    captions: HeldOut, model: UniMuRModel, batch: dict[str, Any], features: torch.Tensor, names: list[str]
+) -> None:
+    """Each image's first caption, as its tokens, with the image's feature; as many as `captions` takes."""
+    labels, eos = batch["captions"]["labels"].cpu(), model.processor.tokenizer.eos_token_id
+    for row, name in enumerate(names):
+        if name in names[:row]:
+            continue
+        ids = [token for token in labels[row].tolist() if token >= 0 and token != eos]
+        if ids:
+            captions.add(captions.hash(name), {POOLED: features[row].float().cpu(), WORDS: torch.tensor(ids)})
+    captions.surplus(slack=captions.size)
+
+
+def visual_token_map(model: UniMuRModel, captions: HeldOut) -> Map:
+    """W_i2t whose visual tokens each hold a word of the captions that were sampled; see [`train.visual_words`]."""
+    rows = captions.rows()
+    features = torch.stack([row[POOLED] for row in rows])
+    table = model.language_model.get_input_embeddings().weight.detach().cpu()
+    return visual_words(features, [row[WORDS].tolist() for row in rows], table, model.config.n_visual_tokens)
 
 
 def sum_documents(
@@ -311,7 +341,7 @@ def _own_part(rows: Dataset) -> Dataset:
 
 def start(
     model: UniMuRModel, rows: Dataset, collator: PairCollator, skips: SkipCounter, *, batch_size: int, workers: int = 0,
-    documents: Dataset | None = None, grid: Grid | None = None, every_caption: bool = True,
+    documents: Dataset | None = None, grid: Grid | None = None, every_caption: bool = True, visual_start: str = "mean",
 ) -> ClosedForm:  # fmt: skip
     """
     Puts the model's maps at their closed form.
@@ -322,16 +352,22 @@ def start(
         documents: interleaved documents, for the canonical alignment; their contexts' images are read through the
             W_i2t of the pairs' closed form.
         grid: what the canonical alignment chooses from.
+        visual_start: `"words"`: each of several visual tokens holds a word of the caption; `"mean"`: all hold its mean word.
     """
     arguments = {"batch_size": batch_size, "workers": workers}
-    pairs = sum_pairs(model, rows, collator, skips, every_caption=every_caption, **arguments)
+    words = visual_start == "words" and model.config.n_visual_tokens > 1
+    captions = HeldOut(SAMPLED, every=True) if words else None
+    pairs = sum_pairs(model, rows, collator, skips, every_caption=every_caption, captions=captions, **arguments)
+    of_words = {} if captions is None else {"W_i2t": visual_token_map(model, captions)}
     if model.config.alignment == "paper":
         solved = solve_paper(pairs)
     else:
         solved = solve_canonical(pairs, None, grid)
         if documents is not None:
+            solved.maps |= of_words
             solved.apply(model)
             solved = solve_canonical(pairs, sum_documents(model, documents, collator, skips, **arguments), grid)
+    solved.maps |= of_words
     solved.apply(model)
     logger.info(str(solved))
     return solved

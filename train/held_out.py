@@ -30,9 +30,13 @@ class HeldOut:
         self.size, self.every = size, every
         self.items: list[tuple[int, Rows]] = []
 
+    @staticmethod
+    def hash(name: str) -> int:
+        return zlib.crc32(f"held out {name}".encode())
+
     def number(self, name: str) -> int | None:
         """The hash of an item that is held out, unless others fill the place; `None` for the rest."""
-        number = zlib.crc32(f"held out {name}".encode())
+        number = self.hash(name)
         return number if self.every or number < 2**32 // ONE_IN else None
 
     def add(self, number: int, rows: Rows) -> None:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is a fol
 if __name__ == "__main__":
     from train.command import require
 
-    require("train", "accelerate", "matplotlib", "yaml")
+    require("train", "accelerate", "matplotlib", "scipy", "yaml")
 
 import torch
 from accelerate import PartialState
@@ -129,7 +129,7 @@ def solve(
     counts = SkipCounter()
     closed = start(
         model.to(args.device), data.rows, collator, counts, batch_size=args.train_batch_size,
-        workers=args.dataloader_num_workers, grid=model_args.grid(),
+        workers=args.dataloader_num_workers, grid=model_args.grid(), visual_start=model_args.visual_start,
         documents=data.documents if model_args.alignment == "canonical" else None,
     )  # fmt: skip
     total = SkipCounter()

@@ -242,6 +242,21 @@ def test_it_trains_without_a_step(folder, few, cached, alignment):  # noqa: F811
     assert torch.isfinite(model.W_i2t.weight).all()
 
 
+@pytest.mark.parametrize(("start", "tokens", "alike"), [("words", 2, False), ("mean", 2, True), ("words", 1, True)])
+def test_several_visual_tokens_hold_words_of_their_own_and_one_the_mean(folder, start, tokens, alike):  # noqa: F811
+    settings = base(folder) | {"max_steps": 0, "alignment": "canonical", "evaluate_pairs": 0, "n_visual_tokens": tokens,
+                               "visual_start": start}  # fmt: skip
+    (folder / "c.yaml").write_text(yaml.safe_dump(settings))
+    model = UniMuRModel.from_pretrained(main([str(folder / "c.yaml")])["checkpoint"])
+    of_tokens = model.W_i2t.weight.chunk(tokens)
+    assert torch.allclose(of_tokens[0], of_tokens[-1]) == alike
+    means = UniMuRModel.from_pretrained(
+        main([str(folder / "c.yaml"), "--visual_start=mean", f"--output_dir={folder / 'means'}"])["checkpoint"]
+    )
+    assert torch.equal(model.W_i2t.weight, means.W_i2t.weight) == alike
+    assert torch.equal(model.W_t2m.weight, means.W_t2m.weight)  # captions alone: nothing else depends on it
+
+
 def test_cached_and_plain_pairs_give_the_same_start_and_steps_go_on_from_it(folder):  # noqa: F811
     weights = {}
     for cached, steps in ((True, 0), (False, 0), (True, 2)):

@@ -112,7 +112,8 @@ def test_two_processes_train_as_one(data, tmp_path, more):
 
 
 def test_two_processes_solve_the_canonical_alignment_as_one(data, tmp_path):
-    more = ("--alignment=canonical", "--max_steps=0", "--cca_widths=3", "--cca_ridges=0.1", "--cca_powers=1")
+    more = ("--alignment=canonical", "--max_steps=0", "--cca_widths=3", "--cca_ridges=0.1", "--cca_powers=1",
+            "--n_visual_tokens=2")  # fmt: skip
     one, two = train(data, tmp_path / "1", 1, *more), train(data, tmp_path / "2", 2, *more)
     assert (one["processes"], two["processes"]) == (1, 2) and one["pairs_seen"] == two["pairs_seen"] == 8
     assert one["closed_form"] == pytest.approx(two["closed_form"], nan_ok=True)
@@ -122,6 +123,8 @@ def test_two_processes_solve_the_canonical_alignment_as_one(data, tmp_path):
         a, b = (torch.cat([w[f"{name}.weight"], w[f"{name}.bias"][:, None]], 1) for w in (first, second))
         assert torch.allclose(a.T @ a, b.T @ b, rtol=1e-3, atol=1e-4), name
     assert torch.allclose(first["W_i2t.weight"], second["W_i2t.weight"], atol=1e-5)
+    of_tokens = first["W_i2t.weight"].chunk(2)
+    assert not torch.allclose(of_tokens[0], of_tokens[1], atol=1e-3)  # each holds a word of its own
 
 
 def check_alike(one: dict, two: dict, folder: Path, seen: int, rel: float = 2e-4, atol: float = 2e-5) -> None:
