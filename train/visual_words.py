@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from tqdm.auto import tqdm
 
 from train.moments import Spectrum
 
@@ -59,7 +60,7 @@ def visual_words(
     mean_word = table[sorted(holding)].float().mean(0)
     rarity = torch.tensor([[math.log(len(captions) / holding[word]) for word in row] for row in words.tolist()])
     held = rarest(captions, n)
-    for _ in range(rounds):
+    for _ in tqdm(range(rounds), "words of the visual tokens"):
         weight, bias = _regression(features, centred, inverse, table, held)
         shared = _assignment(features, weight, bias, table, words, rarity, mean_word)
         if torch.equal(shared, held):
