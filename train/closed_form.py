@@ -358,15 +358,12 @@ def start(
     words = visual_start == "words" and model.config.n_visual_tokens > 1
     captions = HeldOut(SAMPLED, every=True) if words else None
     pairs = sum_pairs(model, rows, collator, skips, every_caption=every_caption, captions=captions, **arguments)
+    solved = solve_paper(pairs) if model.config.alignment == "paper" else solve_canonical(pairs, None, grid)
     of_words = {} if captions is None else {"W_i2t": visual_token_map(model, captions)}
-    if model.config.alignment == "paper":
-        solved = solve_paper(pairs)
-    else:
-        solved = solve_canonical(pairs, None, grid)
-        if documents is not None:
-            solved.maps |= of_words
-            solved.apply(model)
-            solved = solve_canonical(pairs, sum_documents(model, documents, collator, skips, **arguments), grid)
+    if documents is not None and model.config.alignment == "canonical":
+        solved.maps |= of_words
+        solved.apply(model)
+        solved = solve_canonical(pairs, sum_documents(model, documents, collator, skips, **arguments), grid)
     solved.maps |= of_words
     solved.apply(model)
     logger.info(str(solved))

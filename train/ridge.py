@@ -17,8 +17,8 @@ It ranks images among images and texts among texts. In a pool of both, two texts
 than a text and an image, so that texts come first: search with `calibrate=True` or an `image_bias`, train on from here, or
 take the canonical alignment ([`train.canonical`]), which has no such fault.
 
-W_i2t is a ridge regression too, of z, the mean of a caption's input embeddings `(d,)`, on the image feature f `(c,)`. One visual
-token starts there; several each have a word of their own ([`train.visual_words`]).
+W_i2t is a ridge regression too, of z, the mean of a caption's input embeddings `(d,)`, on the image feature f `(c,)`. One
+visual token starts there; several each have a word of their own ([`train.visual_words`]).
 """
 
 import torch
