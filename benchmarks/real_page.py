@@ -35,7 +35,9 @@ def introduction(result: Mapping[str, Any]) -> str:
         f"dialogues are the miniature's. The words {result['ret_prompt']!r} stand before [RET], which starts from the "
         f"embedding of {result['ret_init']!r}. The maps are fitted to {result['pairs']:,} natural captions of train scenes. "
         f"Settings were chosen on {result['validation_dialogues']} validation dialogues of each kind without a picture, by "
-        f"{result['chosen_by']}; test was measured once. Values are means over the seeds {', '.join(map(str, seeds))} of the "
+        f"{result['chosen_by']}; test was measured once, and again when W_i2t's closed form had become the one of "
+        "`train/visual_words.py`, which no choice depends on. Values are means over the seeds "
+        f"{', '.join(map(str, seeds))} of the "
         "trained maps, the smallest and largest in brackets; canonical correlation and CLIP have no seed. Chance R@1 in the "
         "pool of 1,000 pictures is 0.1."
     )
