@@ -1,11 +1,13 @@
 """W_i2t for a frozen LLM: in closed form, and trained from there on natural captions (eq. 1-2)."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from train.cache import write_whole
 from train.visual_words import visual_words
 
 from .bench import Bench
@@ -17,18 +19,22 @@ STEPS, BATCH = 40, 32
 @torch.no_grad()
 def closed_form(bench: Bench, features: torch.Tensor) -> None:
     """
-    Gives every visual token a word of the caption to hold; see [`train.visual_words`].
+    Gives every visual token a word of the caption to hold; see [`train.visual_words`]. The map is kept beside the states,
+    which depend on its last bits, and those on the number of threads.
 
     Args:
         features: CLIP's pooled outputs `(n, c)` of the first n train pictures.
     """
-    model = bench.model
+    model, path = bench.model, bench.folder / f"W_i2t-{len(features)}.safetensors"
+    if _read(bench, path):
+        return
     captions = [texts[0] for texts in bench.world.pairs[: len(features)]["captions"]]
     ids = model.processor.tokenizer(captions, add_special_tokens=False)["input_ids"]
     table = model.language_model.get_input_embeddings().weight
     weight, bias = visual_words(features, ids, table, model.config.n_visual_tokens)
     model.W_i2t.weight.copy_(weight)
     model.W_i2t.bias.copy_(bias)
+    _keep(bench, path)
 
 
 def train(bench: Bench, features: torch.Tensor, path: Path, seed: int = 0) -> float | None:
@@ -43,10 +49,7 @@ def train(bench: Bench, features: torch.Tensor, path: Path, seed: int = 0) -> fl
         The mean loss of the last ten steps; `None` if it was read from disk.
     """
     model = bench.model
-    if path.is_file():
-        with torch.no_grad():
-            for name, value in load_file(path).items():
-                getattr(model.W_i2t, name).copy_(value)
+    if _read(bench, path):
         return None
     rows = bench.world.pairs[: len(features)]
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +65,21 @@ def train(bench: Bench, features: torch.Tensor, path: Path, seed: int = 0) -> fl
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    temporary = path.with_suffix(".tmp")
-    save_file({name: p.detach().clone() for name, p in model.W_i2t.named_parameters()}, temporary)
-    temporary.replace(path)
+    _keep(bench, path)
     return sum(losses[-10:]) / 10
+
+
+def _read(bench: Bench, path: Path) -> bool:
+    """Whether W_i2t was at `path`; then the model has it."""
+    if not path.is_file():
+        return False
+    with torch.no_grad():
+        for name, value in load_file(path).items():
+            getattr(bench.model.W_i2t, name).copy_(value)
+    return True
+
+
+def _keep(bench: Bench, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach().clone() for name, p in bench.model.W_i2t.named_parameters()}
+    write_whole(path, partial(save_file, weights))
