@@ -255,9 +255,8 @@ def _sample(
 ) -> None:
     """Each image's first caption, as its tokens, with the image's feature; as many as `captions` takes."""
     labels, eos = batch["captions"]["labels"].cpu(), model.processor.tokenizer.eos_token_id
-    for row, name in enumerate(names):
-        if name in names[:row]:
-            continue
+    first = {name: row for row, name in reversed(list(enumerate(names)))}
+    for name, row in first.items():
         ids = [token for token in labels[row].tolist() if token >= 0 and token != eos]
         if ids:
             captions.add(captions.hash(name), {POOLED: features[row].float().cpu(), WORDS: torch.tensor(ids)})

@@ -32,6 +32,7 @@ class HeldOut:
 
     @staticmethod
     def hash(name: str) -> int:
+        """Of an item's id: what decides whether it is held, and in which order."""
         return zlib.crc32(f"held out {name}".encode())
 
     def number(self, name: str) -> int | None:

@@ -12,6 +12,7 @@ compared: it does not give the size of an epoch, probably FROMAGe's 360,000 samp
 """
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -147,7 +148,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 def summing(model: UniMuRModel, made: list[dict[str, Any]], sums: Sums) -> Callable[[int], None]:
     """A function that adds one batch, uncached, to the closed form's sums; each call's pairs are new ones."""
     ready = [without(batch, **UNCACHED) for batch in made]
-    calls = iter(range(10**9))
+    calls = itertools.count()
 
     def add(number: int) -> None:
         rows, call = pair_rows(model, ready[number % len(ready)]), next(calls)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -55,6 +56,27 @@ def test_states_are_the_models_and_are_kept(bench, pairs, monkeypatch):
     assert torch.allclose(pairs.states[5:7], bench.model.ret_states(**inputs), atol=1e-5)
     monkeypatch.setattr(bench, "_ret_states", lambda _: pytest.fail("computed again"))
     assert torch.equal(bench.pairs(48).states, pairs.states)
+
+
+def test_two_share_the_states_and_each_computes_its_part(bench, folder):
+    texts = [f"number {i}" for i in range(40)]  # three parts
+    text = bench.model.config.text_model_name_or_path
+    ranks = [Bench(folder / "shared", text, bench.world, "\nGist", ":", rank, 2) for rank in range(2)]
+    calls = [0, 0]
+
+    def counted(rank, whole):
+        def states(contexts):
+            calls[rank] += len(contexts)
+            return whole(contexts)
+
+        return states
+
+    for rank, one in enumerate(ranks):
+        one._ret_states = counted(rank, one._ret_states)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda one: one.states("shared", texts), ranks)
+    assert calls == [24, 16]  # parts 1 and 3, part 2
+    assert torch.equal(first, second) and torch.equal(first, bench.states("alone", texts))
 
 
 def test_an_interrupted_extraction_resumes(bench, monkeypatch):
