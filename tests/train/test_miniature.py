@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
 from train.documents import WITH_IMAGES
 from train.miniature import pictures
 from train.miniature.dialogues import figure1, interleaved, responses, visdial, without_context_images
-from train.miniature.prepare import training_documents, training_pairs
+from train.miniature.prepare import prepare_towers, training_documents, training_pairs
 from train.miniature.sentences import ASK_IMAGE
 from train.miniature.towers import documents, pretrain_clip, pretrain_opt
 from train.miniature.world import captions, draw, every_scene, held_out_pairs, splits
-from train.parallel import side_by_side
+from train.parallel import Done, side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +143,18 @@ def test_bars_side_by_side_have_lines_of_their_own():
 def test_what_a_job_raises_is_raised():
     with pytest.raises(TypeError, match="no keyword arguments"):
         side_by_side([(os.getpid, {}), (os.getpid, {"of": "what"})])
+
+
+def test_towers_of_another_seed_are_named_when_they_are_replaced(tmp_path, monkeypatch, caplog):
+    made = []
+    module = sys.modules["train.miniature.prepare"]
+    monkeypatch.setattr(
+        module, "side_by_side", lambda jobs: made.append(len(jobs)) or [Done(None, 1.0, 0.5)] * len(jobs)
+    )
+    (tmp_path / "towers").mkdir()
+    with caplog.at_level("WARNING"):
+        for seed in (0, 0, 42):
+            prepare_towers(tmp_path, seed)
+    assert made == [2, 2]  # the second call takes what the first made
+    (message,) = [record.message for record in caplog.records if "holds the towers" in record.message]
+    assert "of seed 0: those of seed 42 take their place" in message

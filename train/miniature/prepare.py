@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from train.conversations import ImageId, parse_chat
 from train.documents import InterleavedDocuments
@@ -20,6 +21,8 @@ from train.rows import FEATURES, make_row
 from .dialogues import chat_messages, interleaved
 from .towers import pretrain_clip, pretrain_opt
 from .world import Scene, captions, draw, splits
+
+logger = logging.get_logger("train")
 
 N_DOCUMENTS = 8_000
 
@@ -64,7 +67,10 @@ def prepare_towers(folder: str | Path, seed: int = 0) -> tuple[dict[str, float],
     seconds: dict[str, float] = {}
     memory = 0.0
     stamp = towers / "made.json"
-    if not stamp.is_file() or json.loads(stamp.read_text()) != {"seed": seed}:
+    made = json.loads(stamp.read_text()) if stamp.is_file() else None
+    if made != {"seed": seed}:
+        if made is not None:
+            logger.warning(f"{towers} holds the towers of seed {made['seed']}: those of seed {seed} take their place")
         stamp.unlink(missing_ok=True)
         names: dict[str, Callable[..., Path]] = {"CLIP": pretrain_clip, "OPT": pretrain_opt}
         jobs = [
