@@ -27,6 +27,7 @@ from .protocols import TASKS, paper, protocols, read
 from .tables import PLAIN
 
 RESULTS = Path(__file__).parent / "results"
+LEADERS = ("first", "second")  # which the others are compared with: UniMuR, and UniMuR on pairs alone
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,7 +77,8 @@ def page(folder: Path) -> Path:
         "numbers cannot be compared with the paper's, only their orderings can.",
         f"Seeds {numbers}; every figure is a mean over them with the smallest and the largest seed in brackets, on the test "
         "split, in percent (CLIP-Sim is a cosine, mean rank a rank). *First less this* is UniMuR's value less the row's on "
-        "the same items, and on how many seeds its paired 95 % bootstrap interval (10,000 samples) lies above zero. A dash "
+        "the same items, *second less this* that of pairs alone, and on how many seeds the difference's paired 95 % bootstrap "
+        "interval (10,000 samples) lies above zero, and on how many below. A dash "
         "means that the task does not apply. "
         + (f"Making, training and measuring took {took} on two cores, which other jobs may have shared." if took else ""),
         systems(results),
@@ -169,7 +171,7 @@ def section(task: str, results: list[dict[str, Any]]) -> str:
         rows = [_row([r for r in mine if r["system"] == name], name, columns, lead)
                 for name in dict.fromkeys(r["system"] for r in mine)]  # fmt: skip
         lines += ["", f"**{variant}**, version {version}. {described}{items} items.", "",
-                  table(["here", *columns, f"first less this, {lead}"], rows)]  # fmt: skip
+                  table(["here", *columns, *(f"{place} less this, {lead}" for place in LEADERS)], rows)]  # fmt: skip
     notes = sorted({f"{r['system']}, {r['protocol']['variant']}: {n}" for r in results for n in r.get("notes", [])})
     return "\n".join([*lines, *(["", *(f"- {note}" for note in notes)] if notes else [])])
 
@@ -182,18 +184,24 @@ def _is_current(result: dict[str, Any], about: Mapping[str, Any]) -> bool:
 
 def _row(results: list[dict], system: str, columns: list[str], lead: str) -> list[str]:
     if not any(r["applies"] for r in results):
-        return [system, *["-"] * (len(columns) + 1)]
+        return [system, *["-"] * (len(columns) + len(LEADERS))]
     cells = []
     for column in columns:
         values = [r["metrics"].get(column, {}).get("value") for r in results]
         cells.append("-" if None in values else _span(values, 3 if column == "CLIP-Sim" else 1, _scale(column)))
-    differences = [r["first_less_this"][lead] for r in results if lead in r.get("first_less_this", {})]
+    return [system, *cells, *(_less(results, place, lead) for place in LEADERS)]
+
+
+def _less(results: list[dict], place: str, lead: str) -> str:
+    """A leader's value less this row's, over the seeds, and on how many of them the paired interval leaves zero out."""
+    name = f"{place}_less_this"
+    differences = [r[name][lead] for r in results if lead in r.get(name, {})]
+    if not differences:
+        return ""
     above = sum(d["low"] is not None and d["low"] > 0 for d in differences)
-    cells.append(
-        f"{_span([d['mean'] for d in differences], 1, 100)}; above zero on {above} of {len(differences)}"
-        if differences else ""
-    )  # fmt: skip
-    return [system, *cells]
+    below = sum(d["high"] is not None and d["high"] < 0 for d in differences)
+    span = _span([d["mean"] for d in differences], 1, 100)
+    return f"{span}; above zero on {above} of {len(differences)}" + (f", below on {below}" if below else "")
 
 
 def _scale(column: str) -> int:

@@ -43,17 +43,18 @@ def evaluate(
 
 def compare(
     systems: Sequence[System], data: Dialogues | Questions, protocol: Protocol, *, clip: System, seed: int = 0,
-    source: str = "miniature", values: bool = False,
+    source: str = "miniature", values: bool = False, second: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """
     Every system on one protocol, each against the first over the same items: all of `data`, or the protocol's `limit`.
 
     Returns:
         One result per system: protocol, data, system, seed, `metrics` (value, 95 % interval, items) and `first_less_this`
-        (the first system's value less this one's, with its paired 95 % interval); with `values`, also what each item has,
-        from which [`benchmarks.measure.difference`] compares any two.
+        (the first system's value less this one's, with its paired 95 % interval); with `second`, `second_less_this` in the
+        same way, of all behind the second; with `values`, also what each item has, from which
+        [`benchmarks.measure.difference`] compares any two.
     """
-    results, first = [], None
+    results, leaders = [], {}
     data = data.first(protocol.settings.get("limit"))
     for system in systems:
         start = time.perf_counter()
@@ -73,12 +74,12 @@ def compare(
         result |= {"applies": True, "metrics": {k: m.summary(seed) for k, m in measures.items()}}
         if values:
             result["values"] = {name: m.listed() for name, m in measures.items() if m.weights is None}
-        if first is None:
-            first = measures
-        else:
-            result["first_less_this"] = {
-                name: first[name].against(m, seed) for name, m in measures.items() if name in first
+        for place, leader in leaders.items():
+            result[f"{place}_less_this"] = {
+                name: leader[name].against(m, seed) for name, m in measures.items() if name in leader
             }
+        if len(leaders) < 1 + second:
+            leaders["second" if leaders else "first"] = measures
         results.append(result | {"notes": system.notes, "seconds": round(time.perf_counter() - start, 1)})
     return results
 

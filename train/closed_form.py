@@ -340,7 +340,7 @@ def _own_part(rows: Dataset) -> Dataset:
 
 def start(
     model: UniMuRModel, rows: Dataset, collator: PairCollator, skips: SkipCounter, *, batch_size: int, workers: int = 0,
-    documents: Dataset | None = None, grid: Grid | None = None, every_caption: bool = True, visual_start: str = "mean",
+    documents: Dataset | None = None, grid: Grid | None = None, every_caption: bool = True, visual_start: str = "words",
 ) -> ClosedForm:  # fmt: skip
     """
     Puts the model's maps at their closed form.

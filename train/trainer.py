@@ -35,7 +35,6 @@ BANK = "negatives_bank.safetensors"
 LEFT_OUT = {
     "captioning": ("contexts", "targets"), "matching": ("captions",), "drawing": ("captions", "targets", "images"),
 }  # fmt: skip
-MATCHING_TENSORS = ("W_t2m", "W_v2m", "logit_scale", "logit_bias")
 
 
 class UniMuRTrainer(Trainer):
@@ -57,6 +56,7 @@ class UniMuRTrainer(Trainer):
 
     args: UniMuRTrainingArguments
     model: Any  # a UniMuRModel, wrapped where it is sharded
+    matching_tensors: tuple[str, ...] = ("W_t2m", "W_v2m", "logit_scale", "logit_bias")  # of matching_learning_rate
 
     def __init__(
         self, *, groups: list[int] | None = None, validation: Validation | None = None,
@@ -112,7 +112,7 @@ class UniMuRTrainer(Trainer):
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
         for rate, names in (
-            (self.args.matching_learning_rate, MATCHING_TENSORS), (self.args.drawing_learning_rate, ("drawing",)),
+            (self.args.matching_learning_rate, self.matching_tensors), (self.args.drawing_learning_rate, ("drawing",)),
         ):  # fmt: skip
             if rate is None:
                 continue

@@ -18,6 +18,7 @@ only labels.
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,22 @@ def visual_words(
         held = shared
     weight, bias = _regression(features, centred, inverse, table, held)
     return weight.flatten(0, 1).float(), bias.flatten().float()
+
+
+@torch.no_grad()
+def start_visual_tokens(model: Any, captions: Sequence[str], features: torch.Tensor) -> None:
+    """
+    Puts the W_i2t of a model over a frozen LLM, UniMuR or FROMAGe, there.
+
+    Args:
+        captions: of the images.
+        features: CLIP's pooled outputs `(m, c)` of the images.
+    """
+    ids = model.processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+    table = model.language_model.get_input_embeddings().weight.detach()
+    weight, bias = visual_words(features, ids, table, model.config.n_visual_tokens)
+    model.W_i2t.weight.copy_(weight)
+    model.W_i2t.bias.copy_(bias)
 
 
 def rarest(captions: Sequence[Sequence[int]], k: int) -> torch.Tensor:

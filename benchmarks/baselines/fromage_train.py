@@ -20,6 +20,7 @@ from train.miniature import Miniature
 from train.run import make_processor
 from train.trainer import UniMuRTrainer
 from train.training_arguments import UniMuRTrainingArguments
+from train.visual_words import start_visual_tokens
 
 
 class FromageCollator(PairCollator):
@@ -98,20 +99,28 @@ class RescaleRet(TrainerCallback):
         getattr(model, "module", model).rescale_ret()
 
 
+class FromageTrainer(UniMuRTrainer):
+    """UniMuR's, where [RET] too has the rate of what retrieves."""
+
+    matching_tensors = (*UniMuRTrainer.matching_tensors, "ret_embedding")
+
+
 def train_fromage(
-    output_dir: str | Path, miniature: Miniature, seed: int, *, learning_rate: float, max_steps: int = 320,
-    per_device_train_batch_size: int = 64, gradient_accumulation_steps: int = 2, warmup_steps: int = 30,
-    lr_scheduler_type: str = "cosine", ret_init: str | None = "#", n_visual_tokens: int = 6, shared_dim: int = 256,
-    concatenate: float = 0.5, logging_steps: int = 20, heads: Mapping[str, Any] | None = None,
-    start: Mapping[str, Any] | None = None,
+    output_dir: str | Path, miniature: Miniature, seed: int, *, learning_rate: float,
+    visual_learning_rate: float | None = None, max_steps: int = 320, per_device_train_batch_size: int = 64,
+    gradient_accumulation_steps: int = 2, warmup_steps: int = 30, lr_scheduler_type: str = "cosine",
+    ret_init: str | None = "#", n_visual_tokens: int = 6, shared_dim: int = 256, concatenate: float = 0.5,
+    logging_steps: int = 20, heads: Mapping[str, Any] | None = None, start: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """
     Trains FROMAGe on the miniature's caption pairs.
 
     The defaults are those of UniMuR's pairs-only variant (train/configs/miniature.yaml), so that two rows differ by the
-    method and the `learning_rate` alone.
+    method and the rates alone. W_i2t starts as UniMuR's, at a closed form.
 
     Args:
+        learning_rate: of the two heads, [RET] and the temperature.
+        visual_learning_rate: of W_i2t; the same by default.
         heads: arguments of [`train_heads`], which then trains W_t2m, W_v2m and the temperature further; by default it
             does not run.
         start: arguments of [`start_canonical`], from which the two heads then start; by default they keep their values.
@@ -130,14 +139,17 @@ def train_fromage(
     )
     skips = SkipCounter()
     rows = cache_image_features(miniature.pairs, model, skips)
+    features = torch.from_numpy(rows["image_features"][range(len(rows))])
+    start_visual_tokens(model, [texts[0] for texts in rows["captions"]], features)
     args = UniMuRTrainingArguments(
-        output_dir=str(output_dir), seed=seed, learning_rate=learning_rate, max_steps=max_steps,
+        output_dir=str(output_dir), seed=seed, max_steps=max_steps, matching_learning_rate=learning_rate,
+        learning_rate=learning_rate if visual_learning_rate is None else visual_learning_rate,
         per_device_train_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, warmup_steps=warmup_steps,
         lr_scheduler_type=lr_scheduler_type, logging_steps=logging_steps, save_strategy="no", use_cpu=True,
         disable_tqdm=True,
     )  # fmt: skip
-    trainer = UniMuRTrainer(
+    trainer = FromageTrainer(
         model=model, args=args, train_dataset=rows, callbacks=[RescaleRet()],
         data_collator=FromageCollator(model.processor, seed=seed, concatenate=concatenate),
     )  # fmt: skip
@@ -145,7 +157,6 @@ def train_fromage(
     trainer.train()
     trainer.save_state()
     if heads:
-        features = torch.from_numpy(rows["image_features"][range(len(rows))])
         data = caption_states(model, rows["captions"], features)
         if start:
             start_canonical(model, data, **start)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from train.cache import write_whole
-from train.visual_words import visual_words
+from train.visual_words import start_visual_tokens
 
 from .bench import Bench
 
@@ -16,7 +16,6 @@ RATE = 3e-3
 STEPS, BATCH = 40, 32
 
 
-@torch.no_grad()
 def closed_form(bench: Bench, features: torch.Tensor) -> None:
     """
     Gives every visual token a word of the caption to hold; see [`train.visual_words`]. The map is kept beside the states,
@@ -28,12 +27,7 @@ def closed_form(bench: Bench, features: torch.Tensor) -> None:
     model, path = bench.model, bench.folder / f"W_i2t-{len(features)}.safetensors"
     if _read(bench, path):
         return
-    captions = [texts[0] for texts in bench.world.pairs[: len(features)]["captions"]]
-    ids = model.processor.tokenizer(captions, add_special_tokens=False)["input_ids"]
-    table = model.language_model.get_input_embeddings().weight
-    weight, bias = visual_words(features, ids, table, model.config.n_visual_tokens)
-    model.W_i2t.weight.copy_(weight)
-    model.W_i2t.bias.copy_(bias)
+    start_visual_tokens(model, [texts[0] for texts in bench.world.pairs[: len(features)]["captions"]], features)
     _keep(bench, path)
 
 

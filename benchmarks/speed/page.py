@@ -141,7 +141,7 @@ def _pool(measured: dict[str, Any]) -> str:
 
 
 def _quality(measured: dict[str, Any]) -> str:
-    from .quality import MEASURES, RECALL, REFERENCE
+    from .quality import MEASURES, PARTS, RECALL, REFERENCE
 
     def span(values: list[float], digits: int, unit: str = "") -> str:
         low, high = min(values), max(values)
@@ -169,7 +169,8 @@ def _quality(measured: dict[str, Any]) -> str:
         f"{RECALL} at which the reference ends is there than the reference is done, and than the reference was first seen at "
         "it.\n\n"
         "![recall against seconds](quality-speed.png)\n\n"
-        + "Canonical correlation (`train/canonical.py`) sees one caption of each image here and makes no step.\n\n"
+        + "Canonical correlation (`train/canonical.py`) sees one caption of each image here. Alone it makes no step, and its "
+        f"points are runs of their own over {', '.join(f'{part:g}' for part in PARTS)} of the pairs.\n\n"
         + table(["", *MEASURES, "seconds", "sooner than its end", "than it first did"], rows)
     )
 

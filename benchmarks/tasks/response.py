@@ -64,7 +64,8 @@ def score(
     Returns:
         Item by item: `image retrieval rate`, over the turns whose reply has an image, and `… on text-only turns`;
         `image R@1`, whether the image retrieved is the gold reply's first (or any of its images, by the protocol); `text R@1`;
-        `overall R@1` over all gold texts and images; `CLIP-Sim` of the text and the image returned together (a cosine),
+        `overall R@1` over all gold texts and images; `whole reply R@1`, beyond the paper: all that is gold is right, and no
+        image is shown where none is gold; `CLIP-Sim` of the text and the image returned together (a cosine),
         over the turns for which an image is retrieved.
     """
     n = len(data.dialogues)
@@ -94,12 +95,14 @@ def score(
     image_hit = image_hit * image_share
     hits = np.nan_to_num(text_hit) + np.nan_to_num(image_hit)
     golds = np.isfinite(text_hit).astype(float) + np.isfinite(image_hit)
+    whole = np.where(np.isfinite(text_hit), text_hit, 1) * np.where(np.isfinite(image_hit), image_hit, 1 - image_share)
     return {
         "image retrieval rate": Measure(on_image_turns),
         "image retrieval rate on text-only turns": Measure(on_text_turns),
         "image R@1": Measure(image_hit),
         "text R@1": Measure(text_hit),
         "overall R@1": Measure(hits, golds),
+        "whole reply R@1": Measure(np.where(golds > 0, whole, np.nan)),
         "CLIP-Sim": Measure(clip_sim, percent=False),
     }
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,15 @@ from benchmarks.baselines.fromage_train import train_fromage
 from tests.benchmarks.tiny_fromage import WORDS, make, rows_of
 from tests.tiny import make_towers
 from train.canonical import STATE, TEXT, Correlations, Setting
+from train.collate import SkipCounter
+from train.features import cache_image_features
 from train.moments import Moments
+from train.rows import FEATURES
+from train.visual_words import visual_words
 
 HEADS = {"W_t2m.weight", "W_t2m.bias", "W_v2m.weight", "W_v2m.bias", "logit_scale"}
 SETTINGS = {"noise": 0.3, "learning_rate": 1e-2, "steps": 60, "batch_size": 16}
+FEW = {"max_steps": 2, "per_device_train_batch_size": 8, "warmup_steps": 0}
 
 
 @pytest.fixture
@@ -95,17 +101,17 @@ def test_a_canonical_start_gives_the_cosines_of_the_canonical_maps(tmp_path):
             start_canonical(model, data, width=width, ridge=0.1, power=2)
 
 
-def test_the_miniatures_fromage_trains_its_heads_further(tmp_path):
-    import datasets
-
-    from train.rows import FEATURES
-
+@pytest.fixture
+def miniature(tmp_path):
+    """A few pairs over small towers."""
     text, clip = make_towers(tmp_path / "towers")
     rows = [{**row, "source": None, "license": None, "url": None, "problem": None} for row in rows_of()]
-    miniature = SimpleNamespace(
-        text_model=str(text), clip_model=str(clip), pairs=datasets.Dataset.from_list(rows, features=FEATURES)
-    )
-    few = {"learning_rate": 1e-2, "max_steps": 2, "per_device_train_batch_size": 8, "warmup_steps": 0}
+    pairs = datasets.Dataset.from_list(rows, features=FEATURES)
+    return SimpleNamespace(text_model=str(text), clip_model=str(clip), pairs=pairs)
+
+
+def test_the_miniatures_fromage_trains_its_heads_further(tmp_path, miniature):
+    few = FEW | {"learning_rate": 1e-2}
     heads, start = SETTINGS | {"steps": 1, "learning_rate": 1e-4}, {"width": 4, "ridge": 0.1, "power": 1}
     joint, further, canonical = (
         dict(FromageModel.from_pretrained(train_fromage(tmp_path / name, miniature, 3, **few | more)).named_parameters())
@@ -114,3 +120,12 @@ def test_the_miniatures_fromage_trains_its_heads_further(tmp_path):
     for trained, near in ((further, True), (canonical, False)):
         assert {name for name, p in joint.items() if not torch.equal(p, trained[name])} == HEADS
         assert torch.allclose(joint["W_t2m.weight"], trained["W_t2m.weight"], atol=1e-3) is near
+
+
+def test_the_miniatures_visual_tokens_start_as_unimurs(tmp_path, miniature):
+    still = FromageModel.from_pretrained(train_fromage(tmp_path / "still", miniature, 3, **FEW, learning_rate=0.0))
+    features = cache_image_features(miniature.pairs, still, SkipCounter())["image_features"]
+    ids = still.processor.tokenizer([c[0] for c in miniature.pairs["captions"]], add_special_tokens=False)["input_ids"]
+    table = still.language_model.get_input_embeddings().weight.detach()
+    weight, bias = visual_words(torch.tensor(features[:]), ids, table, 6)
+    assert torch.allclose(still.W_i2t.weight, weight, atol=1e-6) and torch.allclose(still.W_i2t.bias, bias, atol=1e-6)

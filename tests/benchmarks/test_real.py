@@ -167,7 +167,7 @@ def test_every_objective_learns(name):
 def test_closed_form_and_training_of_w_i2t(bench, pairs, folder, monkeypatch):
     monkeypatch.setattr(visual, "STEPS", 30)
     visual.closed_form(bench, pairs.features)
-    monkeypatch.setattr(visual, "visual_words", lambda *_: pytest.fail("it is kept beside the states"))
+    monkeypatch.setattr(visual, "start_visual_tokens", lambda *_: pytest.fail("it is kept beside the states"))
     start = bench.model.W_i2t.weight.detach().clone()
     tokens = bench.model.W_i2t(pairs.features).reshape(len(pairs.features), bench.model.config.n_visual_tokens, -1)
     table = bench.model.language_model.get_input_embeddings().weight

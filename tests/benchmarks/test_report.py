@@ -10,7 +10,7 @@ from benchmarks.output import write_json
 from benchmarks.protocols import protocols, read
 
 
-def result(task, system, seed, metrics, variant=None, difference=None, applies=True):
+def result(task, system, seed, metrics, variant=None, difference=None, second=None, applies=True):
     protocol = protocols(task, miniature=True)[0]
     row = {
         "task": task, "protocol": {"variant": variant or protocol.variant, "version": 1, "miniature": True, "settings": {}},
@@ -18,8 +18,9 @@ def result(task, system, seed, metrics, variant=None, difference=None, applies=T
         "system": system, "revision": {}, "seed": seed, "applies": applies, "notes": [],
         "metrics": {k: {"value": v, "low": v - 0.01, "high": v + 0.01, "n": 10} for k, v in metrics.items()},
     }  # fmt: skip
-    if difference is not None:
-        row["first_less_this"] = {k: dict(zip(("mean", "low", "high"), difference, strict=True)) for k in metrics}
+    for name, less in (("first", difference), ("second", second)):
+        if less is not None:
+            row[f"{name}_less_this"] = {k: dict(zip(("mean", "low", "high"), less, strict=True)) for k in metrics}
     return row
 
 
@@ -40,7 +41,14 @@ def folder(tmp_path):
         results = [
             result("visdial", "UniMuR", seed, {"R@1": ours, "R@5": 0.6, "R@10": 0.7}),
             result("visdial", "FROMAGe", seed, {"R@1": theirs, "R@5": 0.5, "R@10": 0.6}, difference=(0.1, 0.04, 0.15)),
-            result("visdial", "CLIP", seed, {"R@1": 0.35}, difference=(ours - 0.35, ours - 0.4, ours - 0.3)),
+            result(
+                "visdial",
+                "CLIP",
+                seed,
+                {"R@1": 0.35},
+                difference=(ours - 0.35, ours - 0.4, ours - 0.3),
+                second=(-0.2, -0.3, -0.1 + seed),
+            ),
             result("visdial", "Frozen", seed, {}, applies=False),
             result("vqav2", "FROMAGe", seed, {"accuracy": 0.1}),
             result("vqav2", "Frozen", seed, {"accuracy": 0.2}, difference=(-0.1, -0.2, -0.01)),
@@ -59,8 +67,9 @@ def test_the_page(folder):
     text = report.page(folder).read_text()
     assert "| UniMuR | 40.0 (30.0–50.0) | 60.0 (60.0–60.0) | 70.0 (70.0–70.0) |  |" in text
     assert "| FROMAGe | 30.0 (20.0–40.0) |" in text and "10.0 (10.0–10.0); above zero on 2 of 2 |" in text
-    assert "5.0 (-5.0–15.0); above zero on 1 of 2 |" in text  # UniMuR against CLIP
-    assert "| Frozen | - | - | - | - |" in text
+    # UniMuR against CLIP, and pairs alone against it
+    assert "5.0 (-5.0–15.0); above zero on 1 of 2 | -20.0 (-20.0–-20.0); above zero on 0 of 2, below on 1 |" in text
+    assert "| Frozen | - | - | - | - | - |" in text
     assert "| UniMuR | 24.7 | 49.8 | 60.9 |" in text  # the paper's own row
     assert "0.712 (0.712–0.712)" in text and "measuring took 101 s (seed 1) on two cores" in text
     assert "on validation; 2 seeds." in text

@@ -94,6 +94,7 @@ def test_a_reply_is_scored_as_in_section_3_4():
     assert measures["image R@1"] == pytest.approx(1 / 3)  # q1; q4's first gold image is i1, i2 was retrieved
     assert measures["text R@1"] == pytest.approx(2 / 3)  # q1, q2 of q1, q2, q3
     assert measures["overall R@1"] == pytest.approx((1 + 2) / (3 + 3))
+    assert measures["whole reply R@1"] == 1 / 4  # q1
     assert measures["CLIP-Sim"] == pytest.approx((1 - 1 - 1) / 3)  # q1: T1 I1; q3: T1 I2; q4: T1 I2
 
 
@@ -112,7 +113,15 @@ def test_a_system_may_decide_itself_which_replies_have_an_image():
     assert measures["CLIP-Sim"] == pytest.approx(0)  # q2: T2 I1
 
     decides.rows = SYSTEM.rows | {"q1": SYSTEM.rows["q2"]}  # now i2, which is gold
-    assert response.run(decides, DATA, protocol("mmdialog"), CLIP)["image R@1"].value == pytest.approx(1 / 3)
+    measures = response.run(decides, DATA, protocol("mmdialog"), CLIP)
+    assert measures["image R@1"].value == pytest.approx(1 / 3)
+    assert measures["whole reply R@1"].value == 1 / 4  # q2
+
+    text_only = Dialogues([dialogue("right words", "q3", POOL, ["t1"])], DATA.texts, DATA.images)
+    for shown in (False, True):
+        decides.image_replies = lambda dialogues, shown=shown: ImageReplies(torch.tensor([shown]), SYSTEM.rows["q1"])
+        whole = response.run(decides, text_only, protocol("mmdialog"), CLIP)["whole reply R@1"]
+        assert whole.value == (not shown)  # an image that is not due spoils a reply
 
 
 def test_any_image_of_a_turn_may_count_by_the_protocol():
@@ -313,7 +322,7 @@ def test_every_protocol_runs_on_every_kind_of_system(tiny, task):
     for p in protocols(task, miniature=True):
         if "serialisation" in p.settings:
             p = dataclasses.replace(p, settings=p.settings | {"serialisation": "turns"})
-        results = compare(systems, data, p, clip=systems[1], seed=3)
+        results = compare(systems, data, p, clip=systems[1], seed=3, second=True)
         for r in results:
             language = p.settings.get("by") in ("likelihood", "generation")
             assert r["applies"] == (r["system"] == "UniMuR" or not language)
@@ -321,6 +330,10 @@ def test_every_protocol_runs_on_every_kind_of_system(tiny, task):
             for value in r["metrics"].values():
                 assert value["value"] is None or value["low"] <= value["value"] <= value["high"]
         assert results[0]["metrics"] and "first_less_this" not in results[0]
+        compared = [
+            {place for place in ("first", "second") if f"{place}_less_this" in r} for r in results if r["applies"]
+        ]
+        assert compared == [set(), {"first"}, {"first", "second"}][: len(compared)]
         table = markdown(task, results, paper(task))
         assert all(f"| {s.name} |" in table for s in systems) and p.variant in table
 
@@ -335,7 +348,9 @@ def test_questions_without_answers_are_refused(tiny):
 def test_no_gold_at_all_is_not_a_number():
     data = Dialogues([dialogue("a", "q1", POOL)], DATA.texts, DATA.images)
     measures = response.run(SYSTEM, data, protocol("mmdialog"), CLIP)
-    assert all(math.isnan(measures[name].value) for name in ("image R@1", "text R@1", "overall R@1"))
+    assert all(
+        math.isnan(measures[name].value) for name in ("image R@1", "text R@1", "overall R@1", "whole reply R@1")
+    )
     assert measures["text R@1"].summary() == {"value": None, "low": None, "high": None, "n": 0}
 
 
