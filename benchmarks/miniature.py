@@ -25,7 +25,7 @@ from .load import UniMuR, load
 from .protocols import TASKS, protocols, read
 from .run import compare
 from .schema import Dialogues, Protocol
-from .systems import System
+from .systems import Embedder, ShownAs, System
 from .tasks import image, response
 
 SEED = 7  # of the dialogues, for every seed of the model
@@ -239,8 +239,20 @@ def _systems(folder: Path) -> dict[str, System]:
     return systems | {"CLIP": ClipBaseline(systems["UniMuR"].model), "chance": Chance()}
 
 
+def _shown_otherwise(systems: dict[str, System]) -> dict[str, System]:
+    """Table 1's UniMuR and FROMAGe, each with the other's decision of when to show an image."""
+    pairs, fromage = systems["UniMuR, pairs alone"], systems["FROMAGe"]
+    shown = [
+        ShownAs(pairs.model, fromage, "UniMuR, pairs alone, shown as FROMAGe's"),
+        Embedder(fromage.model, "FROMAGe, shown as in Section 3.4"),
+    ]  # fmt: skip
+    return {system.name: system for system in shown}
+
+
 def _measure_task(folder: Path, seed: int, task: str, split: str) -> list[dict[str, Any]]:
     systems = _systems(folder)
+    if task == "mmdialog":
+        systems |= _shown_otherwise(systems)
     clip, results = systems["CLIP"], []
     for protocol in protocols(task, miniature=True):
         data = load_data(protocol, split=split)

@@ -122,3 +122,15 @@ class Embedder(System):
 
     def embed_texts(self, texts, **kwargs):
         return self.model.embed_texts(texts, **kwargs)
+
+
+class ShownAs(Embedder):
+    """What a model retrieves, shown where another system shows an image: the two then differ by what they retrieve."""
+
+    def __init__(self, model: Any, other: System, name: str):
+        super().__init__(model, name)
+        self.other = other
+
+    def image_replies(self, dialogues):
+        replies = self.other.image_replies(dialogues)
+        return replies and ImageReplies(replies.with_image, self.embed_dialogues(dialogues))

@@ -13,7 +13,7 @@ from benchmarks.load import UniMuR
 from benchmarks.protocols import TASKS, paper, protocols, read
 from benchmarks.run import compare, evaluate
 from benchmarks.schema import Dialogues, Protocol, Questions
-from benchmarks.systems import ImageReplies, System
+from benchmarks.systems import ImageReplies, ShownAs, System
 from benchmarks.tables import markdown
 from benchmarks.tasks import answers, image, response, vqa
 from benchmarks.tasks.contexts import Contexts, Squashed, context_of
@@ -116,6 +116,12 @@ def test_a_system_may_decide_itself_which_replies_have_an_image():
     measures = response.run(decides, DATA, protocol("mmdialog"), CLIP)
     assert measures["image R@1"].value == pytest.approx(1 / 3)
     assert measures["whole reply R@1"].value == 1 / 4  # q2
+
+    # Another's retrieval under the same decision: q2 alone shows an image, now the right one.
+    shown = ShownAs(SYSTEM, decides, "shown")
+    measures = {k: m.value for k, m in response.run(shown, DATA, protocol("mmdialog"), CLIP).items()}
+    assert measures["image retrieval rate"] == measures["image R@1"] == pytest.approx(1 / 3)
+    assert measures["text R@1"] == pytest.approx(2 / 3) and measures["whole reply R@1"] == 1 / 4
 
     text_only = Dialogues([dialogue("right words", "q3", POOL, ["t1"])], DATA.texts, DATA.images)
     for shown in (False, True):
