@@ -197,6 +197,8 @@ ROWS = (
     Row("Frozen", "frozen", "frozen", _train_frozen),
 )  # fmt: skip
 
+SHOWN_OTHERWISE = ("UniMuR, pairs alone, shown as FROMAGe's", "FROMAGe, shown as in Section 3.4")
+
 
 def train_systems(folder: Path, seed: int) -> dict[str, float]:
     """
@@ -242,10 +244,7 @@ def _systems(folder: Path) -> dict[str, System]:
 def _shown_otherwise(systems: dict[str, System]) -> dict[str, System]:
     """Table 1's UniMuR and FROMAGe, each with the other's decision of when to show an image."""
     pairs, fromage = systems["UniMuR, pairs alone"], systems["FROMAGe"]
-    shown = [
-        ShownAs(pairs.model, fromage, "UniMuR, pairs alone, shown as FROMAGe's"),
-        Embedder(fromage.model, "FROMAGe, shown as in Section 3.4"),
-    ]  # fmt: skip
+    shown = ShownAs(pairs.model, fromage, SHOWN_OTHERWISE[0]), Embedder(fromage.model, SHOWN_OTHERWISE[1])
     return {system.name: system for system in shown}
 
 

@@ -18,7 +18,8 @@ COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9b9a97", "#3
 def systems(results: list[Mapping[str, Any]], path: Path) -> None:
     """R@1 of every system on every retrieval task: a dot per seed, a bar for their mean."""
     tasks = [(task, given["lead"], given["drawn"]) for task, given in ((t, read(t)) for t in TASKS) if given["drawn"]]
-    names = [n for n in dict.fromkeys(r["system"] for r in results) if "perplexity" not in n and n != "Frozen"]
+    left_out = ("perplexity", "shown as", "Frozen")
+    names = [n for n in dict.fromkeys(r["system"] for r in results) if not any(part in n for part in left_out)]
     names.sort(key=lambda name: not name.startswith("UniMuR"))  # ours beside each other, before the baselines
     figure, axis = plt.subplots(figsize=(10, 4.8))
     width = 0.8 / len(names)
