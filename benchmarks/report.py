@@ -129,10 +129,9 @@ def systems(results: list[dict[str, Any]]) -> str:
 
     shared = (
         "UniMuR is trained on caption pairs and interleaved documents, which go beyond the paper; *pairs alone* on the "
-        "paper's caption pairs. FROMAGe has the same towers, pairs, visual tokens, [RET] start and steps as *pairs alone*; "
-        "its learning rate was the best of four on validation (seed 0). Its text and image heads are 256 wide and both "
-        "trained. BLIP-2 is a small one, pre-trained on the same pictures and captions. Frozen trains an image encoder "
-        "through the frozen language model. "
+        "paper's caption pairs. FROMAGe has the same towers, pairs, visual tokens, [RET] start and steps as *pairs alone*. "
+        "Its text and image heads are 256 wide and both trained. BLIP-2 is a small one, pre-trained on the same pictures and "
+        "captions. Frozen trains an image encoder through the frozen language model. "
     )
     if not any("the paper's form" in r["system"] for r in results):
         return shared + (
@@ -141,12 +140,16 @@ def systems(results: list[dict[str, Any]]) -> str:
             "measures them as they are now."
         )
     return shared + (
-        "UniMuR's space is that of canonical correlation (`train/canonical.py`), from which W_t2m takes its steps; *image head "
-        "trained* trains the image's map too, and *the paper's form* is trained against CLIP's own embeddings from a random "
-        "start, at the miniature's learning rate (the ablations give its rows at their best). FROMAGe's heads, too, start "
-        f"at the canonical correlation and train on, {FROMAGE_HEADS['steps']} steps of {FROMAGE_HEADS['batch_size']:,} "
-        "with noise on the states; start, noise and rate were the best of those tried on validation (seeds 0 and 1, "
-        "`benchmarks/miniature.py`)."
+        "UniMuR's space is that of canonical correlation (`train/canonical.py`), from which W_t2m takes its steps, and its "
+        "visual tokens start at words (`train/visual_words.py`); *image head trained* trains the image's map too, and *the "
+        "paper's form* is trained against CLIP's own embeddings from a random start, at its own learning rate (the ablations "
+        "give its rows at their best). FROMAGe's heads, too, start at the canonical correlation and train on, "
+        f"{FROMAGE_HEADS['steps']} steps of {FROMAGE_HEADS['batch_size']:,} with noise on the states, and its visual tokens at "
+        "words; rates, start and noise were the best of those tried on validation (seeds 0 and 1, `benchmarks/miniature.py`)."
+        "\n\nFROMAGe's language model itself decides when to show an image, by saying [RET]. The miniature's was taught to say "
+        "`#`, where [RET] starts, behind a conversation, and so FROMAGe shows one nearly always: overall R@1, the paper's, does "
+        "not punish that, *whole reply R@1* does. In Table 1 two rows exchange the decision: UniMuR's retrieval shown where "
+        "FROMAGe shows an image, and FROMAGe's where the pool decides (Section 3.4)."
     )
 
 
