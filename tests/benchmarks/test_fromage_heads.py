@@ -123,9 +123,14 @@ def test_the_miniatures_fromage_trains_its_heads_further(tmp_path, miniature):
 
 
 def test_the_miniatures_visual_tokens_start_as_unimurs(tmp_path, miniature):
-    still = FromageModel.from_pretrained(train_fromage(tmp_path / "still", miniature, 3, **FEW, learning_rate=0.0))
+    given = FEW | {"learning_rate": 1e-2, "visual_learning_rate": 0.0}
+    still = FromageModel.from_pretrained(train_fromage(tmp_path / "still", miniature, 3, **given))
     features = cache_image_features(miniature.pairs, still, SkipCounter())["image_features"]
     ids = still.processor.tokenizer([c[0] for c in miniature.pairs["captions"]], add_special_tokens=False)["input_ids"]
     table = still.language_model.get_input_embeddings().weight.detach()
     weight, bias = visual_words(torch.tensor(features[:]), ids, table, 6)
     assert torch.allclose(still.W_i2t.weight, weight, atol=1e-6) and torch.allclose(still.W_i2t.bias, bias, atol=1e-6)
+    start = still.language_model.get_input_embeddings().weight[still.processor.tokenizer.convert_tokens_to_ids("#")]
+    assert not torch.allclose(
+        still.ret_embedding, start * still.ret_embedding.norm() / start.norm(), atol=1e-3
+    )  # it moved
