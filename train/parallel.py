@@ -44,7 +44,7 @@ def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]], workers: int =
 def _in_a_process(function: Callable, arguments: dict[str, Any], lines: "SimpleQueue[int]") -> Done:
     line = lines.get()
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent) as process:
             # A new process imports the main script, and OpenMP and tqdm with it, before it runs anything of ours: they have
             # to find these set.
             with _starting, _environment(OMP_NUM_THREADS="1", TQDM_POSITION=str(line)):
@@ -72,6 +72,16 @@ def _environment(**values: str) -> Iterator[None]:
 def peak_memory() -> float:
     """The most memory that this process has had, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it ends, however that is: a killed command leaves no job behind."""
+    threading.Thread(target=_wait_for_the_end, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _wait_for_the_end(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _timed(function: Callable, arguments: dict[str, Any]) -> Done:

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,19 @@ def test_jobs_run_side_by_side_in_processes_of_their_own(monkeypatch):
     assert all(d.seconds >= 0 and d.memory > 0 for d in done)
     assert all(b"\0OMP_NUM_THREADS=1\0" in b"\0" + d.result + b"\0" for d in done[3:])
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_jobs_end_with_a_command_that_is_killed():
+    psutil = pytest.importorskip("psutil")
+    script = "import signal; from train.parallel import side_by_side; side_by_side([(signal.pause, {})] * 2)"
+    command = psutil.Popen([sys.executable, "-c", script])
+    deadline, jobs = time.monotonic() + 60, []
+    while len(jobs) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        jobs = [p for p in command.children() if any("spawn_main" in word for word in p.cmdline())]
+    command.kill()
+    command.wait()
+    assert len(jobs) == 2 and not psutil.wait_procs(jobs, timeout=60)[1]
 
 
 def test_bars_side_by_side_have_lines_of_their_own():
