@@ -141,7 +141,7 @@ def _pool(measured: dict[str, Any]) -> str:
 
 
 def _quality(measured: dict[str, Any]) -> str:
-    from .quality import MEASURES, PARTS, RECALL, REFERENCE
+    from .quality import ALONE, MEASURES, RECALL, REFERENCE
 
     def span(values: list[float], digits: int, unit: str = "") -> str:
         low, high = min(values), max(values)
@@ -157,6 +157,7 @@ def _quality(measured: dict[str, Any]) -> str:
             missed = f", never on {len(times) - len(reached)} seed(s)" if len(reached) < len(times) else ""
             row.append((span(reached, 1) if reached else "") + missed if way != REFERENCE else "")
         rows.append(row)
+    parts = [f"{point['part']:g}" for point in measured["seeds"][0]["points"][ALONE] if "part" in point]
     tried = ", ".join(f"{rate}: {100 * value:.1f} %" for rate, value in measured["reference_rates_searched"].items())
     rate = (
         f"searched on the first seed ({tried})" if tried else f"given, {measured['rates'][REFERENCE]:g}, not searched"
@@ -169,8 +170,8 @@ def _quality(measured: dict[str, Any]) -> str:
         f"{RECALL} at which the reference ends is there than the reference is done, and than the reference was first seen at "
         "it.\n\n"
         "![recall against seconds](quality-speed.png)\n\n"
-        + "Canonical correlation (`train/canonical.py`) sees one caption of each image here. Alone it makes no step, and its "
-        f"points are runs of their own over {', '.join(f'{part:g}' for part in PARTS)} of the pairs.\n\n"
+        + "Canonical correlation (`train/canonical.py`) sees one caption of each image here. Alone it makes no step"
+        + (f", and its points are runs of their own over {', '.join(parts)} of the pairs.\n\n" if parts else ".\n\n")
         + table(["", *MEASURES, "seconds", "sooner than its end", "than it first did"], rows)
     )
 
