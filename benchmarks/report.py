@@ -148,8 +148,8 @@ def systems(results: list[dict[str, Any]]) -> str:
         "words; rates, start and noise were the best of those tried on validation (seeds 0 and 1, `benchmarks/miniature.py`)."
         "\n\nFROMAGe's language model itself decides when to show an image, by saying [RET]. The miniature's was taught to say "
         "`#`, where [RET] starts, behind a conversation, and so FROMAGe shows one on most turns, due or not. Overall R@1, the "
-        "paper's, does not punish that; *whole reply R@1* does. In Table 1 two rows exchange the decision: UniMuR's retrieval shown "
-        "where FROMAGe shows an image, and FROMAGe's where the pool decides (Section 3.4)."
+        "paper's, does not punish that; *whole reply R@1* does. In Table 1 two rows exchange the decision: UniMuR's retrieval "
+        "shown where FROMAGe shows an image, and FROMAGe's where the pool decides (Section 3.4)."
     )
 
 
