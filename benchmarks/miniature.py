@@ -166,12 +166,12 @@ def _train_unimur(folder: Path, output: Path, seed: int, flags: Sequence[str] = 
            f"--output_dir={output}"])  # fmt: skip
 
 
-def _train_fromage(folder: Path, output: Path, seed: int, rate: float = FROMAGE_RATE) -> None:
+def _train_fromage(folder: Path, output: Path, seed: int) -> None:
     from .baselines.fromage_train import train_fromage
 
     train_fromage(
-        output, prepare(folder, seed), seed, learning_rate=rate, visual_learning_rate=VISUAL_RATE, heads=FROMAGE_HEADS,
-        start=FROMAGE_START,
+        output, prepare(folder, seed), seed, learning_rate=FROMAGE_RATE, visual_learning_rate=VISUAL_RATE,
+        heads=FROMAGE_HEADS, start=FROMAGE_START,
     )  # fmt: skip
 
 

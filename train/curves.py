@@ -51,9 +51,8 @@ def draw_curves(log: Sequence[dict[str, Any]], path: Path, about: str = "") -> b
         if unit.endswith("%"):
             axis.set_ylim(0, 100)
         axis.grid(alpha=0.25), axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(
-            frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16)
-        )  # beside no line
+        # Below, where it stands beside no line.
+        axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.suptitle("Training" + (f"; with points: measured on {about}" if about else ""), fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

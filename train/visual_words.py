@@ -74,10 +74,10 @@ def visual_words(
 @torch.no_grad()
 def start_visual_tokens(model: Any, captions: Sequence[str], features: torch.Tensor) -> None:
     """
-    Puts the W_i2t of a model over a frozen LLM, UniMuR or FROMAGe, there.
+    Gives a model over a frozen LLM, UniMuR or FROMAGe, the W_i2t of `visual_words`. Raises what that does.
 
     Args:
-        captions: of the images.
+        captions: one of each image.
         features: CLIP's pooled outputs `(m, c)` of the images.
     """
     ids = model.processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]

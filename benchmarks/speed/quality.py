@@ -7,10 +7,10 @@ On the miniature's caption pairs, one thread. The reference (see [`benchmarks.sp
 epoch and trains [RET]'s row too; its learning rate is the best of three by the recall it ends with on the first seed. The
 others are `train/run.py`'s trainer at the miniature's settings, in the paper's form (random maps, CLIP's own space) or from
 canonical correlation, which here sees one caption of each image. Every run makes the same number of steps over the same
-batch size, but for canonical correlation alone, which makes none: its points are runs of their own, each over a larger part of
-the pairs. Recall is dialogue to image R@1 on validation, whose
-queries are text alone; its measuring is not timed. What a run needs before its first step is timed: the cache of images,
-or of images and captions, and the closed form. Loading the towers, the same for all, is not.
+batch size, but for canonical correlation alone, which makes none: its points are runs of their own, each over a larger part
+of the pairs. Recall is dialogue to image R@1 on validation, whose queries are text alone; its measuring is not timed. What
+a run needs before its first step is timed: the cache of images, or of images and captions, and the closed form. Loading the
+towers, the same for all, is not.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from train.features import cache_caption_states, cache_image_features
 from train.trainer import UniMuRTrainer
 
 from .. import ablation
+from ..ablate import NEAR, SPACE
 from ..ablation import Row, Seed
 from .reference import ReferenceStep, padded
 
@@ -43,9 +44,8 @@ STEPS, BATCH, WARMUP = 320, 128, 30
 MARKS = (5, 10, 20, 40, 80, 160, 240, STEPS)
 RATES = (3e-3, 1e-2, 3e-2)
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1)  # of the pairs, for canonical correlation alone
-# The space and the steps of miniature.yaml.
-CANONICAL = {"alignment": "canonical", "lambda2": 0.0, "temperature": 0.05}
-NEAR = ("--matching_learning_rate=2e-4", "--state_noise=0.3", "--negatives_bank=4096")
+# The steps of miniature.yaml.
+FROM_CANONICAL = ("--matching_learning_rate=2e-4", *(f"--{name}={value}" for name, value in NEAR.items()))
 RECALL = "dialogue to image R@1"
 MEASURES = (RECALL, "contextual image R@1", "overall R@1", "image retrieval rate")
 REFERENCE, PAPER, CACHED = "reference style", "the paper's form", "the paper's form, cached"
@@ -120,9 +120,9 @@ def our_run(
     bench: Seed, rate: float, steps: int, marks: Sequence[int], *, cached: bool, canonical: bool, part: float = 1
 ) -> list[dict[str, float]]:
     """The points of `train/run.py`'s trainer over the first `part` of the pairs, its caches and the closed form timed."""
-    model = bench.model(Row("ours", CANONICAL if canonical else {}))
+    model = bench.model(Row("ours", SPACE if canonical else {}))
     _, _, args = parse([
-        *ablation.PAPER, *(NEAR if canonical else ()), f"--learning_rate={rate}", f"--max_steps={max(steps, 1)}",
+        *ablation.PAPER, *(FROM_CANONICAL if canonical else ()), f"--learning_rate={rate}", f"--max_steps={max(steps, 1)}",
         f"--per_device_train_batch_size={BATCH}", "--gradient_accumulation_steps=1", f"--seed={bench.seed}",
         f"--warmup_steps={min(WARMUP, steps // 2)}", f"--output_dir={bench.runs}", "--disable_tqdm=true",
         "--logging_steps=1000",

@@ -41,19 +41,13 @@ def folder(tmp_path):
         results = [
             result("visdial", "UniMuR", seed, {"R@1": ours, "R@5": 0.6, "R@10": 0.7}),
             result("visdial", "FROMAGe", seed, {"R@1": theirs, "R@5": 0.5, "R@10": 0.6}, difference=(0.1, 0.04, 0.15)),
-            result(
-                "visdial",
-                "CLIP",
-                seed,
-                {"R@1": 0.35},
-                difference=(ours - 0.35, ours - 0.4, ours - 0.3),
-                second=(-0.2, -0.3, -0.1 + seed),
-            ),
+            result("visdial", "CLIP", seed, {"R@1": 0.35}, difference=(ours - 0.35, ours - 0.4, ours - 0.3),
+                   second=(-0.2, -0.3, -0.1 + seed)),
             result("visdial", "Frozen", seed, {}, applies=False),
             result("vqav2", "FROMAGe", seed, {"accuracy": 0.1}),
             result("vqav2", "Frozen", seed, {"accuracy": 0.2}, difference=(-0.1, -0.2, -0.01)),
             result("mmdialog", "UniMuR", seed, {"overall R@1": 0.4, "CLIP-Sim": 0.7123}),
-        ]
+        ]  # fmt: skip
         write_json(
             tmp_path / f"seed-{seed}.json",
             {"seed": seed, "seconds": {"total": 100 + seed} if seed else {}, "results": results},
