@@ -36,13 +36,14 @@ class Captions(TypedDict):
 class Contexts(TypedDict, total=False):
     """
     What e_t is read of, each ending in [RET]: `input_ids`, `attention_mask` `(n, length)` int64; `image_indices` int64,
-    which image each slot shows; `packing` of the rows. Or, where [RET] is frozen, the LLM's outputs there from before:
-    `states` `(n, d)` float32.
+    which image each slot shows; `fixed_images`, whether those send no gradient to W_i2t; `packing` of the rows. Or, where
+    [RET] is frozen, the LLM's outputs there from before: `states` `(n, d)` float32.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     image_indices: torch.Tensor
+    fixed_images: bool
     packing: Packing
     states: torch.Tensor
 

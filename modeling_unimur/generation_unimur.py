@@ -113,7 +113,7 @@ class DrawingMixin:
         def device(self) -> torch.device: ...
         def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
         def input_embeddings(
-            self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None
+            self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None, fixed_images: bool = False
         ) -> torch.Tensor: ...
         def last_outputs(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor: ...
 
@@ -190,8 +190,9 @@ class DrawingMixin:
             )
 
     def drawing_states(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None,
+        fixed_images: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         """
         The LLM's last outputs at [RET] and at the [IMG] tokens behind it: contexts `(n, length)` ending in [RET], padded on
         either side -> `(n, n_drawing_tokens, d)` float32. What follows [RET] does not change its own output. Raises
@@ -203,7 +204,7 @@ class DrawingMixin:
                 f"a context of {input_ids.shape[1]} tokens leaves no room for {len(self.drawing.tokens)} [IMG] tokens among "
                 f"the LLM's {room} positions: shorten it (UniMuRProcessor.contexts(..., reserve={len(self.drawing.tokens)}))"
             )
-        embeds = self.input_embeddings(input_ids, image_features)
+        embeds = self.input_embeddings(input_ids, image_features, fixed_images)
         tokens = self.drawing.tokens.to(embeds.dtype)
         positions = torch.arange(input_ids.shape[1], device=embeds.device)
         last = (attention_mask * positions).argmax(1, keepdim=True)  # [RET]

@@ -226,16 +226,20 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
         """CLIP's text embedding `(n, clip_width)`, float32, not normalised."""
         return encode_texts(self.clip, input_ids, attention_mask)
 
-    def input_embeddings(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
+    def input_embeddings(
+        self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None, fixed_images: bool = False
+    ) -> torch.Tensor:
         """
         The LLM's input `(n, length, d)`: its own rows for text, `ret_embedding` at [RET] and, at `<image>`,
-        `W_i2t` of `image_features` `(slots / n_visual_tokens, c)` in the order of the slots.
+        `W_i2t` of `image_features` `(slots / n_visual_tokens, c)` in the order of the slots; `fixed_images` sends no gradient
+        to `W_i2t`.
         """
         is_ret, is_image = (self._at(input_ids, name) for name in TOKENS)
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_ret | is_image, 0))
         embeds = torch.where(is_ret[..., None], self.ret_embedding.to(embeds.dtype), embeds)
         if image_features is not None and len(image_features):
             visual = self.W_i2t(image_features).to(embeds.dtype).reshape(-1, embeds.shape[-1])
+            visual = visual.detach() if fixed_images else visual
             # Gathered by number: masked_scatter's backward would make the host wait for the device.
             numbers = is_image.flatten().cumsum(0).sub(1).clamp(min=0).reshape(is_image.shape)
             embeds = torch.where(is_image[..., None], visual[numbers], embeds)
@@ -283,10 +287,11 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
 
     def ret_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, image_features: torch.Tensor | None = None,
-        packing: Packing | None = None,
+        packing: Packing | None = None, fixed_images: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """h([RET]), the LLM's last output at [RET]: contexts `(n, length)` ending in [RET] -> `(n, d)` float32."""
-        hidden = self.last_outputs(self.input_embeddings(input_ids, image_features), attention_mask, packing)
+        embeds = self.input_embeddings(input_ids, image_features, fixed_images)
+        hidden = self.last_outputs(embeds, attention_mask, packing)
         at_ret = self._at(input_ids, "ret_token_id").int().argmax(-1)
         return hidden[torch.arange(len(hidden), device=hidden.device), at_ret].float()
 
@@ -407,8 +412,9 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
             raise ValueError("[IMG] tokens behind [RET] need the LLM: give the contexts' input_ids, not their states")
         at = contexts.get("image_indices")
         states = self.drawing_states(
-            contexts["input_ids"], contexts["attention_mask"], None if at is None else features[at]
-        )
+            contexts["input_ids"], contexts["attention_mask"], None if at is None else features[at],
+            contexts.get("fixed_images", False),
+        )  # fmt: skip
         return states[:, 0], drawing_loss(self.drawing(states, self.ret_embedding), targets)
 
     def _encoded(self, images: Images | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -426,7 +432,7 @@ class UniMuRModel(DrawingMixin, RetrievalMixin, CheckpointModel):
         at = contexts.get("image_indices")
         return self.ret_states(
             contexts["input_ids"], contexts["attention_mask"], None if at is None else features[at],
-            contexts.get("packing"),
+            contexts.get("packing"), contexts.get("fixed_images", False),
         )  # fmt: skip
 
     def _text_embeds(self, targets: Targets) -> torch.Tensor:

@@ -181,6 +181,12 @@ class DataArguments:
     caption: str = field(
         default="random", metadata={"help": "An image's caption in an epoch.", "choices": ["random", "first"]}
     )
+    pair_contexts: str = field(
+        default="caption",
+        metadata={"help": "What [RET] of a pair stands behind in training's steps: caption, as in the paper; conversations, of "
+                          "which a third shows the image before its caption and a third two captions (beyond the paper).",
+                  "choices": ["caption", "conversations"]},
+    )  # fmt: skip
     interleaved: bool = field(
         default=False,
         metadata={"help": "Of the miniature: add its interleaved documents to the pairs (beyond the paper)."},
@@ -192,7 +198,11 @@ class DataArguments:
                           "--dataloader_num_workers decode; by default every idle core."},
     )  # fmt: skip
     cache_captions: bool = field(
-        default=True, metadata={"help": "Of --cache_features the captions' part; without it only the images'."}
+        default=True,
+        metadata={
+            "help": "Of --cache_features the captions' part, which --pair_contexts conversations has no use for; "
+            "without it only the images'."
+        },
     )
     cache_dir: str | None = field(
         default=None,

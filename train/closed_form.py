@@ -321,7 +321,7 @@ def _collated(
     workers: int, every_caption: bool,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     collator = copy(collator)
-    collator.named, collator.every_caption = True, every_caption
+    collator.named, collator.every_caption, collator.pair_contexts = True, every_caption, "caption"
     loader = DataLoader(_own_part(rows), batch_size=batch_size, collate_fn=collator, num_workers=workers)
     for batch in tqdm(loader, desc=about):
         skips.update(batch["skipped"], batch["n_seen"])

@@ -85,6 +85,9 @@ class PairCollator:
 
     Attributes:
         every_caption (`bool`): a pair gives an item for each of its captions, instead of one.
+        pair_contexts (`str`): what e_t of a pair is read behind: `"caption"`, as in the paper, or `"conversations"`, where a
+            third of the pairs shows the image before its caption, and a third two of its captions in turn, as somebody
+            would speak of a picture (of one caption, half show the image). A caption's `ret_states` would not be theirs.
         named (`bool`): a batch also has `names`, the row's id for each image of pairs and for each document, and `replies`,
             the documents' texts.
         worded (`bool`): a batch of pairs also has `words`, the caption of each item.
@@ -100,6 +103,7 @@ class PairCollator:
 
     every_caption = named = worded = False
     images = True
+    pair_contexts = "caption"
     predicted = "none"
 
     def __init__(self, processor: UniMuRProcessor, caption: str = "random", seed: int = 0, pack: bool = False):
@@ -126,6 +130,9 @@ class PairCollator:
         if "text_embeds" in states:
             items = [item | {"text": None} for item in items]
         batch = self.processor.documents(items, None if cached or not self.images else images, pack=self.pack)
+        if self.pair_contexts != "caption" and any("context" not in row for row in rows):
+            # One that shows its own target would teach W_i2t to name the image to [RET], whatever that does to its words.
+            batch["contexts"]["fixed_images"] = True
         if "ret_states" in states:
             batch["contexts"] = {"states": states["ret_states"]}
         if "text_embeds" in states:
@@ -187,13 +194,22 @@ class PairCollator:
         if self.every_caption:
             chosen = range(len(captions))
         elif self.caption == "random":
-            chosen = [drawn_caption(self.seed, self.epoch, row["id"], len(captions))]
+            chosen = [drawn(self.seed, self.epoch, row["id"], len(captions))]
         items = [
-            {"caption": (0, captions[at]), "context": [[captions[at]]], "image": 0, "text": captions[at],
-             "cached": {name: row[name][at] for name in CACHED_CAPTIONS if name in row}}
+            {"caption": (0, captions[at]), "context": self._pair_context(row["id"], captions, at), "image": 0,
+             "text": captions[at], "cached": {name: row[name][at] for name in CACHED_CAPTIONS if name in row}}
             for at in chosen
         ]  # fmt: skip
         return items, [row] if self.images else [], None
+
+    def _pair_context(self, pair_id: str, captions: list[str], at: int) -> list[list[str | int]]:
+        """The turns that lead to a pair's image: its caption `at`, which stands last, or what comes before it too."""
+        if self.pair_contexts == "caption":
+            return [[captions[at]]]
+        before: list[list[list[str | int]]] = [[], [[0]]]
+        if len(captions) > 1:
+            before.append([[captions[(at + 1) % len(captions)]]])
+        return [*before[drawn(self.seed, self.epoch, f"context of {pair_id}", len(before))], [captions[at]]]
 
     @staticmethod
     def _captions(cached: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
@@ -237,9 +253,9 @@ def usable_captions(captions: Sequence[str | None] | None) -> list[str]:
     return [caption.strip() for caption in captions or () if caption and caption.strip()]
 
 
-def drawn_caption(seed: int, epoch: int, pair_id: str, count: int) -> int:
-    """Which of its `count` captions a pair shows in an epoch: by a hash, so the same in every worker and run."""
-    return zlib.crc32(f"{seed}-{epoch}-{pair_id}".encode()) % count
+def drawn(seed: int, epoch: int, name: str, count: int) -> int:
+    """Which of `count` captions, or contexts, `name` takes in an epoch: by a hash, so the same in every worker and run."""
+    return zlib.crc32(f"{seed}-{epoch}-{name}".encode()) % count
 
 
 def _shifted(item: dict[str, Any], by: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from modeling_unimur import UniMuRModel
 from modeling_unimur.identity_unimur import digest, named_weights
 from train.cache import CachedArray, CachedTable, Part, build_cache
-from train.collate import SkipCounter, drawn_caption, usable_captions
+from train.collate import SkipCounter, drawn, usable_captions
 from train.extract import Rates, content_hash, image_hints, image_parts, values_hash
 
 PART_ROWS = 4096  # a multiple of the batch sizes below, so that parts do not change the batches
@@ -223,7 +223,7 @@ class MatchingStates(Dataset):
     def collate(self, rows: Sequence[int]) -> dict[str, Any]:
         """A batch for `UniMuRModel.forward`, the caption of each row drawn for the epoch."""
         chosen = [
-            self.starts[i] + drawn_caption(self.seed, self.epoch, self.ids[i], self.starts[i + 1] - self.starts[i])
+            self.starts[i] + drawn(self.seed, self.epoch, self.ids[i], self.starts[i + 1] - self.starts[i])
             for i in rows
         ]
         here = torch.arange(len(rows))

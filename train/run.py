@@ -149,6 +149,7 @@ def make_collator(data: TrainingData, model: UniMuRModel, data_args: DataArgumen
         ValueError: no pair is usable.
     """
     collator = PairCollator(model.processor, caption=data_args.caption, seed=seed)
+    collator.pair_contexts = data_args.pair_contexts
     problem: Exception | None = None
     for row in data.rows:
         try:

@@ -147,7 +147,10 @@ def cache(data: TrainingData, model: UniMuRModel, data_args: DataArguments, args
     counts.check(args.max_bad_share)
     if args.process_index == 0:  # every process has the counts of all, and the trainer adds up the processes'
         data.skips.update(counts.counts, counts.seen, counts.examples)
-    if data_args.cache_captions and not model.config.n_drawing_tokens:  # [IMG] tokens behind [RET] need the LLM
+    read_once = (
+        data_args.pair_contexts == "caption" and not model.config.n_drawing_tokens
+    )  # [IMG] tokens are behind [RET]
+    if data_args.cache_captions and read_once:
         data.rows = cache_caption_states(data.rows, model, captions)
     if data.documents is not None:
         rows = data.rows

@@ -52,6 +52,7 @@ class Validation:
     ):  # fmt: skip
         self.collator, self.batch_size, self.about, self.skips = copy(collator), batch_size, about, SkipCounter()
         self.collator.caption, self.collator.named, self.collator.every_caption = "first", True, False
+        self.collator.pair_contexts = "caption"
         self.collator.predicted = "none"  # L_cap is measured over pairs, as without documents
         self.collator.worded = False  # the mapper's loss is no part of what retrieval is judged by
         self.pairs = self._cached_pairs(model, pairs, pool, workers) if pairs is not None else None

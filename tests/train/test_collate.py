@@ -98,6 +98,59 @@ def test_captions_are_drawn_per_epoch_and_reproducibly():
     assert len(set(drawn(0, kind="first"))) == 1
 
 
+def test_a_pair_is_read_as_a_conversation():
+    processor, captions = make_processor(), ["a b", "c d"]
+    rows = [row(str(i), captions=captions) for i in range(300)]
+
+    def contexts(rows, epoch=0, **settings):
+        collate = PairCollator(processor, caption="first")
+        collate.pair_contexts, collate.epoch = "conversations", epoch
+        for name, value in settings.items():
+            setattr(collate, name, value)
+        batch = collate(rows)
+        part, images = batch["contexts"], iter(batch["contexts"]["image_indices"].tolist())
+        assert batch["targets"]["image_indices"].tolist() == list(range(len(rows)))
+        kinds = []
+        for number, (ids, mask) in enumerate(zip(part["input_ids"], part["attention_mask"], strict=True)):
+            ids = ids[mask.bool()].tolist()
+            if processor.image_token_id in ids:
+                assert next(images) == number  # its own image
+            kinds.append(tuple(ids))
+        assert next(images, None) is None
+        return kinds
+
+    def of(dialogue):
+        return tuple(processor.contexts([dialogue])["input_ids"][0].tolist())
+
+    alone, shown, both = of(["a b"]), of([picture(1), "a b"]), of(["c d", "a b"])
+    kinds = contexts(rows)
+    assert set(kinds) == {alone, shown, both} and all(80 < kinds.count(kind) < 120 for kind in set(kinds))
+    assert kinds == contexts(rows) != contexts(rows, epoch=1)
+    single = contexts([row(str(i), captions=["a b"]) for i in range(100)])
+    assert set(single) == {alone, shown} and 35 < single.count(shown) < 65
+    assert set(contexts(rows, pair_contexts="caption")) == {alone}
+
+
+def test_the_target_that_a_context_shows_teaches_the_visual_tokens_nothing(fresh):
+    rows = [row(str(i), encode(picture(i)), captions=["a b", "c d"]) for i in range(12)]
+    model = fresh("opt")
+    collate = PairCollator(model.processor)
+    gradients = {}
+    for collate.pair_contexts in ("caption", "conversations"):
+        batch = collate(rows)
+        inputs = {name: batch[name] for name in ("contexts", "targets", "images")}
+        for kept in (True, False):
+            model.zero_grad()
+            if not kept:
+                inputs["contexts"].pop("fixed_images", None)
+            model(**inputs).loss.backward()
+            seen = model.W_i2t.weight.grad
+            gradients[collate.pair_contexts, kept] = None if seen is None else seen.abs().sum().item()
+            assert model.W_t2m.weight.grad.abs().sum() > 0
+    assert gradients["caption", True] in (None, 0.0) and gradients["conversations", True] in (None, 0.0)
+    assert gradients["conversations", False] > 0
+
+
 def documents(images):
     see, target = ["see", ImageId("context")], ["here", ImageId("target")]
     return InterleavedDocuments.of(
