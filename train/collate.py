@@ -202,14 +202,12 @@ class PairCollator:
         ]  # fmt: skip
         return items, [row] if self.images else [], None
 
-    def _pair_context(self, pair_id: str, captions: list[str], at: int) -> list[list[str | int]]:
-        """The turns that lead to a pair's image: its caption `at`, which stands last, or what comes before it too."""
+    def _pair_context(self, pair_id: str, captions: Sequence[str], at: int) -> list[list[str | int]]:
+        """The turns that lead to a pair's image."""
         if self.pair_contexts == "caption":
             return [[captions[at]]]
-        before: list[list[list[str | int]]] = [[], [[0]]]
-        if len(captions) > 1:
-            before.append([[captions[(at + 1) % len(captions)]]])
-        return [*before[drawn(self.seed, self.epoch, f"context of {pair_id}", len(before))], [captions[at]]]
+        contexts = conversations(captions, at)
+        return contexts[drawn(self.seed, self.epoch, f"context of {pair_id}", len(contexts))]
 
     @staticmethod
     def _captions(cached: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
@@ -251,6 +249,17 @@ def known_problem(row: Mapping[str, Any]) -> tuple[str | None, str]:
 def usable_captions(captions: Sequence[str | None] | None) -> list[str]:
     """A pair's captions, stripped, without the empty ones."""
     return [caption.strip() for caption in captions or () if caption and caption.strip()]
+
+
+def conversations(captions: Sequence[str], at: int) -> list[list[list[str | int]]]:
+    """
+    The conversations as which a pair of image 0 is read, turns that end in its caption `at`: that alone, behind the image and,
+    where there is another, behind the next caption.
+    """
+    before: list[list[list[str | int]]] = [[], [[0]]]
+    if len(captions) > 1:
+        before.append([[captions[(at + 1) % len(captions)]]])
+    return [[*turns, [captions[at]]] for turns in before]
 
 
 def drawn(seed: int, epoch: int, name: str, count: int) -> int:
