@@ -77,13 +77,8 @@ class ClosedForm:
         """Starts the model's maps from it; in the canonical alignment they take its width."""
         if model.config.alignment == "canonical":
             model.set_shared_space(len(self.maps["W_t2m"][0]), self.setting["feature"])
-        for name, (weight, bias) in self.maps.items():
-            linear = getattr(model, name)
-            tokens = linear.out_features // len(bias)  # of W_i2t: one place for all visual tokens, or a word for each
-            weight, bias = weight.repeat(tokens, 1), bias.repeat(tokens)
-            with torch.no_grad():
-                linear.weight.copy_(weight)
-                linear.bias.copy_(bias)
+        for name, solution in self.maps.items():
+            put(getattr(model, name), solution)
 
     def __str__(self) -> str:
         chosen = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
@@ -92,6 +87,15 @@ class ClosedForm:
             "nothing was held out to choose by" if self.score is None else f"held-out R@1 {100 * self.score:.1f} %"
         )
         return f"closed form of {self.pairs} captions and {self.documents} documents: {chosen}; {recall}"
+
+
+@torch.no_grad()
+def put(linear: torch.nn.Linear, solution: Map) -> None:
+    """Sets a map; of W_i2t one place may be that of all visual tokens."""
+    weight, bias = solution
+    tokens = linear.out_features // len(bias)
+    linear.weight.copy_(weight.repeat(tokens, 1))
+    linear.bias.copy_(bias.repeat(tokens))
 
 
 def solve_canonical(pairs: Sums, documents: Sums | None = None, grid: Grid | None = None) -> ClosedForm:
@@ -197,22 +201,32 @@ def _finished(
 
 
 @torch.no_grad()
-def pair_rows(model: UniMuRModel, batch: dict[str, Any]) -> Rows:
-    """The views of a collated batch of pairs, a row a caption: cached where they are, and the towers' where not."""
+def pair_rows(model: UniMuRModel, batch: dict[str, Any], views: Sequence[str] = PAIR_VIEWS) -> Rows:
+    """The views of a collated batch of pairs, a row an item: cached where they are, and the towers' where not."""
     images, contexts, targets = batch["images"], batch["contexts"], batch["targets"]
     features, embeds = images.get("features"), images.get("embeds")
     if embeds is None:
         features, embeds = model.encode_images(images["pixel_values"])
-    states, texts = contexts.get("states"), targets.get("text_embeds")
-    if states is None:
-        states = model.ret_states(contexts["input_ids"], contexts["attention_mask"], packing=contexts.get("packing"))
-    if texts is None:
-        texts = model.encode_clip_texts(targets["input_ids"], targets["attention_mask"])
-    images = targets["image_indices"]
-    return {
-        STATE: states, POOLED: features[images], PROJECTED: F.normalize(embeds[images].float(), dim=-1),
-        TEXT: F.normalize(texts.float(), dim=-1), WORDS: _caption_means(batch, model),
-    }  # fmt: skip
+    at = targets["image_indices"]
+    rows = {POOLED: features[at], PROJECTED: F.normalize(embeds[at].float(), dim=-1)}
+    if STATE in views:
+        rows[STATE] = _states(model, contexts, features)
+    if TEXT in views:
+        texts = targets.get("text_embeds")
+        if texts is None:
+            texts = model.encode_clip_texts(targets["input_ids"], targets["attention_mask"])
+        rows[TEXT] = F.normalize(texts.float(), dim=-1)
+    if WORDS in views:
+        rows[WORDS] = _caption_means(batch, model)
+    return rows
+
+
+def _states(model: UniMuRModel, contexts: dict[str, Any], features: torch.Tensor | None) -> torch.Tensor:
+    """h([RET]) of a batch's contexts, which show some of the images of `features`; cached where they are."""
+    if "states" in contexts:
+        return contexts["states"]
+    shown = None if features is None else features[contexts["image_indices"]]
+    return model.ret_states(contexts["input_ids"], contexts["attention_mask"], shown, contexts.get("packing"))
 
 
 def _caption_means(batch: dict[str, Any], model: UniMuRModel) -> torch.Tensor:
@@ -226,24 +240,26 @@ def _caption_means(batch: dict[str, Any], model: UniMuRModel) -> torch.Tensor:
 
 def sum_pairs(
     model: UniMuRModel, rows: Dataset, collator: PairCollator, skips: SkipCounter, *, batch_size: int, workers: int = 0,
-    every_caption: bool = True, captions: HeldOut | None = None,
+    every_caption: bool = True, captions: HeldOut | None = None, views: Sequence[str] = PAIR_VIEWS,
 ) -> Sums:  # fmt: skip
     """
-    The moments of caption pairs. Each process reads its part; the sums are those of all.
+    The moments of caption pairs, read as the collator's `pair_contexts` says. Each process reads its part; the sums are those
+    of all.
 
     Args:
         rows: cached or not, streamed or not.
         skips: receives the counts of the pairs that could not be used, of this process.
         every_caption: each of an image's captions is a row; else the one that the collator draws.
         captions: receives a caption of each image, for `visual_words`.
+        views: what is summed; without the states the LLM does not run.
     """
-    sums = Sums(PAIR_VIEWS, few_or_part(rows), model.device)
+    sums = Sums(views, few_or_part(rows), model.device)
     for batch in _collated(model, rows, collator, skips, "closed form: pairs", batch_size, workers, every_caption):
         names = [batch["names"][i] for i in batch["targets"]["image_indices"].tolist()]
-        views = pair_rows(model, batch)
-        sums.add(views, names)
+        values = pair_rows(model, batch, views)
+        sums.add(values, names)
         if captions is not None:
-            _sample(captions, model, batch, views[POOLED], names)
+            _sample(captions, model, batch, values[POOLED], names)
     if captions is not None:
         captions.gather()
         captions.surplus()
@@ -263,8 +279,14 @@ def _sample(
     captions.surplus(slack=captions.size)
 
 
-def visual_token_map(model: UniMuRModel, captions: HeldOut) -> Map:
-    """W_i2t whose visual tokens each hold a word of the captions that were sampled; see [`train.visual_words`]."""
+def visual_map(model: UniMuRModel, pairs: Sums, captions: HeldOut | None) -> Map:
+    """
+    W_i2t whose visual tokens each hold a word of the captions that were sampled (see [`train.visual_words`]), or without these
+    the mean of the words.
+    """
+    if captions is None:
+        weight, bias = ridge_map(pairs.whole(), WORDS_RIDGE, POOLED, WORDS)
+        return weight.float(), bias.float()
     rows = captions.rows()
     features = torch.stack([row[POOLED] for row in rows])
     table = model.language_model.get_input_embeddings().weight.detach().cpu()
@@ -291,8 +313,7 @@ def _add_documents(sums: Sums, model: UniMuRModel, batch: dict[str, Any]) -> Non
     features, embeds = images.get("features"), images.get("embeds")
     if embeds is None and "pixel_values" in images:
         features, embeds = model.encode_images(images["pixel_values"])
-    in_context = None if features is None else features[contexts["image_indices"]]
-    states = model.ret_states(contexts["input_ids"], contexts["attention_mask"], in_context, contexts.get("packing"))
+    states = _states(model, contexts, features)
     rows_and_images = (batch["targets"][name].tolist() for name in ("image_rows", "image_indices"))
     targets = dict(zip(*rows_and_images, strict=True))
     fitted = []
@@ -321,7 +342,7 @@ def _collated(
     workers: int, every_caption: bool,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     collator = copy(collator)
-    collator.named, collator.every_caption, collator.pair_contexts = True, every_caption, "caption"
+    collator.named, collator.every_caption = True, every_caption
     loader = DataLoader(_own_part(rows), batch_size=batch_size, collate_fn=collator, num_workers=workers)
     for batch in tqdm(loader, desc=about):
         skips.update(batch["skipped"], batch["n_seen"])
@@ -353,17 +374,24 @@ def start(
         grid: what the canonical alignment chooses from.
         visual_start: `"words"`: each of several visual tokens holds a word of the caption; `"mean"`: all hold its mean word.
     """
-    arguments = {"batch_size": batch_size, "workers": workers}
+    arguments: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
     words = visual_start == "words" and model.config.n_visual_tokens > 1
-    captions = HeldOut(SAMPLED, every=True) if words else None
-    pairs = sum_pairs(model, rows, collator, skips, every_caption=every_caption, captions=captions, **arguments)
+    captions, visual = HeldOut(SAMPLED, every=True) if words else None, None
+    if collator.pair_contexts == "conversations":  # the LLM reads what they show through W_i2t, which is solved first
+        alone = copy(collator)
+        alone.pair_contexts = "caption"
+        visual = sum_pairs(model, rows, alone, SkipCounter(), captions=captions, views=(POOLED, WORDS), **arguments)
+        put(model.W_i2t, visual_map(model, visual, captions))
+    pairs = sum_pairs(
+        model, rows, collator, skips, every_caption=every_caption, captions=None if visual else captions, **arguments
+    )
+    of_images = {"W_i2t": visual_map(model, visual or pairs, captions)}
     solved = solve_paper(pairs) if model.config.alignment == "paper" else solve_canonical(pairs, None, grid)
-    of_words = {} if captions is None else {"W_i2t": visual_token_map(model, captions)}
     if documents is not None and model.config.alignment == "canonical":
-        solved.maps |= of_words
+        solved.maps |= of_images
         solved.apply(model)
         solved = solve_canonical(pairs, sum_documents(model, documents, collator, skips, **arguments), grid)
-    solved.maps |= of_words
+    solved.maps |= of_images
     solved.apply(model)
     logger.info(str(solved))
     return solved

@@ -84,10 +84,11 @@ class PairCollator:
     `text_embeds` (captions, q), and `ret_states` (captions, d), give those of the drawn captions in place of their tokens.
 
     Attributes:
-        every_caption (`bool`): a pair gives an item for each of its captions, instead of one.
+        every_caption (`bool`): a pair gives an item for each of its captions, instead of one, and each of these again with
+            something before it where pairs are read as conversations.
         pair_contexts (`str`): what e_t of a pair is read behind: `"caption"`, as in the paper, or `"conversations"`, where a
             third of the pairs shows the image before its caption, and a third two of its captions in turn, as somebody
-            would speak of a picture (of one caption, half show the image). A caption's `ret_states` would not be theirs.
+            would speak of a picture (of one caption, half show the image). Cached `ret_states` are not theirs.
         named (`bool`): a batch also has `names`, the row's id for each image of pairs and for each document, and `replies`,
             the documents' texts.
         worded (`bool`): a batch of pairs also has `words`, the caption of each item.
@@ -195,19 +196,28 @@ class PairCollator:
             chosen = range(len(captions))
         elif self.caption == "random":
             chosen = [drawn(self.seed, self.epoch, row["id"], len(captions))]
-        items = [
-            {"caption": (0, captions[at]), "context": self._pair_context(row["id"], captions, at), "image": 0,
-             "text": captions[at], "cached": {name: row[name][at] for name in CACHED_CAPTIONS if name in row}}
-            for at in chosen
-        ]  # fmt: skip
+        items = []
+        for at, context in self._pair_contexts(row["id"], captions, chosen):
+            cached = {name: row[name][at] for name in CACHED_CAPTIONS if name in row}
+            if len(context) > 1:
+                cached.pop("ret_states", None)
+            items.append(
+                {"caption": (0, captions[at]), "context": context, "image": 0, "text": captions[at], "cached": cached}
+            )
         return items, [row] if self.images else [], None
 
-    def _pair_context(self, pair_id: str, captions: Sequence[str], at: int) -> list[list[str | int]]:
-        """The turns that lead to a pair's image."""
+    def _pair_contexts(
+        self, pair_id: str, captions: Sequence[str], chosen: Sequence[int]
+    ) -> list[tuple[int, list[list[str | int]]]]:
+        """Captions of a pair, each with the turns that lead to it."""
+        alone: list[tuple[int, list[list[str | int]]]] = [(at, [[captions[at]]]) for at in chosen]
         if self.pair_contexts == "caption":
-            return [[captions[at]]]
-        contexts = conversations(captions, at)
-        return contexts[drawn(self.seed, self.epoch, f"context of {pair_id}", len(contexts))]
+            return alone
+        read = []
+        for at in chosen:
+            contexts = conversations(captions, at)[1 if self.every_caption else 0 :]
+            read.append((at, contexts[drawn(self.seed, self.epoch, f"context of {pair_id}, {at}", len(contexts))]))
+        return alone + read if self.every_caption else read
 
     @staticmethod
     def _captions(cached: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
