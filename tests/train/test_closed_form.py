@@ -11,12 +11,14 @@ import yaml
 from safetensors.torch import load_file
 
 from modeling_unimur import UniMuRModel
+from tests.conftest import picture
 from tests.train.test_run import base, folder  # noqa: F401  a fixture
 from train import closed_form
 from train.canonical import STATE
-from train.closed_form import DOCUMENT_VIEWS, PAIR_VIEWS, ClosedForm, Grid, solve_canonical, solve_paper
-from train.collate import TooManyBadPairsError
+from train.closed_form import DOCUMENT_VIEWS, PAIR_VIEWS, ClosedForm, Grid, solve_canonical, solve_paper, sum_pairs
+from train.collate import PairCollator, SkipCounter, TooManyBadPairsError
 from train.held_out import HeldOut, few_or_part
+from train.miniature import encode
 from train.moments import Moments
 from train.ridge import matching_map, ridge_map
 from train.run import main
@@ -255,6 +257,46 @@ def test_several_visual_tokens_hold_words_of_their_own_and_one_the_mean(folder, 
     )
     assert torch.equal(model.W_i2t.weight, means.W_i2t.weight) == alike
     assert torch.equal(model.W_t2m.weight, means.W_t2m.weight)  # captions alone: nothing else depends on it
+
+
+def test_pairs_read_as_conversations_count_as_captions_and_as_conversations(fresh):
+    model, generator = fresh("opt"), torch.Generator().manual_seed(0)
+    pictures = [picture(i) for i in range(30)]
+    rows = [
+        {"id": str(i), "image": {"bytes": encode(p), "path": None}, "captions": [f"{i} a", f"{i} b"]}
+        for i, p in enumerate(pictures)
+    ]  # fmt: skip
+    collator = PairCollator(model.processor, seed=3)
+    collator.pair_contexts = "conversations"
+    with torch.no_grad():
+        model.W_i2t.weight.copy_(torch.randn(model.W_i2t.weight.shape, generator=generator))
+    sums = sum_pairs(model, rows, collator, SkipCounter(), batch_size=7)
+    assert sums.whole().count == 30 * 4  # each caption alone, and again with something before it
+    seen = set()
+    for row, held in zip(sorted(rows, key=lambda row: HeldOut.hash(row["id"])), sums.held.rows(), strict=True):
+        shown, (first, second) = pictures[int(row["id"])], row["captions"]
+        embeds = F.normalize(model.W_t2m(held[STATE]), dim=-1).detach()
+        for at, dialogues in enumerate((
+            [[first]], [[second]], [[shown, first], [second, first]], [[shown, second], [first, second]]
+        )):  # fmt: skip
+            near = (embeds[at] - model.embed_dialogues(dialogues)).abs().amax(1)
+            assert near.min() < 1e-5
+            seen.add((at, int(near.argmin())))
+    assert seen == {(0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1)}
+
+
+def test_what_conversations_show_is_read_through_the_visual_tokens_that_are_solved(folder):  # noqa: F811
+    settings = base(folder) | {"max_steps": 0, "alignment": "canonical", "evaluate_pairs": 0, "n_visual_tokens": 2}
+    (folder / "c.yaml").write_text(yaml.safe_dump(settings))
+    alone, read = (
+        main([str(folder / "c.yaml"), f"--pair_contexts={name}", f"--output_dir={folder / name}"])
+        for name in ("caption", "conversations")
+    )
+    alone, read = (UniMuRModel.from_pretrained(summary["checkpoint"]) for summary in (alone, read))
+    assert torch.equal(alone.W_i2t.weight, read.W_i2t.weight)
+    assert alone.W_t2m.weight.shape != read.W_t2m.weight.shape or not torch.allclose(
+        alone.W_t2m.weight, read.W_t2m.weight
+    )
 
 
 def test_cached_and_plain_pairs_give_the_same_start_and_steps_go_on_from_it(folder):  # noqa: F811
