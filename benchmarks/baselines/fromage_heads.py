@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 from benchmarks.baselines.fromage import FromageModel
 from modeling_unimur.losses_unimur import info_nce
 from train.canonical import STATE, Correlations
-from train.collate import conversations
 from train.moments import Moments
 
 BETAS, MAX_GRADIENT = (0.9, 0.95), 1.0  # FROMAGe's own
@@ -18,12 +17,12 @@ BETAS, MAX_GRADIENT = (0.9, 0.95), 1.0  # FROMAGe's own
 @dataclass
 class CaptionStates:
     """
-    h([RET]) of captions, or of conversations of them, and CLIP's pooled output of their images.
+    h([RET]) of captions and CLIP's pooled output of their images.
 
     Args:
-        states: `(contexts, d)` float32, those of one image in consecutive rows.
+        states: `(captions, d)` float32, the captions of one image in consecutive rows.
         features: `(images, c)` float32.
-        counts: `(images,)` int64, how many each image has, at least one.
+        counts: `(images,)` int64, how many captions each image has, at least one.
     """
 
     states: torch.Tensor
@@ -31,7 +30,7 @@ class CaptionStates:
     counts: torch.Tensor
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """`n` images (all, where there are fewer) and one context of each: states `(n, d)` and features `(n, c)`."""
+        """`n` images (all, where there are fewer) and one caption of each: states `(n, d)` and features `(n, c)`."""
         images = torch.randperm(len(self.features), generator=generator)[:n]
         counts = self.counts[images]
         which = (torch.rand(len(images), generator=generator) * counts).long().clamp(max=counts - 1)
@@ -40,35 +39,24 @@ class CaptionStates:
 
 @torch.no_grad()
 def caption_states(
-    model: FromageModel, captions: Sequence[Sequence[str]], features: torch.Tensor, *, as_conversations: bool = False,
-    batch_size: int = 256,
-) -> CaptionStates:  # fmt: skip
-    """
-    Runs the LLM once over each image's `captions`, or over all [`train.collate.conversations`] of them; `features`
-    `(images, c)` are CLIP's.
-    """
-    contexts = [
-        [context for at in range(len(row)) for context in conversations(row, at)[: None if as_conversations else 1]]
-        for row in captions
-    ]
-    flat = [(image, context) for image, row in enumerate(contexts) for context in row]
+    model: FromageModel, captions: Sequence[Sequence[str]], features: torch.Tensor, batch_size: int = 256
+) -> CaptionStates:
+    """Runs the LLM once over each image's `captions`; `features` `(images, c)` are CLIP's."""
+    flat = [caption for row in captions for caption in row]
     states = torch.empty(len(flat), model.config.text_width)
-    # Contexts of one length share a batch, so that little is padded.
-    order = sorted(range(len(flat)), key=lambda i: sum(len(turn[0]) for turn in flat[i][1] if turn != [0]))
+    # Captions of one length share a batch, so that little is padded.
+    order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
     for start in tqdm(range(0, len(order), batch_size), "states at [RET]"):
         rows = order[start : start + batch_size]
-        shown = [flat[i][0] for i in rows if [0] in flat[i][1]]
-        items = [{"caption": None, "context": flat[i][1], "image": None, "text": None} for i in rows]
-        inputs = model.processor.documents(items, None)["contexts"]
-        ids, mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        states[rows] = model.ret_states(ids, mask, features[shown].to(model.device)).cpu()
-    return CaptionStates(states, features, torch.tensor([len(row) for row in contexts]))
+        inputs = model.processor.texts([flat[i] for i in rows]).to(model.device)
+        states[rows] = model.ret_states(inputs["input_ids"], inputs["attention_mask"]).cpu()
+    return CaptionStates(states, features, torch.tensor([len(row) for row in captions]))
 
 
 @torch.no_grad()
 def start_canonical(model: FromageModel, data: CaptionStates, *, width: int, ridge: float, power: float) -> None:
     """
-    Puts `W_t2m` and `W_v2m` at the canonical correlation of all contexts with their images (see [`train.canonical`]),
+    Puts `W_t2m` and `W_v2m` at the canonical correlation of all captions with their images (see [`train.canonical`]),
     rotated at random into FROMAGe's wider space, which keeps every cosine and leaves no row of the maps at zero.
 
     Args:

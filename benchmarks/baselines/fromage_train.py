@@ -111,7 +111,6 @@ def train_fromage(
     gradient_accumulation_steps: int = 2, warmup_steps: int = 30, lr_scheduler_type: str = "cosine",
     ret_init: str | None = "#", n_visual_tokens: int = 6, shared_dim: int = 256, concatenate: float = 0.5,
     logging_steps: int = 20, heads: Mapping[str, Any] | None = None, start: Mapping[str, Any] | None = None,
-    as_conversations: bool = False,
 ) -> str:  # fmt: skip
     """
     Trains FROMAGe on the miniature's caption pairs.
@@ -124,8 +123,6 @@ def train_fromage(
         visual_learning_rate: of W_i2t; the same by default.
         heads: arguments of [`train_heads`], which then trains W_t2m, W_v2m and the temperature further; by default it
             does not run.
-        as_conversations: the two heads are then trained on pairs read as conversations, as UniMuR's are, in place of captions
-            alone.
         start: arguments of [`start_canonical`], from which the two heads then start; by default they keep their values.
         output_dir: gets `checkpoint/`, an adapter over the miniature's towers, and `trainer_state.json` with the losses.
         seed: of the maps' start and of the order of the pairs.
@@ -160,7 +157,7 @@ def train_fromage(
     trainer.train()
     trainer.save_state()
     if heads:
-        data = caption_states(model, rows["captions"], features, as_conversations=as_conversations)
+        data = caption_states(model, rows["captions"], features)
         if start:
             start_canonical(model, data, **start)
         train_heads(model, data, seed=seed, **heads)

@@ -11,7 +11,6 @@ from benchmarks.baselines.fromage import FromageModel
 from benchmarks.baselines.fromage_heads import CaptionStates, caption_states, start_canonical, train_heads
 from benchmarks.baselines.fromage_train import train_fromage
 from tests.benchmarks.tiny_fromage import WORDS, make, rows_of
-from tests.conftest import picture
 from tests.tiny import make_towers
 from train.canonical import STATE, TEXT, Correlations, Setting
 from train.collate import SkipCounter
@@ -45,22 +44,6 @@ def test_states_are_those_of_the_captions_alone(model):
     assert data.counts.tolist() == [2, 1, 4] and data.states.shape == (7, 32)
     expected = F.normalize(model.W_t2m(data.states), dim=-1)
     assert torch.allclose(model.embed_texts(WORDS[:7]), expected, atol=1e-5)
-
-
-@torch.no_grad()
-def test_states_of_pairs_as_conversations(model):
-    captions, pictures = [WORDS[:2], WORDS[2:3]], [picture(1), picture(2)]
-    features = model.encode_images(model.processor.pixels(pictures))[0]
-    data = caption_states(model, captions, features, as_conversations=True, batch_size=3)
-    assert data.counts.tolist() == [6, 2]
-    first, second, third = WORDS[:3]
-    dialogues = [
-        [first], [pictures[0], first], [second, first],
-        [second], [pictures[0], second], [first, second],
-        [third], [pictures[1], third],
-    ]  # fmt: skip
-    expected = model.embed_dialogues(dialogues)
-    assert torch.allclose(F.normalize(model.W_t2m(data.states), dim=-1), expected, atol=1e-5)
 
 
 def test_a_batch_holds_an_image_once_with_one_of_its_captions():
