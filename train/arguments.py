@@ -183,8 +183,9 @@ class DataArguments:
     )
     pair_contexts: str = field(
         default="caption",
-        metadata={"help": "What [RET] of a pair stands behind in training's steps: caption, as in the paper; conversations, of "
-                          "which a third shows the image before its caption and a third two captions (beyond the paper).",
+        metadata={"help": "What [RET] of a pair stands behind. caption: its caption, as in the paper; conversations: of the "
+                          "steps a third shows the image before the caption and a third another caption, and in the closed "
+                          "form every caption counts alone and once more so (beyond the paper).",
                   "choices": ["caption", "conversations"]},
     )  # fmt: skip
     interleaved: bool = field(

@@ -3,7 +3,8 @@ Both maps without a gradient step: moments summed in one pass over the data, fro
 
 `--init cca` solves the canonical alignment ([`train.canonical`]), `--init closed-form` the paper's ([`train.ridge`]). What
 a solution leaves open is chosen by the replies it retrieves for pairs, and documents where there are any, that were held out
-([`train.held_out`]), of few by cross-validation; every pair counts in the maps themselves.
+([`train.held_out`]), of few by cross-validation; every pair counts in the maps themselves. Pairs that are read as
+conversations take a pass more, without the LLM, which solves the W_i2t that these are read through.
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,7 @@ class ClosedForm:
         setting: what was chosen, by name.
         recall: of each setting tried, over what was held out (0 to 1).
         score: that of the chosen one; `None` where nothing was held out.
-        pairs: captions that count in it.
+        pairs: contexts of pairs that count in it: their captions, and conversations of these.
     """
 
     maps: dict[str, Map]
@@ -86,7 +87,7 @@ class ClosedForm:
         recall = (
             "nothing was held out to choose by" if self.score is None else f"held-out R@1 {100 * self.score:.1f} %"
         )
-        return f"closed form of {self.pairs} captions and {self.documents} documents: {chosen}; {recall}"
+        return f"closed form of {self.pairs} contexts of pairs and {self.documents} documents: {chosen}; {recall}"
 
 
 @torch.no_grad()
