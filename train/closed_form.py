@@ -377,16 +377,19 @@ def start(
     """
     arguments: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
     words = visual_start == "words" and model.config.n_visual_tokens > 1
-    captions, visual = HeldOut(SAMPLED, every=True) if words else None, None
+    captions = HeldOut(SAMPLED, every=True) if words else None
+    of_images: dict[str, Map] = {}
     if collator.pair_contexts == "conversations":  # the LLM reads what they show through W_i2t, which is solved first
         alone = copy(collator)
         alone.pair_contexts = "caption"
         visual = sum_pairs(model, rows, alone, SkipCounter(), captions=captions, views=(POOLED, WORDS), **arguments)
-        put(model.W_i2t, visual_map(model, visual, captions))
-    pairs = sum_pairs(
-        model, rows, collator, skips, every_caption=every_caption, captions=None if visual else captions, **arguments
-    )
-    of_images = {"W_i2t": visual_map(model, visual or pairs, captions)}
+        of_images["W_i2t"] = visual_map(model, visual, captions)
+        put(model.W_i2t, of_images["W_i2t"])
+        pairs = sum_pairs(model, rows, collator, skips, every_caption=every_caption, **arguments)
+    else:
+        pairs = sum_pairs(model, rows, collator, skips, every_caption=every_caption, captions=captions, **arguments)
+        if captions is not None:  # else the means, which are solved with the other maps
+            of_images["W_i2t"] = visual_map(model, pairs, captions)
     solved = solve_paper(pairs) if model.config.alignment == "paper" else solve_canonical(pairs, None, grid)
     if documents is not None and model.config.alignment == "canonical":
         solved.maps |= of_images
