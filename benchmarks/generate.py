@@ -48,7 +48,7 @@ from .tasks.contexts import Contexts
 OUTPUT = Path("runs/generate")
 SAMPLES = 200  # pictures that the probe reads
 LEARNED_ON = 200  # validation dialogues for the rule of generate="auto"
-PAIRS = ("--interleaved=false",)
+PAIRS = ("--interleaved=false", "--pair_contexts=caption")
 JOINT = ("--schedule=joint", "--train_ret_embedding=true", "--cache_captions=false", "--drawing_learning_rate=2e-3",
          "--max_steps=320", "--gradient_accumulation_steps=2", "--learning_rate=1e-2")  # fmt: skip
 # The rows that are trained to draw: flags behind miniature.yaml and miniature-gill.yaml. GILL's head is the contrastive one of

@@ -30,7 +30,7 @@ def make_parts(folder: Path, miniature: Path | None, seed: int, split: str, own:
     if not any((own / "checkpoint").glob("*.safetensors")):
         towers = miniature or folder / "miniature"
         flags = ["--config", str(CONFIGS / "miniature.yaml"), f"--seed={seed}", f"--miniature={towers}",
-                 "--interleaved=false", "--max_steps=0", f"--output_dir={own}"]  # fmt: skip
+                 "--interleaved=false", "--pair_contexts=caption", "--max_steps=0", f"--output_dir={own}"]  # fmt: skip
         jobs.append((train, {"argv": flags}))
     # All at once: the processes of the states wait for each other at the end of every table.
     return peak_memory() + sum(done.memory for done in side_by_side(jobs, workers=len(jobs)))
