@@ -166,12 +166,12 @@ def _train_unimur(folder: Path, output: Path, seed: int, flags: Sequence[str] = 
            f"--output_dir={output}"])  # fmt: skip
 
 
-def _train_fromage(folder: Path, output: Path, seed: int) -> None:
+def _train_fromage(folder: Path, output: Path, seed: int, pair_contexts: str = "caption") -> None:
     from .baselines.fromage_train import train_fromage
 
     train_fromage(
         output, prepare(folder, seed), seed, learning_rate=FROMAGE_RATE, visual_learning_rate=VISUAL_RATE,
-        heads=FROMAGE_HEADS, start=FROMAGE_START,
+        heads=FROMAGE_HEADS, start=FROMAGE_START, pair_contexts=pair_contexts,
     )  # fmt: skip
 
 
@@ -196,6 +196,8 @@ ROWS = (
     Row("UniMuR, pairs alone, the paper's form", "unimur", "paper",
         partial(_train_unimur, flags=(_PAIRS, "--config", str(CONFIGS / "paper.yaml"), "--learning_rate=1e-2"))),
     Row("FROMAGe", "fromage", "fromage", _train_fromage),
+    Row("FROMAGe, pairs as conversations", "fromage", "fromage-conversations",
+        partial(_train_fromage, pair_contexts="conversations")),
     Row("BLIP-2", "blip2", "blip2", _train_blip2),
     Row("Frozen", "frozen", "frozen", _train_frozen),
 )  # fmt: skip

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from benchmarks.baselines.fromage import FromageModel
 from modeling_unimur.losses_unimur import info_nce
 from train.canonical import STATE, Correlations
+from train.closed_form import pair_rows
+from train.collate import PairCollator
 from train.moments import Moments
 
 BETAS, MAX_GRADIENT = (0.9, 0.95), 1.0  # FROMAGe's own
@@ -17,12 +21,12 @@ BETAS, MAX_GRADIENT = (0.9, 0.95), 1.0  # FROMAGe's own
 @dataclass
 class CaptionStates:
     """
-    h([RET]) of captions and CLIP's pooled output of their images.
+    h([RET]) of captions, or of conversations of them, and CLIP's pooled output of their images.
 
     Args:
-        states: `(captions, d)` float32, the captions of one image in consecutive rows.
+        states: `(captions, d)` float32, those of one image in consecutive rows.
         features: `(images, c)` float32.
-        counts: `(images,)` int64, how many captions each image has, at least one.
+        counts: `(images,)` int64, how many states each image has, at least one.
     """
 
     states: torch.Tensor
@@ -51,6 +55,21 @@ def caption_states(
         inputs = model.processor.texts([flat[i] for i in rows]).to(model.device)
         states[rows] = model.ret_states(inputs["input_ids"], inputs["attention_mask"]).cpu()
     return CaptionStates(states, features, torch.tensor([len(row) for row in captions]))
+
+
+def conversation_states(model: FromageModel, rows: Dataset, seed: int, batch_size: int = 64) -> CaptionStates:
+    """
+    As `caption_states`, of pairs with cached features, where each caption counts once more behind its image or another caption
+    (see [`train.collate.conversations`]); `seed` is of that draw.
+    """
+    collator = PairCollator(model.processor, seed=seed)
+    collator.every_caption, collator.pair_contexts = True, "conversations"
+    states, features, counts = [], [], []
+    for batch in tqdm(DataLoader(rows, batch_size, collate_fn=collator), "states at [RET]"):
+        states.append(pair_rows(model, batch, (STATE,))[STATE].cpu())
+        features.append(batch["images"]["features"])
+        counts.append(batch["targets"]["image_indices"].bincount())
+    return CaptionStates(torch.cat(states), torch.cat(features), torch.cat(counts))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback, set_seed
 
 from benchmarks.baselines.fromage import FromageModel
-from benchmarks.baselines.fromage_heads import caption_states, start_canonical, train_heads
+from benchmarks.baselines.fromage_heads import caption_states, conversation_states, start_canonical, train_heads
 from modeling_unimur import UniMuRProcessor
 from modeling_unimur.processing_unimur import IGNORE
 from train.arguments import ModelArguments
@@ -111,6 +111,7 @@ def train_fromage(
     gradient_accumulation_steps: int = 2, warmup_steps: int = 30, lr_scheduler_type: str = "cosine",
     ret_init: str | None = "#", n_visual_tokens: int = 6, shared_dim: int = 256, concatenate: float = 0.5,
     logging_steps: int = 20, heads: Mapping[str, Any] | None = None, start: Mapping[str, Any] | None = None,
+    pair_contexts: str = "caption",
 ) -> str:  # fmt: skip
     """
     Trains FROMAGe on the miniature's caption pairs.
@@ -124,6 +125,7 @@ def train_fromage(
         heads: arguments of [`train_heads`], which then trains W_t2m, W_v2m and the temperature further; by default it
             does not run.
         start: arguments of [`start_canonical`], from which the two heads then start; by default they keep their values.
+        pair_contexts: what the heads' start and training read: `"caption"`, or UniMuR's `"conversations"`.
         output_dir: gets `checkpoint/`, an adapter over the miniature's towers, and `trainer_state.json` with the losses.
         seed: of the maps' start and of the order of the pairs.
 
@@ -157,7 +159,10 @@ def train_fromage(
     trainer.train()
     trainer.save_state()
     if heads:
-        data = caption_states(model, rows["captions"], features)
+        if pair_contexts == "caption":
+            data = caption_states(model, rows["captions"], features)
+        else:
+            data = conversation_states(model, rows, seed)
         if start:
             start_canonical(model, data, **start)
         train_heads(model, data, seed=seed, **heads)
