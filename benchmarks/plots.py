@@ -12,7 +12,7 @@ import numpy as np
 
 from .protocols import TASKS, read
 
-COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9b9a97", "#37352f", "#dfab01")
+COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9b9a97", "#37352f", "#dfab01", "#8c564b")
 
 
 def systems(results: list[Mapping[str, Any]], path: Path) -> None:

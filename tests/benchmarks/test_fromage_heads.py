@@ -8,9 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.baselines.fromage import FromageModel
-from benchmarks.baselines.fromage_heads import CaptionStates, caption_states, start_canonical, train_heads
+from benchmarks.baselines.fromage_heads import (
+    CaptionStates,
+    caption_states,
+    conversation_states,
+    start_canonical,
+    train_heads,
+)
 from benchmarks.baselines.fromage_train import train_fromage
 from tests.benchmarks.tiny_fromage import WORDS, make, rows_of
+from tests.conftest import picture
 from tests.tiny import make_towers
 from train.canonical import STATE, TEXT, Correlations, Setting
 from train.collate import SkipCounter
@@ -44,6 +51,30 @@ def test_states_are_those_of_the_captions_alone(model):
     assert data.counts.tolist() == [2, 1, 4] and data.states.shape == (7, 32)
     expected = F.normalize(model.W_t2m(data.states), dim=-1)
     assert torch.allclose(model.embed_texts(WORDS[:7]), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_states_of_conversations_stand_beside_those_of_the_captions(model, pair_rows):
+    rows = cache_image_features(pair_rows, model, SkipCounter())
+    data = conversation_states(model, rows, seed=0, batch_size=3)
+    assert torch.equal(data.features, torch.tensor(rows["image_features"][:]))
+    assert data.counts.tolist() == [2, 4] * 4
+    embeds, at = F.normalize(model.W_t2m(data.states), dim=-1), 0
+    read = set()
+    for i, row in enumerate(pair_rows):
+        captions = row["captions"]
+        alone = model.embed_dialogues(captions)
+        assert torch.allclose(embeds[at : at + len(captions)], alone, atol=1e-5)
+        for embed, caption in zip(embeds[at + len(captions) : at + 2 * len(captions)], captions, strict=True):
+            before = {"image": picture(i), **{other: other for other in captions if other != caption}}
+            near = {
+                kind: torch.allclose(model.embed_dialogues([[turn, caption]])[0], embed, atol=1e-5)
+                for kind, turn in before.items()
+            }
+            assert sum(near.values()) == 1
+            read.add("image" if near["image"] else "caption")
+        at += 2 * len(captions)
+    assert read == {"image", "caption"} and at == len(data.states)
 
 
 def test_a_batch_holds_an_image_once_with_one_of_its_captions():
@@ -102,6 +133,15 @@ def test_a_canonical_start_gives_the_cosines_of_the_canonical_maps(tmp_path):
 
 
 @pytest.fixture
+def pair_rows():
+    """Pairs of one and of two captions."""
+    rows = [{**row, "source": None, "license": None, "url": None, "problem": None} for row in rows_of()]
+    for i, row in enumerate(rows):
+        row["captions"] = row["captions"] + [WORDS[(i + 3) % 8]] * (i % 2)
+    return datasets.Dataset.from_list(rows, features=FEATURES)
+
+
+@pytest.fixture
 def miniature(tmp_path):
     """A few pairs over small towers."""
     text, clip = make_towers(tmp_path / "towers")
@@ -113,13 +153,16 @@ def miniature(tmp_path):
 def test_the_miniatures_fromage_trains_its_heads_further(tmp_path, miniature):
     few = FEW | {"learning_rate": 1e-2}
     heads, start = SETTINGS | {"steps": 1, "learning_rate": 1e-4}, {"width": 4, "ridge": 0.1, "power": 1}
-    joint, further, canonical = (
+    given = {"heads": heads, "start": start}
+    joint, further, canonical, spoken = (
         dict(FromageModel.from_pretrained(train_fromage(tmp_path / name, miniature, 3, **few | more)).named_parameters())
-        for name, more in (("joint", {}), ("further", {"heads": heads}), ("canonical", {"heads": heads, "start": start}))
+        for name, more in (("joint", {}), ("further", {"heads": heads}), ("canonical", given),
+                           ("spoken", given | {"pair_contexts": "conversations"}))
     )  # fmt: skip
-    for trained, near in ((further, True), (canonical, False)):
+    for trained, near in ((further, True), (canonical, False), (spoken, False)):
         assert {name for name, p in joint.items() if not torch.equal(p, trained[name])} == HEADS
         assert torch.allclose(joint["W_t2m.weight"], trained["W_t2m.weight"], atol=1e-3) is near
+    assert not torch.allclose(canonical["W_t2m.weight"], spoken["W_t2m.weight"], atol=1e-3)
 
 
 def test_the_miniatures_visual_tokens_start_as_unimurs(tmp_path, miniature):
