@@ -170,7 +170,8 @@ def _quality(measured: dict[str, Any]) -> str:
         f"{RECALL} at which the reference ends is there than the reference is done, and than the reference was first seen at "
         "it.\n\n"
         "![recall against seconds](quality-speed.png)\n\n"
-        + "Canonical correlation (`train/canonical.py`) sees one caption of each image here. Alone it makes no step"
+        + "From canonical correlation (`train/canonical.py`) start and steps read the pairs as conversations, as "
+        "`miniature.yaml` has it. Alone it sees one caption of each image and makes no step"
         + (f", and its points are runs of their own over {', '.join(parts)} of the pairs.\n\n" if parts else ".\n\n")
         + table(["", *MEASURES, "seconds", "sooner than its end", "than it first did"], rows)
     )

@@ -6,9 +6,9 @@ Seconds to a recall: the reference-style run against the paper's form of ours, a
 On the miniature's caption pairs, one thread. The reference (see [`benchmarks.speed.reference`]) decodes each image in each
 epoch and trains [RET]'s row too; its learning rate is the best of three by the recall it ends with on the first seed. The
 others are `train/run.py`'s trainer at the miniature's settings, in the paper's form (random maps, CLIP's own space) or from
-canonical correlation, which here sees one caption of each image, and whose steps read pairs as conversations. Every run
-makes the same number of steps over the same batch size, but for canonical correlation alone, which makes none: its points are
-runs of their own, each over a larger part of the pairs. Recall is dialogue to image R@1 on validation, whose queries are text
+canonical correlation; start and steps then read pairs as conversations. Every run makes the same number of steps over the
+same batch size, but for canonical correlation alone, which makes none and sees one caption of each image: its points are runs
+of their own, each over a larger part of the pairs. Recall is dialogue to image R@1 on validation, whose queries are text
 alone; its measuring is not timed. What a run needs before its first step is timed: the cache of images, or of images and
 captions, and the closed form. Loading the towers, the same for all, is not.
 """
@@ -136,10 +136,10 @@ def our_run(
             rows = cache_image_features(rows, model, SkipCounter(), folder=Path(folder) / "images")
         if cached and not canonical:
             rows = cache_caption_states(rows, model, Path(folder) / "captions")
-        if canonical:
-            start(model, rows, collator, SkipCounter(), batch_size=BATCH, every_caption=False)
+        if canonical:  # with steps as in miniature.yaml; alone as quickly as it can be had
+            collator.pair_contexts = "conversations" if steps else "caption"
+            start(model, rows, collator, SkipCounter(), batch_size=BATCH, every_caption=bool(steps))
             watch.look(0, model)
-            collator.pair_contexts = "conversations"  # of the steps
         if steps:
             trainer = UniMuRTrainer(
                 model=model, args=args, train_dataset=rows, data_collator=collator,

@@ -28,12 +28,23 @@ def test_every_way_is_run_drawn_and_reported(small, tmp_path):
     stepped, alone = (seed["points"][way] for way in (quality.STEPPED, quality.ALONE))
     assert stepped[0]["seconds"] < stepped[1]["seconds"]
     assert [p["part"] for p in alone] == list(quality.PARTS)
-    assert alone[-1][quality.RECALL] == stepped[0][quality.RECALL]  # all pairs, the same closed form
     searched = result["reference_rates_searched"]
     assert f"{result['rates'][quality.REFERENCE]:g}" == max(searched, key=searched.get)
     assert (out / "quality-speed.png").stat().st_size > 10_000
     text = page(out).read_text()
     assert "canonical correlation alone" in text and "quality-speed.png" in text
+
+
+def test_steps_start_where_every_caption_is_read_as_a_conversation(small, monkeypatch):
+    starts = []
+
+    def start(model, rows, collator, skips, *, every_caption, **arguments):
+        starts.append((collator.pair_contexts, every_caption))
+
+    monkeypatch.setattr(quality, "start", start)
+    for way in (quality.STEPPED, quality.ALONE):
+        quality.run(way, small, {way: 1e-4}, 1, [1])
+    assert starts == [("conversations", True)] + [("caption", False)] * len(quality.PARTS)
 
 
 def test_the_reference_run_is_the_same_twice(small):
