@@ -185,7 +185,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Recall against seconds, a curve per way and seed."""
     from ..plots import COLOURS, plt  # here, so that the other measurements need no matplotlib
 
-    figure, axis = plt.subplots(figsize=(8.4, 4.8))
+    figure, axis = plt.subplots(figsize=(8.4, 5.2))
     for way, colour in zip(WAYS, (COLOURS[n] for n in (5, 1, 0, 2, 3)), strict=True):
         for number, result in enumerate(results):
             points = result["points"][way]
@@ -199,7 +199,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(
+        frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14)
+    )  # below, where it lies over no line
     axis.set_title(f"Time to quality on the miniature's pairs, {len(results)} seed(s)", loc="left", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=140)
