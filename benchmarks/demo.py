@@ -70,7 +70,7 @@ def main() -> None:
         rows, texts = replies(model, split), split.responses.texts | split.facts.texts
         draw_gallery(rows, texts, split.images, output / "gallery.png", columns=4)
         # One that shows a picture, one that asks for one, one that needs words alone.
-        draw_gallery([rows[i] for i in (2, 6, 9)], texts, split.images, output / "three.png")
+        draw_gallery([rows[i] for i in (3, 6, 9)], texts, split.images, output / "three.png")
 
     # Every process counts: this one, and those that work beside it in two of the stages.
     own = peak_memory()
