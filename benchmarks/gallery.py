@@ -139,7 +139,7 @@ def _reply(top: float, gold: dict, reply: Retrieval, texts, images) -> list[_Blo
     good = (same_text or not gold_texts) and (same_image or (not gold_images and reply.image is None))
     note = " and ".join(notes) + (f"; gold: {missed[0]}" if missed else "")
     if gold_images and not same_image:
-        note += ", and" if missed else "; gold:"  # the gold picture follows
+        note = note.rstrip(".") + (", and" if missed else "; gold:")  # the gold picture follows
     blocks.append(_Block(blocks[-1].bottom - 4, note, ink=DRAWN if drawn else GOOD if good else BAD, size=FONT - 2))
     if gold_images and not same_image:
         blocks.append(_Block(blocks[-1].bottom - 8, "", gold_images[0]))
