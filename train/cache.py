@@ -70,6 +70,7 @@ def build_cache(
         rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     folder.mkdir(parents=True, exist_ok=True)
     identity = json.loads(json.dumps(identity))  # as it will be read back
+    _sweep(folder, rank, world)
     _check(folder, _records(folder), identity, sources, changed)
     _barrier()
     if rank == 0:
@@ -203,17 +204,24 @@ def _gather(folder: Path, identity: dict, count: int, *, prune: bool = False) ->
     if (prune or len(records) == count) and manifest != _read_json(folder / MANIFEST):
         write_json(folder / MANIFEST, manifest)
     if prune or len(records) == count:
-        for path in [folder / f"{name}.json" for name in records] + list(folder.glob("*.tmp") if prune else ()):
+        for name in records:
+            (folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def _sweep(folder: Path, rank: int, world: int) -> None:
+    """Removes what an interruption left of this process's parts, the first's manifest; others may be writing theirs."""
+    for path in folder.glob("*.tmp"):
+        number = path.name.partition(".")[0]
+        if (int(number) % world if number.isdigit() else 0) == rank:
             path.unlink(missing_ok=True)
 
 
 def _records(folder: Path) -> dict[int, dict[str, Any]]:
     """The records of parts whose file is there: those of the manifest, and newer ones beside their part."""
+    newer = {path.stem: _read_json(path) for path in folder.glob("*.arrow.json")}
+    # After them: one that the first process moves into the manifest meanwhile is in either.
     parts = (_read_json(folder / MANIFEST) or {"shards": {}})["shards"]
-    for path in folder.glob("*.arrow.json"):
-        record = _read_json(path)
-        if record is not None:
-            parts[path.stem] = record
+    parts |= {name: record for name, record in newer.items() if record is not None}
     return {int(Path(name).stem): record for name, record in parts.items() if (folder / name).is_file()}
 
 

@@ -6,11 +6,13 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+_SPAWN = multiprocessing.get_context("spawn")
 _starting = threading.Lock()  # a process starts with the environment of all of this one, so one at a time
 
 
@@ -25,7 +27,7 @@ class Done(NamedTuple):
 def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]], workers: int = 2) -> list[Done]:
     """
     Runs importable functions with keyword arguments, each in a process of its own, at most `workers` at a time, and
-    returns when all are done.
+    returns when all are done. When one raises, the others are ended: they may be waiting for it.
 
     Models as small as the miniature's gain nothing from a second thread, so two jobs take hardly longer than one; and
     what they compute does not depend on the number of cores. Each process draws its progress bar on its own line.
@@ -36,15 +38,20 @@ def side_by_side(jobs: Sequence[tuple[Callable, dict[str, Any]]], workers: int =
     lines: SimpleQueue[int] = SimpleQueue()
     for line in range(workers):
         lines.put(line)
-    with ThreadPoolExecutor(workers) as threads:
-        waiting = [threads.submit(_in_a_process, function, arguments, lines) for function, arguments in jobs]
-        return [future.result() for future in waiting]
+    end, open_end = _SPAWN.Pipe(duplex=False)
+    with open_end, end, ThreadPoolExecutor(workers) as threads:
+        waiting = [threads.submit(_in_a_process, function, arguments, lines, end) for function, arguments in jobs]
+        ended, others = wait(waiting, return_when=FIRST_EXCEPTION)
+        if others:
+            open_end.close()
+            threads.shutdown(cancel_futures=True)
+        return [future.result() for future in waiting if future in ended]
 
 
-def _in_a_process(function: Callable, arguments: dict[str, Any], lines: "SimpleQueue[int]") -> Done:
+def _in_a_process(function: Callable, arguments: dict[str, Any], lines: "SimpleQueue[int]", end: Connection) -> Done:
     line = lines.get()
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent) as process:
+        with ProcessPoolExecutor(1, _SPAWN, _end_at, (end,)) as process:
             # A new process imports the main script, and OpenMP and tqdm with it, before it runs anything of ours: they have
             # to find these set.
             with _starting, _environment(OMP_NUM_THREADS="1", TQDM_POSITION=str(line)):
@@ -74,13 +81,16 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it ends, however that is: a killed command leaves no job behind."""
-    threading.Thread(target=_wait_for_the_end, args=[multiprocessing.parent_process()], daemon=True).start()
+def _end_at(end: Connection) -> None:
+    """
+    Ends this process when the other end of the pipe is closed: by a job that failed, or by the system where the command
+    ends, however that is, so that a killed one leaves no job behind.
+    """
+    threading.Thread(target=_exit_after, args=[end], daemon=True).start()
 
 
-def _wait_for_the_end(parent: Any) -> None:
-    parent.join()
+def _exit_after(end: Connection) -> None:
+    end.poll(None)  # nothing is ever sent
     os._exit(1)
 
 

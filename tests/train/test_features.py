@@ -281,6 +281,34 @@ def test_several_processes_make_a_part_each_and_read_all(tmp_path, monkeypatch):
         column[15]
 
 
+def test_a_process_leaves_the_files_that_another_is_writing(tmp_path):
+    """Without a barrier between them, as the states of a real language model are made."""
+    names = [f"{n:05d}.arrow{end}.7.tmp" for n in range(4) for end in ("", ".json")] + ["manifest.json.7.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    cache._sweep(tmp_path, 1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(n for n in names if n[4] not in "13")
+    cache._sweep(tmp_path, 0, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_that_moves_into_the_manifest_while_it_is_read_is_read(tmp_path, monkeypatch):
+    (tmp_path / "00001.arrow").touch()
+    cache.write_json(tmp_path / "00001.arrow.json", {"note": 1})
+    read, moved = cache._read_json, []
+
+    def reading(path):
+        value = read(path)
+        if not moved:
+            moved.append(path)
+            cache._gather(tmp_path, {}, 2, prune=True)
+        return value
+
+    monkeypatch.setattr(cache, "_read_json", reading)
+    assert cache._records(tmp_path) == {1: {"note": 1}}
+    assert moved and not (tmp_path / "00001.arrow.json").exists()
+
+
 def test_another_process_maps_the_files_itself(fresh, photos, tmp_path):
     cached = both(photos, fresh(), tmp_path / "cache")
     sent = pickle.dumps(cached)

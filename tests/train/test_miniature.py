@@ -159,6 +159,13 @@ def test_what_a_job_raises_is_raised():
         side_by_side([(os.getpid, {}), (os.getpid, {"of": "what"})])
 
 
+def test_a_job_that_waits_for_one_that_failed_is_ended():
+    script = "import os, signal; from train.parallel import side_by_side; "
+    script += "side_by_side([(signal.pause, {}), (os.listdir, {'path': '?'})])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("FileNotFoundError")
+
+
 def test_towers_of_another_seed_are_named_when_they_are_replaced(tmp_path, monkeypatch, caplog):
     made = []
     module = sys.modules["train.miniature.prepare"]
