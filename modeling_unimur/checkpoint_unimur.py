@@ -76,6 +76,7 @@ class CheckpointModel(PreTrainedModel):
         def embed_dialogues(self, dialogues: list[Any]) -> torch.Tensor: ...
         def embed_images(self, images: list[Any]) -> torch.Tensor: ...
         def embed_texts(self, texts: list[str]) -> torch.Tensor: ...
+        def freeze(self) -> None: ...
         def start_drawing_tokens(self) -> None: ...
 
     def __init__(self, config: UniMuRConfig):
@@ -84,10 +85,6 @@ class CheckpointModel(PreTrainedModel):
         self._processor: UniMuRProcessor | None = None
         self._source: dict[str, Any] = {}  # the arguments it was loaded by
         self._packed_pool: CandidatePool | None = None
-
-    def freeze(self) -> None:
-        """Lets gradients into what is trained and nothing else."""
-        raise NotImplementedError
 
     # Loading
 

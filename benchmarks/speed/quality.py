@@ -4,7 +4,7 @@ Seconds to a recall: the reference-style run against the paper's form of ours, a
     python -m benchmarks.speed.quality --output benchmarks/results
 
 On the miniature's caption pairs, one thread. The reference (see [`benchmarks.speed.reference`]) decodes each image in each
-epoch and trains [RET]'s row too; its learning rate is the best of three by the recall it ends with on the first seed. The
+epoch and trains [RET]'s row too; its learning rate is the best of four by the recall it ends with on the first seed. The
 others are `train/run.py`'s trainer at the miniature's settings, in the paper's form (random maps, CLIP's own space) or from
 canonical correlation; start and steps then read pairs as conversations. Every run makes the same number of steps over the
 same batch size, but for canonical correlation alone, which makes none and sees one caption of each image: its points are runs
@@ -42,7 +42,7 @@ from .reference import ReferenceStep, padded
 
 STEPS, BATCH, WARMUP = 320, 128, 30
 MARKS = (5, 10, 20, 40, 80, 160, 240, STEPS)
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1)  # of the pairs, for canonical correlation alone
 # The steps of miniature.yaml.
 FROM_CANONICAL = ("--matching_learning_rate=2e-4", *(f"--{name}={value}" for name, value in NEAR.items()))
